@@ -1,0 +1,157 @@
+"""``results.json``: everything one run found, and the only input of the report.
+
+The parts are defined in `records`; ``docs/results-schema.md`` lists every field.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from kdprune.errors import KDPruneError
+from kdprune.report.records import (
+    Analysis,
+    Block,
+    Calibration,
+    Curve,
+    Fit,
+    FreeForm,
+    KernelTraining,
+    KVCache,
+    Layers,
+    Norms,
+    Number,
+    Outliers,
+    Pace,
+    Parameters,
+    Perplexity,
+    Record,
+    Sample,
+    Speed,
+)
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Analysis",
+    "Calibration",
+    "Curve",
+    "Fit",
+    "KVCache",
+    "KernelTraining",
+    "Layers",
+    "Norms",
+    "Outliers",
+    "Pace",
+    "Parameters",
+    "Perplexity",
+    "Results",
+    "Sample",
+    "Speed",
+]
+
+SCHEMA_VERSION = 1
+
+
+class Results(Record):
+    """One run. What a run did not do is left at its default (null, or an empty list)."""
+
+    schema_version: int = Field(SCHEMA_VERSION, description="version of this schema")
+    created: str = Field(description="when the run ended, ISO 8601")
+    model: str = Field(description="the dense model as the user named it")
+    family: str = Field("", description="its model_type")
+    method: str = Field(description="kdp, or another method's name")
+    recipe: FreeForm = Field(default_factory=dict, description="every option of the run; repeats it")
+    seed: int = Field(0, description="seed of the run")
+    blocks: list[Block] = Field(default_factory=list, description="[[start, end], …], half-open")
+    layers: Layers = Field(description="decoder layers")
+    parameters: Parameters = Field(description="parameters")
+    perplexity: Perplexity | None = Field(None, description="perplexity on held-out text")
+    speed: Speed | None = Field(None, description="tokens per second")
+    kv_cache_bytes_per_token: KVCache | None = Field(None, description="key-value cache per token, bytes")
+    calibration: Calibration | None = Field(None, description="calibration text")
+    analysis: Analysis | None = Field(None, description="similarity of layer states")
+    fit: list[Fit] = Field(default_factory=list, description="one entry per stand-in, in the order of blocks")
+    samples: list[Sample] = Field(default_factory=list, description="text from both models")
+    seconds: dict[str, Number] = Field(default_factory=dict, description="wall-clock seconds per stage")
+    peak_memory_bytes: int | None = Field(None, description="largest memory in use, bytes")
+    versions: dict[str, str] = Field(default_factory=dict, description="versions of the software used")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Results":
+        """Read a results.json (or the one in a run's folder); every mistake is one KDPruneError line."""
+        file = Path(path)
+        file = file / "results.json" if file.is_dir() else file
+        if not file.is_file():
+            raise KDPruneError(f"{file} does not exist: give the results.json that `kdprune prune` wrote")
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise KDPruneError(f"cannot read {file}: {error.strerror}") from error
+        except ValueError as error:
+            raise KDPruneError(f"{file} is not valid JSON ({error}): run `kdprune prune` again") from error
+        return cls.parse(record, str(file))
+
+    @classmethod
+    def parse(cls, record: Any, source: str = "results") -> "Results":
+        """Check a parsed record; `source` names it in the error."""
+        if not isinstance(record, dict):
+            raise KDPruneError(f"{source} holds a {type(record).__name__}, expected an object")
+        version = record.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise KDPruneError(
+                f"{source} has schema version {version}, this kdprune reads {SCHEMA_VERSION}: "
+                "use the kdprune that wrote it, or run again"
+            )
+        try:
+            return cls.model_validate(record)
+        except ValidationError as error:
+            raise KDPruneError(f"{source} does not follow the schema: {_first(error)}") from error
+
+    def to_json(self) -> str:
+        """Strictly valid JSON (no NaN), one line per list of numbers."""
+        return _encode(self.model_dump(mode="json")) + "\n"
+
+    def save(self, path: str | Path) -> Path:
+        """Write results.json atomically: readers see the old file or the whole new one."""
+        file = Path(path)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, self.to_json())
+        except OSError as error:
+            raise KDPruneError(f"cannot write {file}: {error.strerror}") from error
+        return file
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a sibling, then rename it over `file`; on an error nothing is left behind."""
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _first(error: ValidationError) -> str:
+    """The first mistake and how many more there are, on one line."""
+    details = error.errors(include_url=False)
+    where = ".".join(str(part) for part in details[0]["loc"]) or "record"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{where}: {details[0]['msg']}{more}"
+
+
+def _encode(value: Any, indent: int = 0) -> str:
+    """JSON with objects and lists of objects spread over lines, lists of scalars kept on one."""
+    pad, end = "  " * (indent + 1), "\n" + "  " * indent
+    if isinstance(value, dict) and value:
+        items = (f"{json.dumps(k, ensure_ascii=False)}: {_encode(v, indent + 1)}" for k, v in value.items())
+        return "{\n" + ",\n".join(pad + item for item in items) + end + "}"
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return "[\n" + ",\n".join(pad + _encode(item, indent + 1) for item in value) + end + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
