@@ -1,0 +1,115 @@
+"""Finds a model's row in the family table, and its parts by the row's paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import KDPruneError
+from .modeling_kdp import FAMILIES, PREFIX, Family
+
+GUIDE = "docs/add-a-family.md"
+
+
+def find_family(config: PreTrainedConfig) -> Family:
+    """The row of the architecture that ``config`` describes, stock or pruned.
+
+    Raises KDPruneError for an encoder-decoder and for an architecture without a row.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise KDPruneError(f"got an encoder-decoder ({config.model_type}), expected a decoder-only causal LM")
+    family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
+    if family is None:
+        raise KDPruneError(
+            f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
+            f"A new family is one table row: see {GUIDE}"
+        )
+    return family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The row of ``model``, a stock or pruned causal LM.
+
+    Raises KDPruneError for anything else: a wrapper, an encoder-decoder, an unknown family, a model without
+    its language-modelling head.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise KDPruneError(
+            f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)"
+        )
+    family = find_family(model.config)
+    if family.causal_lm not in {base.__name__ for base in type(model).__mro__}:
+        raise KDPruneError(
+            f"got {type(model).__name__}, which is not a causal LM; load it with AutoModelForCausalLM "
+            f"(expected {family.causal_lm})"
+        )
+    return family
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The ModuleList of decoder layers of a causal LM, the list itself. Raises KDPruneError as family_of
+    does."""
+    return _descend(model, family_of(model).layers)
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last layer and the head; Identity where a model has none (OPT with post-norm).
+
+    Raises KDPruneError as family_of does.
+    """
+    norm = _descend(model, family_of(model).norm)
+    return nn.Identity() if norm is None else norm
+
+
+def numbered_modules(layer: nn.Module) -> list[Any]:
+    """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
+    return [module for module in layer.modules() if "layer_idx" in module.__dict__]
+
+
+def layer_types_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[str] | None:
+    """The attention types ("full_attention", "sliding_attention", …) of ``layers``, None where the config
+    lists none.
+
+    The model's own layers have theirs by position; others, copies of them, say it themselves.
+    Raises KDPruneError for one that does not.
+    """
+    types = getattr(model.config, "layer_types", None)
+    if types is None:
+        return None
+    known = {id(layer): kind for layer, kind in zip(decoder_layers(model), types, strict=True)}
+    found = [known.get(id(layer)) or _stated_type(layer) for layer in layers]
+    if None in found:
+        raise KDPruneError(f"layer {found.index(None)} does not say its attention type; give layer_types")
+    return [str(kind) for kind in found]
+
+
+def install_layers(own: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
+    """Make ``layers`` the content of ``own``, a model's list of layers, numbered 0, 1, 2, …"""
+    own._modules.clear()
+    own._modules.update((str(index), layer) for index, layer in enumerate(layers))
+    for index, layer in enumerate(layers):
+        for part in numbered_modules(layer):
+            part.layer_idx = index
+
+
+def set_depth(config: Any, count: int, types: list[str] | None) -> None:
+    """Make ``config`` say that the model has ``count`` layers, of these attention types if they are given."""
+    config.num_hidden_layers = count
+    if types is not None:
+        config.layer_types = types
+
+
+def _stated_type(layer: nn.Module) -> Any:
+    """The ``layer_type`` that a part of ``layer``, its attention, says it has, or None."""
+    return next((part.layer_type for part in layer.modules() if "layer_type" in part.__dict__), None)
+
+
+def _descend(model: nn.Module, path: str) -> Any:
+    """The attribute at a dotted ``path``; unlike get_submodule it may be None."""
+    part: Any = model
+    for name in path.split("."):
+        part = getattr(part, name)
+    return part

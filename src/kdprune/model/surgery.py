@@ -1,0 +1,294 @@
+"""Edits of a model's depth as data, and their application.
+
+A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` builds a new model;
+:func:`layers_replaced` and :func:`bypassed` change one for a while. None of them copies a weight that stays.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import KDPruneError
+from .families import decoder_layers, family_of, install_layers, layer_types_of, numbered_modules, set_depth
+from .modeling_kdp import PREFIX, VERSION, Family, FoldedLayer, StandIn, auto_map, generated, place_stand_in
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Take the layers of ``block`` out and put nothing in their place."""
+
+    block: range
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Put ``stand_in`` in the place of the layers of ``block``.
+
+    Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
+    ``context`` is an ordinary decoder layer (made by :func:`context_layer` from layer ``block.start``) that
+    holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own.
+    """
+
+    block: range
+    stand_in: StandIn
+    context: nn.Module | None = None
+
+
+Edit: TypeAlias = Drop | Substitute
+
+
+@dataclass
+class _Slot:
+    """A layer of the pruned model, with the index that it, or the layer it is a copy of, has in the dense
+    one."""
+
+    layer: nn.Module
+    source: int
+
+
+def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedModel:
+    """A new model with ``edits`` applied. It shares every kept parameter and buffer with ``model``, which
+    stays as it was. Stand-ins and context layers are copied, to the model's dtype and the device of the
+    layers around them.
+
+    With Drops alone the result is of the stock class, else of the family's ``KDP<X>ForCausalLM``.
+
+    Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
+    two token-wise stand-ins without a layer between them, and for models that cannot be edited.
+    """
+    family = family_of(model)
+    edits = sorted(edits, key=lambda edit: edit.block.start)
+    substitutes = any(isinstance(edit, Substitute) for edit in edits)
+    _check_model(model, family, substitutes)
+    _check_blocks([edit.block for edit in edits], len(decoder_layers(model)))
+    pruned = _sharing_copy(model)
+    config: Any = pruned.config
+    slots = _slots(pruned, edits, family)
+    _shorten_config(config, [slot.source for slot in slots])
+    layers = [slot.layer for slot in slots]
+    install_layers(decoder_layers(pruned), layers)
+    if substitutes:
+        _become_kdp(pruned, family, [edit.block for edit in edits], layers)
+    config.architectures = [type(pruned).__name__]
+    for module in pruned.modules():  # a context layer came with the config of the dense model
+        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+            module.config = config
+    return pruned
+
+
+@contextmanager
+def layers_replaced(
+    model: PreTrainedModel, layers: Sequence[nn.Module], layer_types: Sequence[str] | None = None
+) -> Iterator[None]:
+    """``model`` runs just ``layers`` inside the context, with count, attention types and layer numbers in
+    step. Afterwards all is as before, also after an exception.
+
+    ``layers`` may mix the model's own layers, in any order, with others, such as :func:`folded` or
+    :func:`context_layer` make. ``layer_types`` are their attention types; by default each layer keeps its
+    own. A KV cache must not be carried across the border of the context.
+
+    Raises KDPruneError for no layers, for one that occurs twice, and for types that do not match the layers.
+    """
+    own, config = decoder_layers(model), model.config
+    layers, before = list(layers), list(own)
+    if not layers or len({id(layer) for layer in layers}) < len(layers):
+        raise KDPruneError(f"got {len(layers)} layers to run, expected at least one, and each of them once")
+    types = layer_types_of(model, layers) if layer_types is None else list(layer_types)
+    if types is not None and len(types) != len(layers):
+        raise KDPruneError(f"got {len(types)} layer types for {len(layers)} layers")
+    types_before = getattr(config, "layer_types", None)
+    numbers = [(part, part.layer_idx) for layer in {*before, *layers} for part in numbered_modules(layer)]
+    try:
+        install_layers(own, layers)
+        set_depth(config, len(layers), None if types_before is None else types)
+        yield
+    finally:
+        install_layers(own, before)
+        for part, number in numbers:
+            part.layer_idx = number
+        set_depth(config, len(before), types_before)
+
+
+def bypassed(model: PreTrainedModel, block: range) -> AbstractContextManager[None]:
+    """A context in which ``model`` runs without the layers of ``block``. Raises KDPruneError as apply_edits
+    does."""
+    own = decoder_layers(model)
+    _check_blocks([block], len(own))
+    return layers_replaced(model, [layer for index, layer in enumerate(own) if index not in block])
+
+
+def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn) -> nn.Module:
+    """A copy of layer ``index``, with weights of its own, whose MLP place holds ``stand_in`` (itself, no
+    copy).
+
+    It is the ``context`` of a :class:`Substitute`. The layer normalises and adds, so build the stand-in with
+    ``residual=False, normalize=False``. Raises KDPruneError for an index that the model does not have.
+    """
+    family, layers = family_of(model), decoder_layers(model)
+    if not 0 <= index < len(layers):
+        raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
+    layer = copy.deepcopy(layers[index], {id(model.config): model.config})
+    place_stand_in(layer, stand_in, "mlp", family)
+    return layer
+
+
+def folded(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn, place: str = "after") -> nn.Module:
+    """``layer`` with ``stand_in`` folded in, for :func:`layers_replaced`: a new module that shares the
+    weights of ``layer``, which stays as it was, and holds the stand-in itself. Raises KDPruneError where that
+    is impossible.
+    """
+    result = _sharing_copy(layer, {id(model.config): model.config})
+    _fold(result, stand_in, place, family_of(model))
+    return result
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def _sharing_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """A copy of ``module`` that shares its parameters and buffers, and what ``memo`` holds by id."""
+    memo = dict(memo or {})
+    memo.update((id(tensor), tensor) for tensor in (*module.parameters(), *module.buffers()))
+    return copy.deepcopy(module, memo)
+
+
+def _check_model(model: PreTrainedModel, family: Family, substitutes: bool) -> None:
+    """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
+    if model.config.model_type.startswith(PREFIX):
+        raise KDPruneError(
+            "the model holds stand-ins already; prune the dense model, with all blocks at once"
+        )
+    if family.numbered and getattr(model.config, family.numbered, False):
+        raise KDPruneError(
+            f"config.{family.numbered} makes every layer depend on its number: "
+            "a checkpoint without some of its layers would not compute the same"
+        )
+    if substitutes and type(model).__name__ != family.causal_lm:
+        raise KDPruneError(f"got {type(model).__name__}, expected {family.causal_lm} itself, not a subclass")
+
+
+def _check_blocks(blocks: Sequence[range], count: int) -> None:
+    """Raise KDPruneError unless ``blocks``, in order, are non-empty, within ``count`` layers and disjoint."""
+    end = 0
+    for block in blocks:
+        shown = f"[{block.start}, {block.stop})"
+        if block.step != 1 or not block:
+            raise KDPruneError(
+                f"got block {shown} with step {block.step}, expected a non-empty run of layers"
+            )
+        if block.start < 0 or block.stop > count:
+            raise KDPruneError(f"block {shown} is out of range: the model has {count} layers")
+        if block.start < end:
+            raise KDPruneError(f"block {shown} overlaps the block before it, which ends at {end}")
+        end = block.stop
+
+
+def _slots(pruned: PreTrainedModel, edits: Sequence[Edit], family: Family) -> list[_Slot]:
+    """The layers that ``pruned``, still of full depth, is to have: token-wise stand-ins folded, context in
+    place."""
+    layers = list(decoder_layers(pruned))
+    covered = {index: edit for edit in edits for index in edit.block}
+    sequence: list[_Slot | StandIn] = []
+    for index, layer in enumerate(layers):
+        edit = covered.get(index)
+        if edit is None:
+            sequence.append(_Slot(layer, index))
+        elif isinstance(edit, Substitute) and index == edit.block.start:
+            if edit.context is None:
+                sequence.append(_adapted(edit.stand_in, pruned, layer))
+            else:
+                sequence.append(_Slot(_context_slot(edit.context, pruned, layer, family), index))
+    slots = [item for item in sequence if isinstance(item, _Slot)]
+    if not slots:
+        raise KDPruneError("the blocks take out every layer; keep at least one")
+    _fold_all(sequence, family)
+    return slots
+
+
+def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
+    """Fold every stand-in of ``sequence`` into the layer before it, or into the next if none is free."""
+    ends: list[_Slot | StandIn | None] = [None, *sequence, None]
+    for before, item, after in zip(ends, sequence, ends[2:], strict=False):
+        if isinstance(item, _Slot):
+            continue
+        if isinstance(before, StandIn) or isinstance(after, StandIn):
+            raise KDPruneError(
+                "two blocks with token-wise stand-ins touch; join them or keep a layer between"
+            )
+        for slot, place in ((before, "after"), (after, "before")):
+            if slot is not None and not isinstance(slot.layer, FoldedLayer):
+                _fold(slot.layer, item, place, family)
+                break
+        else:
+            raise KDPruneError("too few layers are kept: each can hold one token-wise stand-in")
+
+
+def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
+    """Fold ``stand_in`` into ``layer`` in place. Raises KDPruneError where its forward cannot be extended."""
+    if "forward" in layer.__dict__:
+        raise KDPruneError(
+            "a layer's forward is patched, as offloading by device_map does; load the model on one device"
+        )
+    try:
+        place_stand_in(layer, stand_in, place, family)
+    except ValueError as error:
+        raise KDPruneError(str(error)) from error
+
+
+def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Module:
+    """A copy of ``module`` in the dtype and mode of ``model``, on the device of layer ``beside``."""
+    device = next(beside.parameters()).device
+    result = copy.deepcopy(module, {id(model.config): model.config})
+    return result.to(device=device, dtype=model.dtype).train(model.training)
+
+
+def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, family: Family) -> nn.Module:
+    """A copy of ``context`` for the slot of layer ``source``, whose output-capturing hooks it takes over."""
+    if type(context) is not type(source) or not isinstance(getattr(context, family.mlp[0]), StandIn):
+        raise KDPruneError(
+            f"got a context layer that is not a {family.layer} with a stand-in in its MLP place"
+        )
+    result = _adapted(context, model, source)
+    twins = dict(result.named_modules())
+    for name, part in source.named_modules():
+        if name in twins:
+            twins[name]._forward_hooks = copy.copy(part._forward_hooks)
+            twins[name]._forward_hooks_with_kwargs = copy.copy(part._forward_hooks_with_kwargs)
+    return result
+
+
+def _become_kdp(
+    model: PreTrainedModel, family: Family, blocks: Sequence[range], layers: Iterable[nn.Module]
+) -> None:
+    """Turn ``model`` and its config, in place, into the generated classes, with the record of its
+    stand-ins."""
+    found: list[dict[str, Any]] = []
+    for index, layer in enumerate(layers):
+        if isinstance(layer, FoldedLayer):
+            found.append({"layer": index, "place": layer.kdp_place, **layer.kdp.spec()})
+        if isinstance(mlp := getattr(layer, family.mlp[0]), StandIn):
+            found.append({"layer": index, "place": "mlp", **mlp.spec()})
+    config: Any = model.config
+    object.__setattr__(config, "__class__", generated(family, "Config"))
+    config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
+    config.auto_map = auto_map(config.model_type)
+    model.__class__ = generated(family, "ForCausalLM")
+    model._no_split_modules = {*(model._no_split_modules or ()), generated(family, "Layer").__name__}
+
+
+def _shorten_config(config: Any, sources: Sequence[int]) -> None:
+    """Make ``config`` describe a model that has the layers with these indices of the dense model's."""
+    types = getattr(config, "layer_types", None)
+    set_depth(config, len(sources), None if types is None else [types[index] for index in sources])
+    full = getattr(
+        config, "max_window_layers", None
+    )  # Qwen: the layers from this one on have a sliding window
+    if full is not None:
+        config.max_window_layers = sum(index < full for index in sources)

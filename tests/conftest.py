@@ -1,0 +1,32 @@
+"""What several test files share: tiny random models of every family, and the bundled reference model."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from families import build
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+import kdprune
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+
+BUNDLED = Path(kdprune.__file__).parent / "bundled" / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(name, seed=0, std=0.15)``: a fresh model from tests/families.py."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def bundled() -> PreTrainedModel:
+    """The bundled reference model in float32. Shared: do not change it."""
+    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()

@@ -1,0 +1,68 @@
+"""One tiny config per family, and variants where surgery must take care: d = 32, 6 layers, 64 tokens."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+WIDTH, LAYERS, VOCABULARY = 32, 6, 64
+_COMMON: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GQA = {"num_key_value_heads": 2, "head_dim": 8}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+
+# name: (model_type, what differs from _COMMON)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("llama", {"tie_word_embeddings": False}),
+    "llama3": ("llama", {**_GQA, "tie_word_embeddings": False}),
+    "llama3.1": ("llama", {**_GQA, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
+    "mistral": ("mistral", {**_GQA, "sliding_window": 4}),
+    "qwen2": ("qwen2", {**_GQA, "tie_word_embeddings": True}),
+    "qwen2-window": ("qwen2", {**_GQA, **_WINDOW}),
+    "qwen3": ("qwen3", {**_GQA}),
+    "qwen3-window": ("qwen3", {**_GQA, **_WINDOW}),
+    "gemma2": ("gemma2", {**_GQA, "sliding_window": 4, "query_pre_attn_scalar": 8}),
+    "gemma3": (
+        "gemma3_text",
+        {**_GQA, "sliding_window": 4, "query_pre_attn_scalar": 8, "sliding_window_pattern": 3},
+    ),
+    "gpt_neox": ("gpt_neox", {"use_parallel_residual": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False, "tie_word_embeddings": True}),
+    "phi3": ("phi3", {"num_key_value_heads": 2}),
+    "opt": ("opt", {"ffn_dim": 48, "dropout": 0.0}),
+    "opt-350m": (
+        "opt",
+        {"ffn_dim": 48, "dropout": 0.0, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    ),
+    "gpt2": ("gpt2", {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+}
+
+
+def build(name: str, seed: int = 0, std: float = 0.15) -> PreTrainedModel:
+    """The tiny model ``name`` with seeded normal weights, large enough that every layer changes the logits."""
+    model_type, options = CONFIGS[name]
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **options})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+    return model
