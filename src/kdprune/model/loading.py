@@ -1,0 +1,286 @@
+"""Loading a causal LM and its tokenizer, with errors a person can act on.
+
+A directory is checked before transformers opens it, and every weight the architecture asks for must be in the
+checkpoint: a model that is silently initialised at random is impossible.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from kdprune.errors import KDPruneError
+from kdprune.model.families import family_of
+from kdprune.runtime import resolve_device
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+LOGGERS = ("transformers", "huggingface_hub", "datasets")
+
+
+def load_model(
+    model: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    known_family: bool = True,
+) -> PreTrainedModel:
+    """A causal LM in eval mode from a directory, a hub id, or a loaded model (which is returned itself).
+
+    device: "auto" takes the accelerator if there is one and leaves a loaded model where it is; dtype: None or
+    "auto" keeps the checkpoint's; known_family: refuse an architecture without a row in the family table.
+    Raises KDPruneError, in one line, for whatever is wrong with the checkpoint.
+    """
+    wanted = resolve_dtype(dtype)
+    target = resolve_device(device)
+    if isinstance(model, PreTrainedModel):
+        found = model
+        target = found.device if device == "auto" else target
+    elif isinstance(model, str | Path):
+        found = _from_pretrained(model, wanted, trust_remote_code)
+    else:
+        raise KDPruneError(
+            f"got a model of type {type(model).__name__}, expected a directory, a hub id "
+            "or a transformers PreTrainedModel"
+        )
+    if known_family:
+        family_of(found)
+    module: torch.nn.Module = found
+    if (target, wanted or found.dtype) != (found.device, found.dtype):
+        module.to(device=target, dtype=wanted)
+    return found.eval()
+
+
+def load_tokenizer(
+    model: str | Path | PreTrainedModel,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer given (an object, a directory or a hub id), else the one beside the model, or None.
+
+    Raises KDPruneError for a tokenizer that is there but damaged, or was asked for by name and is missing.
+    """
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        raise KDPruneError(
+            f"got a tokenizer of type {type(tokenizer).__name__}, expected a name or a transformers tokenizer"
+        )
+    beside = str(model.name_or_path if isinstance(model, PreTrainedModel) else model)
+    name = str(tokenizer) if tokenizer is not None else beside
+    local = Path(name).is_dir()
+    if tokenizer is None and (
+        not name or (local and not any((Path(name) / file).exists() for file in TOKENIZER_FILES))
+    ):
+        return None
+    try:
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, by kind of damage
+        if tokenizer is None and not local:
+            return None
+        raise KDPruneError(
+            f"cannot load the tokenizer of {name!r} ({one_line(error)}); "
+            "give another one, or save or download it again"
+        ) from error
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """``"bfloat16"`` → torch.bfloat16; None and "auto" → None, which keeps the checkpoint's.
+
+    Raises KDPruneError for a name that is no floating-point dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or found.itemsize < 2 or not found.is_floating_point:
+        raise KDPruneError(f"got dtype {str(dtype)!r}, expected auto, float32, bfloat16 or float16")
+    return found
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an exception as one line of at most `most` characters; its kind where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@contextlib.contextmanager
+def quiet_libraries(progress: bool = False) -> Iterator[None]:
+    """Warnings of the Hugging Face libraries, and their bars unless `progress`, stay silent for a while."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    bars = hf_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if bars and not progress:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars and not progress:
+            hf_logging.enable_progress_bar()
+
+
+# ---------------------------------------------------------------------------------- from a checkpoint
+
+
+def _from_pretrained(name: str | Path, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    path = Path(name)
+    local = path.is_dir()
+    if local:
+        _check_directory(path)
+    elif path.exists() or not HUB_ID.fullmatch(str(name)):
+        kind = "a file" if path.exists() else "no such directory"
+        raise KDPruneError(
+            f"got model {str(name)!r}, which is {kind}; expected a directory with config.json, or a hub id"
+        )
+    try:
+        with quiet_libraries(progress=not local and sys.stderr.isatty()):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _check_causal(config, str(name), trust_remote_code)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except KDPruneError:
+        raise
+    except Exception as error:  # transformers, the hub client and safetensors raise many kinds
+        raise KDPruneError(_explain(error, name, local, trust_remote_code)) from error
+    found, info = loaded
+    _check_weights(info, name)
+    return cast(PreTrainedModel, found)
+
+
+def _explain(error: Exception, name: str | Path, local: bool, trust_remote_code: bool) -> str:
+    text = one_line(error)
+    if "trust_remote_code" in str(error) and not trust_remote_code:
+        return (
+            f"model {str(name)!r} needs code of its own, which is not run; read it, then --trust-remote-code"
+        )
+    if local:
+        return (
+            f"cannot load the model in {name} ({text}); expected a whole causal LM, download or save it again"
+        )
+    return (
+        f"got model {str(name)!r}: no such directory here, and the hub did not give it ({text}); "
+        "check the name, the network and your access, or give a local directory"
+    )
+
+
+def _check_directory(path: Path) -> None:
+    """A directory holds a readable config.json and all its weight files whole."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise KDPruneError(
+            f"got {path} without config.json, expected a Hugging Face checkpoint; check the path"
+        )
+    entries = _read_json(config)
+    if not isinstance(entries.get("model_type"), str):
+        raise KDPruneError(f"got {config} without model_type, expected a transformers model; save it again")
+    _check_shards(path)
+    if not any(found for pattern in WEIGHTS for found in path.glob(pattern)):
+        raise KDPruneError(f"got {path} without weights, expected *.safetensors in it; copy them there")
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise KDPruneError(
+                f"got {file}, which is truncated or damaged ({one_line(error)}); "
+                "expected a whole safetensors file, download or save it again"
+            ) from error
+
+
+def _check_shards(path: Path) -> None:
+    index = path / INDEX
+    if not index.is_file():
+        return
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise KDPruneError(f"got {index} without weight_map, expected names and files; save the model again")
+    missing = sorted({str(file) for file in listed.values() if not (path / str(file)).is_file()})
+    if missing:
+        raise KDPruneError(
+            f"got {path} without {missing[0]} ({len(missing)} missing in all), expected the shards "
+            f"that {INDEX} names; download them"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KDPruneError(f"cannot read {path} ({one_line(error)}); expected JSON, save it again") from error
+    if not isinstance(entries, dict):
+        raise KDPruneError(f"got a {type(entries).__name__} in {path}, expected a JSON object; save it again")
+    return entries
+
+
+def _check_causal(config: PreTrainedConfig, name: str, trust_remote_code: bool) -> None:
+    """The checkpoint is of a decoder-only model with a language-modelling head."""
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    saved = getattr(config, "architectures", None) or []
+    if config.is_encoder_decoder:
+        problem = f"an encoder-decoder ({config.model_type})"
+    elif own_code:
+        return
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = f"a model of type {config.model_type}, which has no causal LM"
+    else:
+        known = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        names = {
+            getattr(entry, "__name__", "") for entry in (known if isinstance(known, tuple) else (known,))
+        }
+        if not saved or names & set(saved):
+            return
+        problem = f"{saved[0]}, which has no causal language-modelling head"
+    raise KDPruneError(f"got {name}, {problem}; expected a causal LM such as LlamaForCausalLM")
+
+
+def _check_weights(info: dict[str, Any], name: str | Path) -> None:
+    """Nothing was initialised at random, and no stand-in was left out."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise KDPruneError(
+            f"got {name} without the weight {missing[0]} ({len(missing)} missing in all); "
+            "expected every weight of the architecture, save or download the model again"
+        )
+    stray = sorted(key for key in info["unexpected_keys"] if ".kdp." in key)
+    if stray:
+        raise KDPruneError(
+            f"got {name} with stand-in {stray[0]} under a stock model_type; "
+            "expected kdp_<family> in its config.json, restore it"
+        )
+    if info["unexpected_keys"]:
+        logging.getLogger(__name__).warning(
+            "%s holds %d weights the architecture does not use, e.g. %s",
+            name,
+            len(info["unexpected_keys"]),
+            sorted(info["unexpected_keys"])[0],
+        )
