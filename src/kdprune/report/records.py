@@ -195,8 +195,8 @@ class KernelTraining(Record):
 class Curve(Record):
     """Steps 2 and 3 (lists over epochs)."""
 
-    loss: Numbers = Field(description="mean squared error of the stand-in's output")
-    cosine: Numbers = Field(default_factory=list, description="cosine of the stand-in's output and h_e, mean")
+    loss: Numbers = Field(description="mean ‖S(h_s) − h_e‖² in units of mean ‖h_e − h_s‖²: 1 = as dropped")
+    cosine: Numbers = Field(default_factory=list, description="mean cosine of S(h_s) and h_e")
 
 
 class Norms(Record):
@@ -218,7 +218,7 @@ class Outliers(Record):
 
     dimensions: list[int] = Field(default_factory=list, description="the outlier dimensions")
     scale: Numbers = Field(
-        default_factory=list, description="largest |h_e| of each / median over dimensions of the rms"
+        default_factory=list, description="root mean square of each / that of the median dimension"
     )
     true: Numbers = Field(default_factory=list, description="[points] coordinate of h_e")
     predicted: Numbers = Field(default_factory=list, description="[points] the same from the stand-in")
@@ -275,9 +275,11 @@ class Fit(Record):
     original_risk_by_step: Numbers = Field(default_factory=list, description="[k] after j = 1 … k layers")
     norms: Norms | None = Field(None, description="norm decay with and without α")
     outliers: Outliers | None = Field(None, description="outlier dimensions, true against predicted")
-    state_error: Number = Field(None, description="Σ‖S(h_s) − h_e‖² / Σ‖h_e − h_s‖²: 0 exact, 1 = as dropped")
+    state_error: Number = Field(
+        None, description="mean ‖S(h_s) − h_e‖² in units of mean ‖h_e − h_s‖² (the latter over fitted tokens)"
+    )
     dropped_error: Number = Field(
-        1.0, description="the same when the block is dropped, S(h) = h: 1 by the choice of the denominator"
+        1.0, description="the same when the block is dropped, S(h) = h: near 1 by the choice of the unit"
     )
     linear_error: Number = Field(None, description="the same for the least-squares linear map of h_s")
 

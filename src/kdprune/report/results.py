@@ -116,26 +116,26 @@ class Results(Record):
 
     def save(self, path: str | Path) -> Path:
         """Write results.json atomically: readers see the old file or the whole new one."""
-        file = Path(path)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, self.to_json())
-        except OSError as error:
-            raise KDPruneError(f"cannot write {file}: {error.strerror}") from error
-        return file
+        return write_file(path, self.to_json())
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a sibling, then rename it over `file`; on an error nothing is left behind."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+def write_file(path: str | Path, content: str | bytes) -> Path:
+    """Write a sibling, then rename it over `path`; on an error nothing half-written is left behind."""
+    file, data = Path(path), content.encode() if isinstance(content, str) else content
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(name, 0o644)
+            os.replace(name, file)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise KDPruneError(f"cannot write {file}: {error.strerror}") from error
+    return file
 
 
 def _first(error: ValidationError) -> str:

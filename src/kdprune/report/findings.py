@@ -1,0 +1,171 @@
+"""What each picture shows, said in one sentence with its numbers."""
+
+import math
+from collections.abc import Sequence
+
+from kdprune.report.records import Analysis, Curve, Fit, KernelTraining, Number, Outliers, divide
+from kdprune.report.results import Results
+from kdprune.report.summary import count, layer_range, percent
+
+
+def _mean(values: Sequence[Number]) -> float | None:
+    """Mean of the known values."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: Number, digits: int = 3) -> str:
+    """Three significant digits."""
+    return "–" if value is None else f"{value:,.{digits}g}"
+
+
+def pairs(results: Results, name: str) -> str:
+    """The similarity of the states before and behind each chosen block."""
+    matrix = getattr(results.analysis, name)
+    found = [f"{_number(matrix[s][e])} across layers {layer_range((s, e))}" for s, e in results.blocks]
+    return ", ".join(found)
+
+
+def updates(results: Results) -> str:
+    """How much the chosen layers change the state, against the others."""
+    values = _of(results).relative_update
+    chosen = {layer for start, end in results.blocks for layer in range(start, end)}
+    inside = _mean([value for layer, value in enumerate(values) if layer in chosen])
+    outside = _mean([value for layer, value in enumerate(values) if layer not in chosen])
+    if inside is None:
+        return f"A layer changes the state by {percent(outside)} of its norm on average."
+    return (
+        f"A chosen layer changes the state by {percent(inside)} of its norm, another by {percent(outside)}."
+    )
+
+
+def premise(results: Results) -> str:
+    """Whether CKA lies above cosine, the observation the method starts from."""
+    analysis = _of(results)
+    known = [
+        (cosine, linear, rbf)
+        for cosine, linear, rbf in zip(analysis.cosine, analysis.linear_cka, analysis.rbf_cka, strict=True)
+        if cosine is not None and linear is not None and rbf is not None
+    ]
+    linear_above = sum(linear > cosine for cosine, linear, _ in known)
+    rbf_above = sum(rbf > cosine for cosine, _, rbf in known)
+    return f"Linear CKA lies above cosine in {linear_above} of {len(known)} layers, RBF CKA in {rbf_above}."
+
+
+def left_over(results: Results) -> str:
+    """The largest share of a block's change that its stand-in misses, against the linear map."""
+    parts = [
+        f"layers {layer_range(fit.block)}: {percent(fit.state_error)}"
+        + ("" if fit.linear_error is None else f" (linear map {percent(fit.linear_error)})")
+        for fit in results.fit
+        if fit.state_error is not None
+    ]
+    return f"Left of the block’s change – {'; '.join(parts)}." if parts else ""
+
+
+def training(curve: KernelTraining | Curve) -> str:
+    """Where loss and cosine began and ended."""
+    if not curve.loss:
+        return ""
+    text = f"Loss {_number(curve.loss[0])} → {_number(curve.loss[-1])}"
+    if curve.cosine:
+        text += f", cosine {_number(curve.cosine[0])} → {_number(curve.cosine[-1])}"
+    return f"{text} in {len(curve.loss)} epochs."
+
+
+def constants(fit: Fit) -> str:
+    """B_A, R_φ and the explained variance after training."""
+    text = f"B_A ends at {_number(fit.B_A)}, R_φ at {_number(fit.R_phi)}"
+    if fit.explained_variance is not None:
+        text += f"; the operators explain {percent(fit.explained_variance)} of the variance of φ(hₑ)"
+    return text + "."
+
+
+def norm_decay(fit: Fit) -> str:
+    """What is left of the norm after all steps, and what α restores."""
+    norms, parts = fit.norms, []
+    if norms is None:
+        return ""
+    if norms.feature_true and norms.feature_predicted:
+        share = divide(norms.feature_predicted[-1], norms.feature_true[-1])
+        parts.append(
+            f"after {len(norms.feature_predicted) - 1} steps {percent(share)} of the true norm is left"
+        )
+    before = divide(norms.output_without_alpha, norms.output_true)
+    after = divide(norms.output_with_alpha, norms.output_true)
+    if before is not None and after is not None:
+        alpha = "" if fit.alpha is None else f" = {_number(fit.alpha)}"
+        parts.append(f"α{alpha} brings the output from {percent(before)} to {percent(after)}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def bound(fit: Fit) -> str:
+    """How far Theorem 1's bound lies above the measured error."""
+    if not fit.k_step_error or not fit.bound:
+        return ""
+    error, limit = fit.k_step_error[-1], fit.bound[-1]
+    ratio = divide(limit, error)
+    times = "" if ratio is None else f", {_number(ratio)} times as much"
+    return (
+        f"After {len(fit.k_step_error)} steps the error is {_number(error)}, "
+        f"the bound {_number(limit)}{times}."
+    )
+
+
+def risks(fit: Fit) -> str:
+    """Which space is closer to linear."""
+    kernel, original = fit.kernel_risk, fit.original_risk
+    if kernel is None or original is None:
+        return ""
+    word = "lower" if kernel < original else "higher"
+    return (
+        f"Over the block {percent(kernel)} in kernel space, {word} than {percent(original)} in the original."
+    )
+
+
+def outliers(points: Outliers) -> str:
+    """How well outlier and ordinary dimensions are predicted."""
+    text = f"Relative rms error {percent(relative_error(points, -1))} in ordinary dimensions"
+    if points.dimensions:
+        names = ", ".join(
+            f"{name}" + (f" ({scale:.0f} × as large)" if scale is not None else "")
+            for name, scale in zip(
+                points.dimensions, points.scale or [None] * len(points.dimensions), strict=False
+            )
+        )
+        text += f", {percent(relative_error(points, *points.dimensions))} in outlier dimensions {names}"
+    return text + "."
+
+
+def relative_error(points: Outliers, *dimensions: int) -> float | None:
+    """sqrt(Σ(predicted − true)² / Σ true²) over the points of these dimensions (−1: ordinary ones)."""
+    mine = [
+        (true, guess)
+        for true, guess, dimension in zip(points.true, points.predicted, points.dimension, strict=True)
+        if true is not None and guess is not None and dimension in dimensions
+    ]
+    share = divide(sum((guess - true) ** 2 for true, guess in mine), sum(true**2 for true, _ in mine))
+    return None if share is None else math.sqrt(share)
+
+
+def stand_in(fit: Fit) -> str:
+    """The module in one line."""
+    kinds = {"fourier": "random Fourier frequencies", "mlp": "MLP features", "linear": "linear features"}
+    parts = [
+        f"{fit.features} {kinds.get(fit.kind, fit.kind + ' features')}"
+        if fit.kind != "linear"
+        else "linear map"
+    ]
+    parts += [f"rank {fit.rank}"] if fit.rank else []
+    parts += (
+        [f"hidden width {fit.hidden}" if fit.hidden else "linear read-out"] if fit.kind != "linear" else []
+    )
+    parts += [] if fit.context == "none" else [f"behind one {fit.context} sublayer"]
+    return ", ".join([*parts, f"{count(fit.parameters)} parameters"])
+
+
+def _of(results: Results) -> Analysis:
+    """The analysis, which whoever asks for its findings has made sure of."""
+    assert results.analysis is not None
+    return results.analysis

@@ -1,0 +1,205 @@
+"""The figures people ask for first, in words and numbers, for the page, the tables and the card."""
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from kdprune.report.records import Number, Pace
+from kdprune.report.results import Results
+
+MISSING = "–"
+SPACE = "\u00a0"  # keeps a number and its unit on one line
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table dense against pruned."""
+
+    name: str
+    dense: str
+    pruned: str
+    change: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline figure: its value, what it is, and what it was before."""
+
+    value: str
+    name: str
+    detail: str
+
+
+def count(number: float | None) -> str:
+    """3548288 → 3.55 M."""
+    if number is None:
+        return MISSING
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= unit:
+            return f"{_short(number / unit)}{SPACE}{name}"
+    return f"{number:.4g}"
+
+
+def _short(number: float) -> str:
+    """Three digits, without an exponent up to 999."""
+    return f"{number:.3g}" if abs(number) < 999.5 else f"{number:.0f}"
+
+
+def whole(number: float | None) -> str:
+    """12350.4 → 12,350; small numbers keep three digits."""
+    if number is None:
+        return MISSING
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """0.251 → 25 %."""
+    return MISSING if share is None else f"{100 * share:.{digits}f}{SPACE}%"
+
+
+def decimals(number: float | None, digits: int = 2) -> str:
+    """A fixed number of decimals; very large ones in powers of ten."""
+    if number is None:
+        return MISSING
+    return f"{number:,.{digits}f}" if abs(number) < 1e6 else f"{number:.3g}"
+
+
+def times(ratio: float | None) -> str:
+    """1.392 → 1.39×."""
+    return MISSING if ratio is None else f"{ratio:.2f}×" if abs(ratio) < 1e4 else f"{ratio:.2g}×"
+
+
+def size(number: float | None) -> str:
+    """Bytes in binary units: 1310000000 → 1.22 GiB."""
+    if number is None:
+        return MISSING
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= unit:
+            return f"{_short(number / unit)}{SPACE}{name}"
+    return f"{number:.0f}{SPACE}bytes"
+
+
+def duration(seconds: float | None) -> str:
+    """75.3 → 1 min 15 s."""
+    if seconds is None:
+        return MISSING
+    if seconds < 59.95:
+        return f"{seconds:.1f}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    text = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return text.replace(" ", SPACE)
+
+
+def layer_range(block: tuple[int, int]) -> str:
+    """The layers of a block, both ends included: (4, 10) → 4–9."""
+    start, end = block
+    return f"{start}" if end == start + 1 else f"{start}–{end - 1}"
+
+
+def block_list(results: Results) -> str:
+    """Layers 4–9 and 11–13."""
+    names = [layer_range(block) for block in results.blocks]
+    joined = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    one = len(names) == 1 and results.blocks[0][1] == results.blocks[0][0] + 1
+    return f"layer {joined}" if one else f"layers {joined}"
+
+
+def perplexity_setting(results: Results) -> str:
+    """How the perplexity was taken."""
+    p = results.perplexity
+    if p is None:
+        return ""
+    return f"{p.dataset}: {p.tokens:,} tokens, window {p.window}, stride {p.stride}"
+
+
+def speed_setting(results: Results) -> str:
+    """How the speed was taken."""
+    s = results.speed
+    if s is None:
+        return ""
+    return f"{s.device}: batch {s.batch}, prompt {s.prompt}, {s.new_tokens} new tokens"
+
+
+def comparison(results: Results) -> list[Row]:
+    """Dense against pruned, what was measured only."""
+    layers, parameters = results.layers, results.parameters
+    removed = "" if layers.pruned is None else f"{layers.pruned - layers.dense:+d}".replace("-", "−")
+    rows = [
+        Row("layers", str(layers.dense), MISSING if layers.pruned is None else str(layers.pruned), removed),
+        Row("parameters", f"{parameters.dense:,}", whole(parameters.pruned)),
+        Row("net ratio", "", percent(parameters.net_ratio, 2)),
+    ]
+    if (p := results.perplexity) is not None:
+        excess = "" if p.excess_loss is None else f"{p.excess_loss:+.3f} nats".replace("-", "−")
+        rows.append(Row("perplexity", decimals(p.dense), decimals(p.pruned), excess))
+        rows.append(Row("retained", "", percent(p.retained, 1)))
+    if (s := results.speed) is not None:
+        rows += [_pace("prefill, tokens/s", s.prefill), _pace("decode, tokens/s", s.decode)]
+    if (kv := results.kv_cache_bytes_per_token) is not None:
+        ratio = None if kv.pruned is None or not kv.dense else kv.pruned / kv.dense
+        rows.append(Row("KV cache, bytes/token", whole(kv.dense), whole(kv.pruned), times(ratio)))
+    return rows
+
+
+def _pace(name: str, pace: Pace) -> Row:
+    """A line of speed."""
+    return Row(name, whole(pace.dense), whole(pace.pruned), times(pace.ratio))
+
+
+def tiles(results: Results) -> list[Tile]:
+    """The headline of the page."""
+    p, s, parameters = results.perplexity, results.speed, results.parameters
+    found = [
+        Tile(percent(parameters.net_ratio, 1), "of the parameters removed, net",
+             f"{count(parameters.dense)} → {count(parameters.pruned)}") if parameters.pruned is not None
+        else Tile(count(parameters.dense), "parameters", f"{results.layers.dense} layers")
+    ]  # fmt: skip
+    if p is not None and p.pruned is not None:
+        found.append(
+            Tile(
+                decimals(p.pruned), "perplexity", f"{decimals(p.dense)} dense, {percent(p.retained)} retained"
+            )
+        )
+    elif p is not None:
+        found.append(Tile(decimals(p.dense), "perplexity", p.dataset))
+    for name, pace in (("prefill", s.prefill), ("decode", s.decode)) if s is not None else ():
+        if pace.ratio is not None:
+            detail = f"{whole(pace.dense)} → {whole(pace.pruned)} tokens/s"
+            found.append(Tile(times(pace.ratio), f"{name} speed", detail))
+    if results.seconds:
+        total = sum(value or 0.0 for value in results.seconds.values())
+        found.append(Tile(duration(total), "in all", f"peak memory {size(results.peak_memory_bytes)}"))
+    return found
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name has the form owner/model."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
+
+
+def model_name(model: str) -> str:
+    """A hub id as it is, the last part of a path."""
+    return model if is_hub_id(model) else PurePath(model).name or model
+
+
+def headline(results: Results) -> str:
+    """The run in one sentence."""
+    model = model_name(results.model)
+    if not results.blocks:
+        return f"The {results.layers.dense} layers of {model}, compared with each other."
+    blocks = block_list(results)
+    if results.parameters.pruned is None:
+        return f"{blocks[0].upper()}{blocks[1:]} of {model} change its state least."
+    deed = "replaced by " + ("one stand-in" if len(results.fit) == 1 else f"{len(results.fit)} stand-ins")
+    text = f"{blocks[0].upper()}{blocks[1:]} of {model} {deed if results.fit else 'removed'}"
+    cost = _ratio_of_perplexity(results)
+    gain = f"{percent(results.parameters.net_ratio, 1)} fewer parameters"
+    return f"{text}: {gain}{f' at {cost} the perplexity' if cost else ''}."
+
+
+def _ratio_of_perplexity(results: Results) -> str:
+    """1.11 times, or nothing where it was not measured."""
+    p = results.perplexity
+    ratio: Number = None if p is None or not p.retained else 1 / p.retained
+    return "" if ratio is None else f"{ratio:.2f} times" if ratio < 1e4 else f"{ratio:.2g} times"
