@@ -30,7 +30,9 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
     update = update * (1 + 0.04 * np.random.default_rng(seed).standard_normal(layers))
     angle = np.concatenate([[0], np.cumsum(update)])
     distance = np.abs(angle[:, None] - angle[None, :])
-    cosine, linear, rbf = np.exp(-0.45 * distance**1.3), np.exp(-0.3 * distance**1.4), np.exp(-0.12 * distance**1.4)
+    cosine = np.exp(-0.45 * distance**1.3)
+    linear, rbf = (np.exp(-rate * distance**1.4) for rate in (0.3, 0.12))
+    near = [[v if abs(i - j) <= 9 else None for j, v in enumerate(row)] for i, row in enumerate(rbf)]
     return Analysis(
         relative_update=update.tolist(),
         cosine=np.diag(cosine, 1).tolist(),
@@ -38,7 +40,7 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
         rbf_cka=np.diag(rbf, 1).tolist(),
         pair_cosine=cosine.tolist(),
         pair_linear_cka=linear.tolist(),
-        pair_rbf_cka=[[v if abs(i - j) <= 9 else None for j, v in enumerate(row)] for i, row in enumerate(rbf)],
+        pair_rbf_cka=near,
         state_norm=(4 * np.exp(1.1 * np.linspace(0, 1, layers + 1) ** 0.7 * 2.2)).tolist(),
         tokens=102_400,
         protected=(2, 2),
@@ -88,10 +90,12 @@ def fit(start: int, end: int, seed: int = 0, epochs: int = 40) -> Fit:
             unexplained=_falling(0.5, 0.19, epochs, noise).tolist(),
         ),
         step2=Curve(
-            loss=_falling(2.4, 0.42, epochs, noise).tolist(), cosine=(1 - _falling(0.2, 0.03, epochs, noise)).tolist()
+            loss=_falling(2.4, 0.42, epochs, noise).tolist(),
+            cosine=(1 - _falling(0.2, 0.03, epochs, noise)).tolist(),
         ),
         step3=Curve(
-            loss=_falling(0.42, 0.31, epochs, noise).tolist(), cosine=(1 - _falling(0.03, 0.02, epochs, noise)).tolist()
+            loss=_falling(0.42, 0.31, epochs, noise).tolist(),
+            cosine=(1 - _falling(0.03, 0.02, epochs, noise)).tolist(),
         ),
         explained_variance=0.81,
         effective_rank=47.3,
@@ -125,17 +129,33 @@ def results(layers: int = 16, blocks: tuple[tuple[int, int], ...] = ((4, 10),)) 
         model="reference/llama-16x128",
         family="llama",
         method="kdp",
-        recipe={"method": "kdp", "ratio": 0.25, "features": 64, "hidden": 128, "inverse": "residual", "seed": 0},
+        recipe={
+            "method": "kdp",
+            "ratio": 0.25,
+            "features": 64,
+            "hidden": 128,
+            "inverse": "residual",
+            "seed": 0,
+        },
         seed=0,
         blocks=list(blocks),
         layers=Layers(dense=layers, pruned=layers - sum(e - s - 1 for s, e in blocks)),
         parameters=Parameters(dense=3_548_288, pruned=2_658_944),
         perplexity=Perplexity(
-            dense=45.72, pruned=45.72 * math.exp(0.104), dataset="held-out", window=512, stride=256, tokens=49_152
+            dense=45.72,
+            pruned=45.72 * math.exp(0.104),
+            dataset="held-out",
+            window=512,
+            stride=256,
+            tokens=49_152,
         ),
         speed=Speed(
-            batch=1, prompt=256, new_tokens=64, device="cpu (2 threads)",
-            prefill=Pace(dense=9120.0, pruned=12_350.0), decode=Pace(dense=141.0, pruned=196.0),
+            batch=1,
+            prompt=256,
+            new_tokens=64,
+            device="cpu (2 threads)",
+            prefill=Pace(dense=9120.0, pruned=12_350.0),
+            decode=Pace(dense=141.0, pruned=196.0),
         ),
         kv_cache_bytes_per_token=KVCache(dense=4096, pruned=2816),
         calibration=Calibration(source="calibration.txt", samples=400, tokens=102_400, length=256),
@@ -144,10 +164,12 @@ def results(layers: int = 16, blocks: tuple[tuple[int, int], ...] = ((4, 10),)) 
         samples=[
             Sample(
                 prompt="The river rose in the night and",
-                dense=" the people of the village went up to the church, where they stayed until the water fell.",
-                pruned=" the people of the town went to the hill, and they were there until <the morning> & after.",
+                dense=" the people of the village went up to the church and stayed until the water fell.",
+                pruned=" the people of the town went to the hill, and were there till <the morning> & after.",
             ),
-            Sample(prompt="A triangle has", dense=" three sides and three angles.", pruned=" three sides, and"),
+            Sample(
+                prompt="A triangle has", dense=" three sides and three angles.", pruned=" three sides, and"
+            ),
         ],
         seconds={"load": 1.2, "analyse": 8.4, "prune": 71.9, "evaluate": 22.0, "save": 0.9},
         peak_memory_bytes=1_310_000_000,

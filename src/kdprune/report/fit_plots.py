@@ -133,7 +133,8 @@ def error_and_bound(fit: Fit) -> str:
     canvas = Canvas(f"Measured error and bound, layers {layer_range(fit.block)}")
     with canvas as figure:
         axes = figure.add_subplot()
-        log_axis(axes)
+        if (np.concatenate([error, bound]) > 0).any():
+            log_axis(axes)
         steps = np.arange(1, max(len(error), len(bound)) + 1)
         axes.plot(steps[: len(bound)], bound, color=PURPLE, marker="s", label="Theorem 1’s bound")
         axes.plot(steps[: len(error)], error, color=BLUE, marker="o", label="measured")

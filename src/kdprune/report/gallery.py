@@ -136,6 +136,7 @@ def theory_pictures(fit: Fit) -> list[Picture]:
 
 
 def _constants(fit: Fit) -> Picture:
+    """B_A, R_φ and the unexplained share over step 1."""
     return Picture(
         "Theorem 1’s constants over training",
         Markup(fit_plots.constants(fit)),
@@ -147,6 +148,7 @@ def _constants(fit: Fit) -> Picture:
 
 
 def _norms(fit: Fit) -> Picture:
+    """Norm decay and α."""
     return Picture(
         "Norm decay and what α restores",
         Markup(fit_plots.norm_decay(fit)),
@@ -158,6 +160,7 @@ def _norms(fit: Fit) -> Picture:
 
 
 def _bound(fit: Fit) -> Picture:
+    """k-step error and bound."""
     return Picture(
         "Measured error beside Theorem 1’s bound",
         Markup(fit_plots.error_and_bound(fit)),
@@ -172,6 +175,7 @@ def _bound(fit: Fit) -> Picture:
 
 
 def _risks(fit: Fit) -> Picture:
+    """Theorem 2."""
     return Picture(
         "Is kernel space closer to linear?",
         Markup(fit_plots.risks(fit)),
@@ -183,6 +187,7 @@ def _risks(fit: Fit) -> Picture:
 
 
 def _outliers(fit: Fit) -> Picture:
+    """Predicted against true coordinates."""
     assert fit.outliers is not None
     return Picture(
         "Outlier dimensions",

@@ -89,7 +89,7 @@ def save_analysis_plot(analysis: Analysis, path: str | Path, blocks: Blocks = ()
         _draw_updates(change, size, analysis, blocks)
         _draw_similarity(similarity, analysis, blocks)
         similarity.legend(loc="lower center", ncols=3)
-        figure.savefig(stream, format=kind, dpi=160, facecolor="white")
+        figure.savefig(stream, format=kind, dpi=160, facecolor="white", bbox_inches="tight", pad_inches=0.15)
     return write_file(path, stream.getvalue())
 
 
@@ -136,7 +136,9 @@ def _draw_similarity(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:
     curves = {"cosine": analysis.cosine, "linear CKA": analysis.linear_cka, "RBF CKA": analysis.rbf_cka}
     axes.set_yscale("function", functions=(_stretch, _squeeze))
     for (name, values), colour, marker in zip(curves.items(), (BLUE, ORANGE, GREEN), MARKERS, strict=False):
-        axes.plot(array(values), color=colour, marker=marker, label=name)
+        axes.plot(
+            array(values), color=colour, marker=marker, label=name, markevery=-(-len(values) // 40) or 1
+        )
     known = np.concatenate([array(values) for values in curves.values()])
     known = known[np.isfinite(known)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.99)

@@ -80,6 +80,7 @@ class Parameters(Record):
 
     @model_validator(mode="after")
     def _derive(self) -> "Parameters":
+        """Fill in what follows from the rest."""
         if self.net_ratio is None and self.pruned is not None and self.dense:
             self.net_ratio = 1 - self.pruned / self.dense
         return self
@@ -99,6 +100,7 @@ class Perplexity(Record):
 
     @model_validator(mode="after")
     def _derive(self) -> "Perplexity":
+        """Fill in what follows from the rest."""
         if self.dense and self.pruned and self.dense > 0 and self.pruned > 0:
             ratio = self.pruned / self.dense
             self.excess_loss = math.log(ratio) if self.excess_loss is None else self.excess_loss
@@ -115,6 +117,7 @@ class Pace(Record):
 
     @model_validator(mode="after")
     def _derive(self) -> "Pace":
+        """Fill in what follows from the rest."""
         if self.ratio is None:
             self.ratio = divide(self.pruned, self.dense)
         return self
@@ -165,6 +168,7 @@ class Analysis(Record):
 
     @model_validator(mode="after")
     def _shapes(self) -> "Analysis":
+        """Refuse lists that do not fit together."""
         layers = len(self.relative_update)
         for name in ("cosine", "linear_cka", "rbf_cka"):
             if len(getattr(self, name)) != layers:
@@ -188,7 +192,7 @@ class KernelTraining(Record):
     spectral_norm: Numbers = Field(default_factory=list, description="B_A = max_i ‖A_i‖₂")
     feature_norm: Numbers = Field(default_factory=list, description="R_φ = max ‖φ(h)‖ (1 by construction)")
     unexplained: Numbers = Field(
-        default_factory=list, description="‖A φ(h_s) − φ(h_e)‖² / ‖φ(h_e) − mean‖²: 0 exact, 1 no better"
+        default_factory=list, description="‖A φ(h_s) − φ(h_e)‖² / ‖φ(h_e) − mean‖²: 0 exact, 1 as the mean"
     )
 
 
@@ -228,6 +232,7 @@ class Outliers(Record):
 
     @model_validator(mode="after")
     def _shapes(self) -> "Outliers":
+        """Refuse lists that do not fit together."""
         if not len(self.true) == len(self.predicted) == len(self.dimension):
             raise ValueError("true, predicted and dimension must have the same length")
         return self

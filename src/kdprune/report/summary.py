@@ -35,7 +35,7 @@ def count(number: float | None) -> str:
     if number is None:
         return MISSING
     for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= unit:
+        if abs(number) >= 0.9995 * unit:
             return f"{_short(number / unit)}{SPACE}{name}"
     return f"{number:.4g}"
 
@@ -74,7 +74,7 @@ def size(number: float | None) -> str:
     if number is None:
         return MISSING
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= unit:
+        if number >= 0.9995 * unit:
             return f"{_short(number / unit)}{SPACE}{name}"
     return f"{number:.0f}{SPACE}bytes"
 
@@ -190,7 +190,7 @@ def headline(results: Results) -> str:
         return f"The {results.layers.dense} layers of {model}, compared with each other."
     blocks = block_list(results)
     if results.parameters.pruned is None:
-        return f"{blocks[0].upper()}{blocks[1:]} of {model} change its state least."
+        return f"{blocks[0].upper()}{blocks[1:]} of {model} would be replaced."
     deed = "replaced by " + ("one stand-in" if len(results.fit) == 1 else f"{len(results.fit)} stand-ins")
     text = f"{blocks[0].upper()}{blocks[1:]} of {model} {deed if results.fit else 'removed'}"
     cost = _ratio_of_perplexity(results)

@@ -1,0 +1,330 @@
+"""The report: results.json's schema, and everything made from it alone."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import report_example
+import yaml
+from rich.console import Console
+
+from kdprune.errors import KDPruneError
+from kdprune.report import page as page_module
+from kdprune.report.card import render_card
+from kdprune.report.page import layer_strip, render_page, write_analysis, write_page
+from kdprune.report.plots import save_analysis_plot
+from kdprune.report.results import Curve, Fit, Layers, Norms, Outliers, Parameters, Results
+from kdprune.report.schema import markdown
+from kdprune.report.summary import count, duration, headline, size
+from kdprune.report.table import print_summary
+
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Resources, ids, headings and text of a page; fails on tags that do not close in order."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.resources: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self._open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                self.resources.append(value or "")
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run() -> Results:
+    return report_example.results()
+
+
+@pytest.fixture(scope="module")
+def source(run: Results) -> str:
+    return render_page(run)
+
+
+def minimal(**changes: object) -> Results:
+    """The least a run can say."""
+    fields = {"created": "2026-01-02", "model": "a/b", "method": "kdp", "layers": Layers(dense=4)}
+    return Results(**{**fields, "parameters": Parameters(dense=1000), **changes})
+
+
+# --- results.json
+
+
+def test_round_trip(run: Results, tmp_path: Path) -> None:
+    path = run.save(tmp_path / "new" / "results.json")
+    assert Results.load(path) == run
+    assert Results.load(path.parent) == run
+    assert [entry.name for entry in path.parent.iterdir()] == ["results.json"]
+
+
+def test_not_finite_numbers_are_null(tmp_path: Path) -> None:
+    run = minimal(
+        recipe={"ratio": float("nan"), "nested": [{"x": float("inf")}], "block": range(2, 4)},
+        seconds={"load": float("inf")},
+        fit=[report_example.fit(1, 3).model_copy(update={"step2": Curve(loss=[float("nan"), 1.0])})],
+    )
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    path = run.save(tmp_path / "results.json")
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert record["recipe"] == {"ratio": None, "nested": [{"x": None}], "block": [2, 4]}
+    assert record["seconds"] == {"load": None}
+    assert record["fit"][0]["step2"]["loss"] == [None, 1.0]
+    assert Results.load(path) == run
+
+
+def test_derived_figures(run: Results) -> None:
+    assert run.parameters.net_ratio == pytest.approx(1 - 2_658_944 / 3_548_288)
+    assert run.perplexity is not None
+    assert run.perplexity.excess_loss == pytest.approx(0.104)
+    assert run.perplexity.retained == pytest.approx(45.72 / run.perplexity.pruned)
+    assert run.speed is not None
+    assert run.speed.decode.ratio == pytest.approx(196 / 141)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"schema_version": 2}', "schema version 2"),
+        ('{"schema_version": 1}', "created: Field required"),
+        ("extra", "surprise: Extra inputs"),
+        ("block", "0 <= start < end"),
+        ("matrix", "must be 16 x 16|must be 17 x 17"),
+    ],
+)
+def test_bad_files_are_one_line(run: Results, tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "results.json"
+    record = run.model_dump(mode="json")
+    record["surprise"] = 1
+    changed = {
+        "extra": record,
+        "block": {**run.model_dump(mode="json"), "blocks": [[5, 5]]},
+        "matrix": run.model_dump(mode="json"),
+    }
+    changed["matrix"]["analysis"]["pair_cosine"].pop()
+    if content is not None:
+        path.write_text(json.dumps(changed[content]) if content in changed else content, encoding="utf-8")
+    with pytest.raises(KDPruneError, match=message) as caught:
+        Results.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_failed_write_leaves_the_old_file(
+    run: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("old", encoding="utf-8")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(KDPruneError, match="No space left"):
+        run.save(path)
+    assert path.read_text(encoding="utf-8") == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_schema_page_is_current() -> None:
+    assert (ROOT / "docs" / "results-schema.md").read_text(encoding="utf-8") == markdown()
+
+
+# --- report.html
+
+
+def test_page_is_one_self_contained_file(source: str) -> None:
+    page = Page(source)
+    assert [entry for entry in page.resources if not entry.startswith(("#", "data:"))] == []
+    assert "script" not in page.tags
+    assert "iframe" not in page.tags
+    assert "@import" not in source
+    assert "url(http" not in source
+    assert len(page.ids) == len(set(page.ids))
+    anchors = {entry[1:] for entry in page.resources if entry.startswith("#")}
+    assert anchors <= set(page.ids)
+
+
+def test_page_has_every_part(source: str) -> None:
+    page = Page(source)
+    for words in (
+        "Dense against pruned", "Cosine", "Linear CKA", "RBF CKA", "Change per layer", "Step 1", "Step 2",
+        "Step 3", "constants over training", "Norm decay", "Theorem 1’s bound",
+        "Is kernel space closer to linear?", "Outlier dimensions",
+        "Recipe", "Time per stage", "transformers", "5.16.0", "45.72", "25.06",
+        "the people of the town", "49,152 tokens, window 512, stride 256",
+    ):  # fmt: skip
+        assert words in page.text.replace("\u00a0", " "), words
+    assert page.tags.count("svg") == 3 + 2 + 1 + 3 + 5
+    assert re.search(r"\b(nan|inf|None)\b", page.text) is None
+
+
+def test_page_is_made_from_results_json_alone(source: str, run: Results, tmp_path: Path) -> None:
+    path = write_page(Results.load(run.save(tmp_path / "results.json")), tmp_path / "report.html")
+    assert path.read_text(encoding="utf-8") == source
+
+
+def test_analysis_alone(run: Results, tmp_path: Path) -> None:
+    alone = run.model_copy(update={"layers": Layers(dense=16), "parameters": Parameters(dense=3_548_288)})
+    text = write_analysis(alone, tmp_path / "analysis.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.tags.count("svg") == 5
+    assert "Dense against pruned" not in page.text
+    assert "would be replaced" in page.text
+
+
+def test_least_run_and_hostile_text() -> None:
+    page = Page(render_page(minimal(model="<b>&x", recipe={"text": "<script>alert(1)</script>"})))
+    assert page.tags.count("svg") == 0
+    assert "script" not in page.tags
+    assert "<b>&x" in page.text
+
+
+def test_missing_numbers_are_drawn_around() -> None:
+    analysis = report_example.analysis(4)
+    hole = [[None] * 5 for _ in range(5)]
+    analysis = analysis.model_copy(
+        update={
+            "pair_cosine": hole, "pair_linear_cka": hole, "pair_rbf_cka": hole, "relative_update": [None] * 4,
+            "cosine": [None] * 4, "linear_cka": [None] * 4, "rbf_cka": [None] * 4, "state_norm": [],
+        }
+    )  # fmt: skip
+    fit = Fit(
+        block=(1, 3), place="before", kind="linear", features=0, parameters=10,
+        step1={"loss": [None, 0.0], "spectral_norm": [None, None]}, step2=Curve(loss=[None, None]),
+        k_step_error=[None, 0.0], bound=[None, None], kernel_risk_by_step=[None, None], state_error=None,
+        norms=Norms(feature_true=[None, None], feature_predicted=[None, None], output_true=0.0),
+        outliers=Outliers(
+            dimensions=[3], scale=[None], true=[None, 0.0], predicted=[1.0, 0.0], dimension=[3, -1]
+        ),
+    )  # fmt: skip
+    page = Page(render_page(minimal(analysis=analysis, fit=[fit], blocks=[(1, 3)])))
+    assert page.tags.count("svg") == 5 + 2 + 5
+
+
+def test_strip_covers_every_layer_once() -> None:
+    run = report_example.results(32, ((6, 10), (20, 28)))
+    cells = layer_strip(run)
+    assert sum(cell.span for cell in cells) == 32
+    assert [(cell.start, cell.span) for cell in cells if cell.kind == "replaced"] == [(6, 4), (20, 8)]
+    dropped = layer_strip(run.model_copy(update={"fit": []}))
+    assert [cell.start for cell in dropped if cell.kind == "dropped"] == [6, 20]
+    assert [cell.start for cell in cells if cell.kind == "protected"] == [0, 1, 30, 31]
+
+
+@pytest.mark.parametrize(("ending", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_analysis_plot(run: Results, tmp_path: Path, ending: str, magic: bytes) -> None:
+    assert run.analysis is not None
+    path = save_analysis_plot(run.analysis, tmp_path / f"plot.{ending}", run.blocks)
+    assert path.read_bytes().startswith(magic)
+
+
+def test_analysis_plot_refuses_other_endings(run: Results, tmp_path: Path) -> None:
+    assert run.analysis is not None
+    with pytest.raises(KDPruneError, match=r"\.png"):
+        save_analysis_plot(run.analysis, tmp_path / "plot.gif")
+
+
+# --- terminal and model card
+
+
+def test_table(run: Results, tmp_path: Path) -> None:
+    console = Console(width=100, record=True, file=(tmp_path / "out").open("w", encoding="utf-8"))
+    with console.file:
+        print_summary(run, console, [tmp_path / "report.html"])
+        text = console.export_text().replace("\u00a0", " ")
+    for words in (
+        "layers", "16", "11", "3,548,288", "25.06 %", "45.72", "50.73", "+0.104 nats", "90.1 %", "9,120",
+        "1.35×", "1.39×", "4,096", "0.69×", "window 512", "The river rose", "<the morning>",
+        "peak memory 1.22 GiB",
+    ):  # fmt: skip
+        assert words in text, words
+    assert f"wrote {tmp_path / 'report.html'}" in text
+
+
+def test_card(run: Results) -> None:
+    text = render_card(run, license="apache-2.0")
+    _, front, body = text.split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["library_name"] == "transformers"
+    assert fields["base_model"] == "reference/llama-16x128"
+    assert fields["license"] == "apache-2.0"
+    assert fields["tags"] == ["kdprune", "pruned", "kdp"]
+    recipe = body.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(recipe) == run.recipe
+    for words in ("import kdprune", "trust_remote_code=True", "| 45.72 | 50.73 |", "the morning"):
+        assert words in body
+
+
+def test_card_of_a_local_stock_model() -> None:
+    parameters = Parameters(dense=9, pruned=6)
+    local = minimal(model="/data/models/small llama", blocks=[(1, 2)], parameters=parameters)
+    text = render_card(local)
+    assert "/data" not in text
+    assert "base_model" not in text
+    assert "small llama" in text
+    assert "trust_remote_code" not in text
+
+
+def test_words_and_numbers(run: Results) -> None:
+    made = [count(3_548_288), count(999_600), count(12), size(1_310_000_000), duration(75.3), duration(8)]
+    assert " / ".join(made).replace("\u00a0", " ") == "3.55 M / 1 M / 12 / 1.22 GiB / 1 min 15 s / 8.0 s"
+    assert headline(run).startswith("Layers 4–9 of reference/llama-16x128 replaced by one stand-in")
+
+
+# --- layering
+
+
+def imports() -> Iterator[tuple[str, str]]:
+    """Every (file, imported module) of the room."""
+    for file in Path(page_module.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from ((file.name, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield file.name, node.module or "."
+
+
+def test_room_imports_neither_torch_nor_other_rooms() -> None:
+    found = list(imports())
+    assert found
+    for file, module in found:
+        assert module.split(".")[0] not in ("torch", "transformers"), (file, module)
+        if module.split(".")[0] == "kdprune":
+            assert module == "kdprune.errors" or module.startswith("kdprune.report"), (file, module)
