@@ -35,10 +35,16 @@ SOURCES: dict[str, tuple[str, str, str]] = {
         "OpenStax, Rice University, and the books' authors; access for free at https://openstax.org"),
     "african_storybook": (
         "African Storybook, the CC BY items (from global-asp/asp-source)",
-        "[CC BY](https://creativecommons.org/licenses/by/4.0/)",
+        "CC BY",
         "the stories' writers, translators and illustrators; African Storybook, "
         "https://www.africanstorybook.org"),
 }
+
+
+CHANGES = """\
+Changes to the texts: markup, headers and tables removed, documents cut into windows of tokens. Passages
+that share 13 words in a row with WikiText-2 (validation, test), PTB or LAMBADA had been removed from the
+files, except from the storybooks; BoolQ and CoQA passages were not looked for."""
 
 
 def draw(curve: Sequence[Point], path: Path) -> None:
@@ -59,7 +65,7 @@ def draw(curve: Sequence[Point], path: Path) -> None:
 
 
 def sources_table(files: Sequence[str]) -> str:
-    """One row for each source among the training files."""
+    """One row for each source among the training files; the changes made to them, where all are known."""
     rows = ["| text | licence | credit |", "|---|---|---|"]
     known = set()
     for prefix, row in SOURCES.items():
@@ -67,8 +73,8 @@ def sources_table(files: Sequence[str]) -> str:
         known |= matching
         if matching:
             rows.append("| " + " | ".join(row) + " |")
-    rows += [f"| {file} | not recorded | not recorded |" for file in files if file not in known]
-    return "\n".join(rows)
+    unknown = [f"| {file} | not recorded | not recorded |" for file in files if file not in known]
+    return "\n".join(rows + (unknown or ["", CHANGES]))
 
 
 def architecture(record: Mapping[str, Any]) -> str:
@@ -150,10 +156,6 @@ from each held-out text.
 ## Data
 
 {sources_table(record['sources'])}
-
-Changes to the texts: markup, headers and tables removed, documents cut into windows of tokens. Passages
-that share 13 words in a row with WikiText-2 (validation, test), PTB or LAMBADA had been removed from the
-files, except from the storybooks; BoolQ and CoQA passages were not looked for.
 
 ## Limits
 

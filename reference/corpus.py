@@ -22,7 +22,9 @@ class CorpusError(ValueError):
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The text files of a folder, compressed or not, by name."""
+    """The text files of a folder, compressed or not, by name; a file stands for itself."""
+    if folder.is_file():
+        return [folder]
     files = sorted(path for path in folder.glob("*") if path.name.endswith((".txt", ".txt.xz")))
     if not files:
         raise CorpusError(f"no .txt or .txt.xz file in {folder}")
@@ -113,6 +115,7 @@ class Windows:
     """
 
     def __init__(self, ids: np.ndarray, length: int, batch: int, seed: int) -> None:
+        """Refuse ids that do not fill one batch."""
         self.ids, self.length, self.size, self.seed = ids, length, batch, seed
         self.count = (len(ids) - 1) // length - 1      # one window is spent on the epoch's offset
         if self.count < batch:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def held_out_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, torch.Tensor]:
-    """The first `limit` token ids of every file of a folder, by file name."""
+    """The first `limit` token ids of every file of a folder (or of one file), by file name."""
     ids = {path.name: encode(documents(path), tokenizer)[:limit] for path in text_files(folder)}
     return {name: torch.from_numpy(values.astype(np.int64)) for name, values in ids.items()}
 

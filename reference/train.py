@@ -72,7 +72,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     """Settings from the command line; what is not given comes from the preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of training text (.txt, .txt.xz)")
-    parser.add_argument("--held-out", type=Path, help="folder of held-out text (default: DATA/../heldout)")
+    parser.add_argument("--held-out", type=Path, nargs="+",
+                        help="held-out files or folders of them (default: DATA/../heldout)")
     parser.add_argument("--out", type=Path, default=Path("reference-out"))
     parser.add_argument("--preset", choices=tuple(BUDGETS), default="cpu")
     parser.add_argument("--tokens", type=int, help="stop after so many tokens (default: the preset's)")
@@ -86,11 +87,12 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None)
     given: dict[str, Any] = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-    held_out = given.pop("held_out", given["data"].parent / "heldout")
+    beside = given["data"].parent / "heldout"
+    held_out = given.pop("held_out", [beside] if beside.is_dir() else [])
     budget = dict(BUDGETS[given["preset"]])
     if "minutes" in given and "tokens" not in given:
         del budget["tokens"]
-    return Settings(**(budget | given), held_out=(held_out,) if held_out.is_dir() else ())
+    return Settings(**(budget | given), held_out=tuple(held_out))
 
 
 def main() -> int:

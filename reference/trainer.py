@@ -105,6 +105,7 @@ class Trainer:
     """One run: settings, model, optimizer, windows, and how far it is."""
 
     def __init__(self, settings: Settings) -> None:
+        """Make everything ready, from the last checkpoint where there is one."""
         self.settings = settings
         self.stop = False           # set it (from a signal handler, say) to end after the step in hand
         settings.out.mkdir(parents=True, exist_ok=True)
