@@ -70,6 +70,10 @@ class TokenSet:
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
 
+    def held_out(self, share: float) -> int:
+        """How many rows at the end a `share` keeps out of fits: at least one, and never all."""
+        return min(max(1, round(share * len(self))), len(self) - 1)
+
     def select(self, rows: slice | Tensor) -> "TokenSet":
         """The set of these rows alone: a slice or an int64 tensor of row indices."""
         return TokenSet(self.ids[rows], self.mask[rows], self.source, self.bos)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-
+"""Mathematics of the method: kernels, operators, similarities, bounds. Knows torch, not transformers."""

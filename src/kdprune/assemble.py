@@ -1,0 +1,108 @@
+"""A run's measurements, and their assembly into ``results.json``'s record."""
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdprune.analysis import Scores
+from kdprune.data import TokenSet
+from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.samples import compare_samples
+from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
+from kdprune.methods.result import MethodResult
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.report.results import (
+    Calibration,
+    Fit,
+    KVCache,
+    Layers,
+    Pace,
+    Parameters,
+    Perplexity,
+    Results,
+    Sample,
+    Speed,
+)
+from kdprune.runtime import Stages, peak_memory_bytes
+
+PROMPT_TOKENS = 32  # of the held-out text that both models continue
+_SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both models under one protocol, as the parts of ``results.json``."""
+
+    perplexity: Perplexity
+    speed: Speed
+    cache: KVCache
+    samples: list[Sample]
+
+
+def evaluate(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: TokenSet,
+    stages: Stages,
+) -> Evaluation:
+    """Perplexity on the same windows, speed in turns, cache size, and a continuation of the same prompt.
+
+    Args:
+        text: held-out tokens. tokenizer: for the samples; without one there are none.
+    """
+    with stages.stage("evaluate", 3) as advance:
+        before, after = perplexity(dense, text), perplexity(pruned, text)
+        advance(1)
+        pace = compare_speed(dense, pruned)
+        advance(1)
+        samples = []
+        if tokenizer is not None:
+            prompts = [str(tokenizer.decode(text.ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
+            samples = [
+                Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
+                for found in compare_samples(dense, pruned, tokenizer, prompts)
+            ]
+        advance(1)
+    return Evaluation(
+        Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
+                   stride=before.stride, tokens=before.tokens),
+        Speed(batch=pace.batch, prompt=pace.prompt, new_tokens=pace.new_tokens, device=pace.device,
+              prefill=Pace(dense=pace.dense.prefill, pruned=pace.pruned.prefill),
+              decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode)),
+        KVCache(dense=kv_cache_bytes_per_token(dense), pruned=kv_cache_bytes_per_token(pruned)),
+        samples,
+    )
+
+
+def analysis_results(
+    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, scores: Scores, stages: Stages,
+    method: str = "analyze",
+) -> Results:
+    """The record of a run that only looked: everything but what pruning adds."""
+    return Results(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=name, family=family_of(model).model_type, method=method,
+        recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
+        layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
+        calibration=Calibration(
+            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+        analysis=scores.record(), seconds=dict(stages.seconds), peak_memory_bytes=peak_memory_bytes(),
+        versions={"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in _SOFTWARE},
+    )
+
+
+def pruning_results(
+    base: Results, dense: PreTrainedModel, pruned: PreTrainedModel, outcome: MethodResult, measured: Evaluation,
+) -> Results:
+    """What pruning adds to the record of the analysis."""
+    base.blocks = [(block.start, block.stop) for block in outcome.blocks]
+    base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
+    base.parameters = Parameters(dense=dense.num_parameters(), pruned=pruned.num_parameters())
+    base.fit = [Fit(**record) for record in outcome.fit]
+    base.perplexity, base.speed = measured.perplexity, measured.speed
+    base.kv_cache_bytes_per_token, base.samples = measured.cache, measured.samples
+    return base

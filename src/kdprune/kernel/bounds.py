@@ -1,0 +1,64 @@
+"""Theorem 1's bound and Theorem 2's two risks, to be reported beside what is measured (KDP, section 7)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdprune.kernel.operators import Moments
+
+
+def error_growth(spectral_norm: float, steps: int) -> float:
+    """Σ_{j<k} B_A^{k−1−j}: by how much one step's error is multiplied over k steps."""
+    return sum(spectral_norm**power for power in range(steps))
+
+
+def theorem1_bound(
+    empirical_risk: float, spectral_norm: float, feature_norm: float, features: int, samples: int, steps: int,
+    delta: float = 0.05, constant: float = 1.0,
+) -> float:
+    """E_{k,l} ≤ √(L_ERM + C B_A² R_φ² √(2m log(2m/δ)/n)) · Σ_{j<k} B_A^{k−1−j}.
+
+    Args:
+        empirical_risk: L_ERM, mean ‖A φ(h) − φ(h')‖² of one step on the n fitted tokens.
+        spectral_norm: B_A = max_i ‖A_i‖₂.
+        feature_norm: R_φ = max ‖φ‖ (1 for these features).
+        features: m. samples: n. steps: k. delta: 1 − confidence.
+        constant: the theorem's unnamed C; the paper gives no value, so 1 is used and stated.
+
+    Returns:
+        A bound on the k-step error ‖A_k ⋯ A_1 φ(h_s) − φ(h_{s+k})‖ (root mean square over tokens).
+    """
+    complexity = math.sqrt(2 * features * math.log(2 * features / delta) / samples)
+    inner = empirical_risk + constant * spectral_norm**2 * feature_norm**2 * complexity
+    return math.sqrt(inner) * error_growth(spectral_norm, steps)
+
+
+def relative_risk(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 1e-6) -> float:
+    """Held-out risk of an affine least-squares map x → y, as a share of the target's variance.
+
+    Theorem 2 compares this in kernel space (x = φ(h_s), y = φ(h_e)) with the original space (x = h_s, y = h_e);
+    dividing by Σ‖y − mean‖² makes the two spaces, which have different units, comparable.
+
+    Args:
+        train, test: pairs (x, y) of shapes (n, p), (n, q).
+    """
+    fit, held = (Moments(x.shape[-1], y.shape[-1], x.device) for x, y in (train, test))
+    fit.update(*train)
+    held.update(*test)
+    matrix, offset = fit.solve_affine(ridge)
+    return held.residual(matrix, offset) / max(held.variance(), 1e-300)
+
+
+@torch.no_grad()
+def k_step_errors(matrices: Tensor, features: Tensor) -> list[float]:
+    """Root mean square of ‖A_j ⋯ A_1 φ(h_s) − φ(h_{s+j})‖ over tokens, for j = 1 … k.
+
+    Args:
+        matrices: A, shape (k, D, D). features: φ of the block's k+1 states, shape (k+1, n, D).
+    """
+    state, errors = features[0], []
+    for matrix, target in zip(matrices, features[1:], strict=True):
+        state = state @ matrix.T
+        errors.append(float((state - target).square().sum(-1).mean().sqrt()))
+    return errors

@@ -1,0 +1,101 @@
+"""Linear operators fitted from streamed moments, and the form A = I + γB (KDP, section 4)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Moments:
+    """Running sums for the regression of y on x: XᵀX, XᵀY, ‖Y‖², Σx, Σy, n.
+
+    Sums are kept in float64: thousands of nearly collinear terms are added and then inverted, which float32
+    cannot afford. Chunks are multiplied in their own dtype on their own device.
+
+    Args:
+        inputs: p, outputs: q; device: where the sums live.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu"):
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.y = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.yy = torch.zeros((), dtype=torch.float64, device=device)
+        self.n = 0
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Adds a chunk: x (n, p), y (n, q)."""
+        x, y = x.double(), y.double()
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.yy += y.square().sum()
+        self.n += len(x)
+
+    def solve(self, ridge: float = 0.0) -> Tensor:
+        """argmin_M Σ ‖M x − y‖² + ρ‖M‖², ρ = ridge · tr(XᵀX)/p: M of shape (q, p), float64."""
+        return torch.linalg.solve(self._regularised(ridge), self.xy).T
+
+    def solve_affine(self, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same with an unpenalised intercept: (M, c) with y ≈ M x + c."""
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        xx = self.xx - self.n * torch.outer(mean_x, mean_x)
+        xy = self.xy - self.n * torch.outer(mean_x, mean_y)
+        matrix = torch.linalg.solve(_add_ridge(xx, ridge), xy).T
+        return matrix, mean_y - matrix @ mean_x
+
+    def residual(self, matrix: Tensor, offset: Tensor | None = None) -> float:
+        """Σ ‖M x + c − y‖² of a given map from the sums alone."""
+        matrix = matrix.double()
+        c = torch.zeros_like(self.y) if offset is None else offset.double()
+        quadratic = ((matrix @ self.xx) * matrix).sum() + self.yy - 2 * (matrix * self.xy.T).sum()
+        cross = 2 * (c @ (matrix @ self.x)) - 2 * (c @ self.y) + self.n * (c @ c)
+        return float(quadratic + cross)
+
+    def variance(self) -> float:
+        """Σ ‖y − mean(y)‖²."""
+        return float(self.yy - self.y.square().sum() / self.n)
+
+    def _regularised(self, ridge: float) -> Tensor:
+        return _add_ridge(self.xx, ridge)
+
+
+def _add_ridge(xx: Tensor, ridge: float) -> Tensor:
+    return xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+
+
+class LinearDynamics(nn.Module):
+    """k operators A_i = I + γ_i B_i on R^D, ‖B_i‖₂ = 1 at every (re)start, so that γ_i is the size of the step.
+
+    Source: KDP, section 4 (I + γB keeps the residual form of the network in kernel space).
+    """
+
+    def __init__(self, steps: int, size: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(steps))
+        self.direction = nn.Parameter(torch.zeros(steps, size, size))
+
+    def matrices(self) -> Tensor:
+        """A, shape (k, D, D)."""
+        identity = torch.eye(self.direction.shape[-1], device=self.direction.device)
+        return identity + self.gamma[:, None, None] * self.direction
+
+    def product(self) -> Tensor:
+        """A_k ⋯ A_1, shape (D, D): what folding puts into the next matrix."""
+        result = torch.eye(self.direction.shape[-1], device=self.direction.device)
+        for matrix in self.matrices():
+            result = matrix @ result
+        return result
+
+    @torch.no_grad()
+    def start(self, matrices: Tensor) -> None:
+        """Sets A_i to given matrices (k, D, D), splitting A_i − I into γ_i (its spectral norm) and B_i."""
+        update = matrices.double() - torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+        gamma = torch.linalg.matrix_norm(update, 2).clamp_min(1e-12)
+        self.gamma.copy_(gamma)
+        self.direction.copy_(update / gamma[:, None, None])
+
+    @torch.no_grad()
+    def spectral_norms(self) -> Tensor:
+        """‖A_i‖₂, shape (k,); their maximum is Theorem 1's B_A."""
+        return torch.linalg.matrix_norm(self.matrices(), 2)

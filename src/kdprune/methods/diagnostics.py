@@ -1,0 +1,120 @@
+"""What is reported of a fitted block: theory beside measurement, on held-out tokens (KDP, section 7)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
+from kdprune.kernel.operators import Moments
+from kdprune.methods.dynamics import Step1
+from kdprune.methods.site import Site
+
+_OUTLIERS = 3        # outlier dimensions shown
+_POINTS = 300        # points of the outlier fit, per group
+
+
+@torch.no_grad()
+def theory(site: Site, step1: Step1) -> dict[str, Any]:
+    """Theorem 1's figures and bound, measured k-step errors, Theorem 2's two risks; all but L_ERM on held-out tokens.
+
+    Returns:
+        The fields of the same names in ``results.json``'s ``fit``.
+    """
+    features, matrices = step1.features, step1.dynamics.matrices()
+    fit_path, held_path = site.states.path, site.states.path_held
+    mapped_fit, mapped_held = (features(site.to_kernel(path.to(site.device))) for path in (fit_path, held_path))
+    one_step = (mapped_fit[:-1] @ matrices.transpose(1, 2) - mapped_fit[1:]).square().sum(-1).mean(-1)
+    spectral, feature_norm = float(step1.dynamics.spectral_norms().max()), float(mapped_fit.norm(dim=-1).max())
+    steps = len(matrices)
+    kernel, original = [], []
+    for step in range(1, steps + 1):
+        kernel.append(relative_risk((mapped_fit[0], mapped_fit[step]), (mapped_held[0], mapped_held[step])))
+        original.append(relative_risk((fit_path[0], fit_path[step]), (held_path[0], held_path[step])))
+    return {
+        "effective_rank": step1.effective_rank,
+        "explained_variance": 1 - step1.curves["unexplained"][-1],
+        "gamma": step1.dynamics.gamma.tolist(),
+        "B_A": spectral,
+        "R_phi": feature_norm,
+        "k_step_error": k_step_errors(matrices, mapped_held),
+        "bound": [
+            theorem1_bound(float(one_step.max()), spectral, feature_norm, features.features, mapped_fit.shape[1], step)
+            for step in range(1, steps + 1)
+        ],
+        "kernel_risk": kernel[-1],
+        "original_risk": original[-1],
+        "kernel_risk_by_step": kernel,
+        "original_risk_by_step": original,
+    }
+
+
+@torch.no_grad()
+def feature_norms(step1: Step1, kernel_path: Tensor) -> dict[str, list[float]]:
+    """Mean ‖φ(h_{s+j})‖ and ‖A_j ⋯ A_1 φ(h_s)‖ for j = 0 … k: how much the operators shrink the state.
+
+    Args:
+        kernel_path: the path as the kernel map sees it, shape (k+1, n, d).
+    """
+    mapped = step1.features(kernel_path)
+    state, predicted = mapped[0], [float(mapped[0].norm(dim=-1).mean())]
+    for matrix in step1.dynamics.matrices():
+        state = state @ matrix.T
+        predicted.append(float(state.norm(dim=-1).mean()))
+    return {"feature_true": mapped.norm(dim=-1).mean(-1).tolist(), "feature_predicted": predicted}
+
+
+@torch.no_grad()
+def held_out(site: Site, energy: float, batch: int) -> dict[str, Any]:
+    """Held-out error of the finished stand-in, of dropping the block and of a linear map, and the outlier fit.
+
+    Errors are Σ‖· − h_e‖² over held-out tokens in units of the fitted tokens' mean ‖h_e − h_s‖².
+    """
+    linear = Moments(site.states.inputs.shape[-1], site.states.inputs.shape[-1], site.device)
+    for rows in site.row_batches(batch):
+        target, mask = site.target(rows)
+        inputs = site.states.inputs[rows].to(site.device).float()[mask]
+        linear.update(inputs, target[mask] - inputs)
+    matrix, offset = (value.float() for value in linear.solve_affine(1e-6))
+    sums = torch.zeros(3, dtype=torch.float64)
+    predicted_all, target_all, count = [], [], 0
+    for rows in site.row_batches(batch, held=True):
+        target, mask = site.target(rows)
+        inputs = site.states.inputs[rows].to(site.device).float()[mask]
+        target, predicted = target[mask], site.predict(rows)[mask]
+        guesses = (predicted, inputs, inputs + inputs @ matrix.T + offset)
+        sums += torch.stack([(guess - target).double().square().sum().cpu() for guess in guesses])
+        predicted_all.append(predicted.cpu())
+        target_all.append(target.cpu())
+        count += len(target)
+    state, dropped, linear_error = (sums / count / energy).tolist()
+    return {
+        "state_error": state, "dropped_error": dropped, "linear_error": linear_error,
+        "outliers": outlier_fit(torch.cat(predicted_all), torch.cat(target_all)),
+    }
+
+
+def outlier_fit(predicted: Tensor, target: Tensor) -> dict[str, Any]:
+    """True against predicted entries of the outlier dimensions and of a spread of ordinary ones; shapes (n, d).
+
+    ``scale`` is the root mean square of an outlier dimension over the median one's.
+    """
+    size = target.square().mean(0).sqrt()
+    dimensions = size.topk(min(_OUTLIERS, len(size))).indices.tolist()
+    ordinary = [dim for dim in range(len(size)) if dim not in dimensions]
+    tokens = torch.linspace(0, len(target) - 1, min(_POINTS, len(target))).long()
+    true, guess, label = [], [], []
+    for dim in dimensions:
+        true += target[tokens, dim].tolist()
+        guess += predicted[tokens, dim].tolist()
+        label += [dim] * len(tokens)
+    if ordinary:
+        # One ordinary dimension a token, walking through all of them.
+        dims = torch.tensor([ordinary[i % len(ordinary)] for i in range(len(tokens))])
+        true += target[tokens, dims].tolist()
+        guess += predicted[tokens, dims].tolist()
+        label += [-1] * len(tokens)
+    return {
+        "dimensions": dimensions, "scale": (size[dimensions] / size.median()).tolist(),
+        "true": true, "predicted": guess, "dimension": label,
+    }

@@ -1,0 +1,126 @@
+"""Step 1: learn the kernel and the linear operators together (KDP, section 4)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from kdprune.kernel.features import FourierFeatures, effective_rank
+from kdprune.kernel.operators import LinearDynamics, Moments
+from kdprune.training import Schedule, fit
+
+_CHUNK = 8192  # tokens a chunk: bounds the memory of φ over a long path
+
+
+@dataclass(frozen=True)
+class Step1:
+    """What step 1 leaves behind; curves hold one value an epoch.
+
+    Attributes:
+        curves: ``loss`` and ``cosine`` (of gradient steps), ``spectral_norm`` (B_A), ``feature_norm`` (R_φ) and
+            ``unexplained`` (Σ‖A φ(h_s) − φ(h_e)‖² / Σ‖φ(h_e) − mean‖²), the last three with the operators an
+            epoch starts from.
+        effective_rank: exp(entropy) of the spectrum of φ(h_s)'s second moment: near 1 if the kernel collapsed.
+    """
+
+    features: FourierFeatures
+    dynamics: LinearDynamics
+    curves: dict[str, list[float]]
+    effective_rank: float
+
+
+@torch.no_grad()
+def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> Tensor:
+    """Least-squares operators in the current kernel space, from streamed float64 moments: (k+1, n, d) → (k, D, D).
+
+    The regression is of the step φ(h') − φ(h) on φ(h), with the ridge on it: A = I + γB shrinks towards the
+    identity, which is what a residual layer does when it does nothing.
+    """
+    size = 2 * features.features
+    moments = [Moments(size, size, path.device) for _ in range(len(path) - 1)]
+    for chunk in path.split(_CHUNK, dim=1):
+        mapped = features(chunk)
+        for moment, before, after in zip(moments, mapped[:-1], mapped[1:], strict=True):
+            moment.update(before, after - before)
+    steps = torch.stack([moment.solve(ridge) for moment in moments])
+    return steps + torch.eye(size, dtype=steps.dtype, device=steps.device)
+
+
+@torch.no_grad()
+def endpoint_statistics(features: FourierFeatures, product: Tensor, path: Tensor) -> dict[str, float]:
+    """R_φ and the unexplained share of the block's whole map, Σ‖P φ(h_s) − φ(h_e)‖² / Σ‖φ(h_e) − mean‖²."""
+    moments = Moments(len(product), len(product), path.device)
+    largest = 0.0
+    for chunk in path.split(_CHUNK, dim=1):
+        first, last = features(chunk[0]), features(chunk[-1])
+        largest = max(largest, float(first.norm(dim=-1).max()), float(last.norm(dim=-1).max()))
+        moments.update(first, last)
+    return {"feature_norm": largest, "unexplained": moments.residual(product) / max(moments.variance(), 1e-300)}
+
+
+def position_weights(positions: Tensor, length: int) -> Tensor:
+    """w_t = (t + 1)/T, growing towards later tokens; the paper gives the trend, not the form."""
+    return (positions + 1) / length
+
+
+def fit_dynamics(
+    features: FourierFeatures,
+    path: Tensor,
+    weights: Tensor,
+    schedule: Schedule,
+    generator: torch.Generator,
+    *,
+    ridge: float,
+    name: str,
+    learn_kernel: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Step1:
+    """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
+
+        Σ_i Σ_x ‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² + (1 − w_t cos(A_i φ(h_{s+i−1}), φ(h_{s+i}))),
+
+    the operators restarted at the least-squares solution of the current kernel space at the start of every epoch
+    (the paper's "iteration") and once more at the end.
+
+    Args:
+        path: the block's states at the same tokens, shape (k+1, n, d). weights: w_t, shape (n,).
+        ridge: relative ridge of the restarts. learn_kernel: False keeps θ as drawn (only restarts and B learn).
+    """
+    steps = len(path) - 1
+    dynamics = LinearDynamics(steps, 2 * features.features).to(path.device)
+    curves: dict[str, list[float]] = {"spectral_norm": [], "feature_norm": [], "unexplained": []}
+
+    def restart() -> None:
+        dynamics.start(solve_operators(features, path, ridge))
+        curves["spectral_norm"].append(float(dynamics.spectral_norms().max()))
+        for key, value in endpoint_statistics(features, dynamics.product().detach(), path).items():
+            curves[key].append(value)
+
+    def on_epoch(_: int) -> None:
+        restart()
+        advance(1)
+
+    def measure(tokens: Tensor) -> dict[str, Tensor]:
+        mapped = features(path[:, tokens.to(path.device)])
+        predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
+        cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
+        squared = (predicted - mapped[1:]).square().sum(-1)
+        loss = (squared + 1 - weights[tokens].to(path.device) * cosine).mean()
+        return {"loss": loss, "cosine": cosine.mean()}
+
+    kernel = list(features.parameters()) if learn_kernel else []
+    curves |= fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
+                  on_epoch=on_epoch)
+    restart()
+    return Step1(features, dynamics, curves, _feature_rank(features, path[0]))
+
+
+@torch.no_grad()
+def _feature_rank(features: FourierFeatures, states: Tensor) -> float:
+    gram = torch.zeros(2 * features.features, 2 * features.features, dtype=torch.float64, device=states.device)
+    for chunk in states.split(_CHUNK):
+        mapped = features(chunk).double()
+        gram += mapped.T @ mapped
+    return effective_rank(gram)

@@ -1,0 +1,211 @@
+"""One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdprune.kernel.features import FourierFeatures
+from kdprune.kernel.operators import Moments
+from kdprune.methods.diagnostics import feature_norms, held_out, theory
+from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights
+from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
+from kdprune.methods.site import Probe, Site, state_errors
+from kdprune.model.activations import BlockStates
+from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.surgery import Edit
+from kdprune.runtime import Stages
+from kdprune.training import Schedule, fit
+
+_PROBE_ROWS = 32  # rows a pass when nothing is trained
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size and form of a stand-in.
+
+    Attributes:
+        width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
+        residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
+    """
+
+    width: int
+    kind: str
+    features: int
+    hidden: int
+    residual: bool
+    context: bool
+
+    def build(self, generator: torch.Generator) -> StandIn:
+        """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
+        alone = self.residual and not self.context
+        stand_in = StandIn(
+            self.width, kind=self.kind, features=self.features, hidden=self.hidden, residual=alone, normalize=alone)
+        for module in stand_in.modules():
+            if isinstance(module, nn.Linear):
+                # torch's own initialisation, from the explicit generator.
+                bound = module.in_features**-0.5
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        return stand_in
+
+    def parameters(self) -> int:
+        """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""
+        d, m, h = self.width, self.features, self.hidden
+        lifted = {"fourier": 2 * m, "mlp": m, "linear": d}[self.kind]
+        phase = 0 if self.kind == "linear" else d * m + m
+        return phase + (lifted * h + h + h * d + d if h else lifted * d + d)
+
+    def parameters_per_feature(self) -> int:
+        """By how much ``parameters`` grows with one more feature (0 for a linear map)."""
+        out = self.hidden or self.width
+        return {"fourier": self.width + 1 + 2 * out, "mlp": self.width + 1 + out, "linear": 0}[self.kind]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a block is fitted; names as in ``KDP``."""
+
+    kernel: str
+    rank: int
+    bandwidth: float
+    ridge: float
+    refine: bool
+    step1: Schedule
+    step2: Schedule
+    step3: Schedule
+
+
+def fit_block(
+    model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
+    device: torch.device, stages: Stages,
+) -> tuple[Edit, dict[str, Any]]:
+    """Fits the stand-in of one block.
+
+    Args:
+        model: the dense model. states: of this block. shape: of the stand-in. generator: source of every draw.
+
+    Returns:
+        The edit, and the block's entry of ``results.json``'s ``fit``.
+    """
+    block = states.block
+    name = f"block [{block.start}, {block.stop})"
+    site = Site(model, states, shape.build(generator), shape.context, device)
+    energy = site.update_energy(_PROBE_ROWS)
+    record: dict[str, Any] = {"step1": None, "step3": None}
+    if shape.kind == "fourier":
+        step1 = _step1(site, shape, settings, generator, name, stages)
+        record["step1"] = step1.curves
+        record |= _step2(site, step1, shape, settings, generator, energy, name, stages)
+        record |= theory(site, step1)
+    else:
+        record["step2"] = _closed_form(site, settings.ridge, energy)
+    if settings.refine and (shape.kind != "linear" or shape.context):
+        with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
+            parameters = [p for p in site.module.parameters() if p.requires_grad]
+            record["step3"] = fit(
+                parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
+                on_epoch=lambda _: advance(1))
+    record |= held_out(site, energy, _PROBE_ROWS)
+    edit = site.edit()
+    place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
+    added = edit.context if edit.context is not None else edit.stand_in
+    return edit, record | {
+        "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
+        "hidden": shape.hidden, "rank": settings.rank, "context": "attention" if shape.context else "none",
+        "parameters": sum(parameter.numel() for parameter in added.parameters()),
+    }
+
+
+def _step1(
+    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages
+) -> Step1:
+    path = site.to_kernel(site.states.path.to(site.device))
+    features = FourierFeatures(
+        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic")
+    features = features.to(site.device)
+    features.init_median(path.flatten(0, 1), generator, settings.bandwidth)
+    weights = position_weights(site.states.path_position, site.states.tokens.ids.shape[1])
+    with stages.stage(f"kernel {name}", settings.step1.epochs) as advance:
+        return fit_dynamics(
+            features, path, weights, settings.step1, generator, ridge=settings.ridge, name=name,
+            learn_kernel=settings.kernel != "fixed", advance=advance)
+
+
+def _step2(
+    site: Site, step1: Step1, shape: Shape, settings: FitSettings, generator: torch.Generator, energy: float,
+    name: str, stages: Stages,
+) -> dict[str, Any]:
+    """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
+    product = step1.dynamics.product().detach()
+    inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(site.device)
+    for parameter in (inverse.lift.parameters() if inverse.lift is not None else ()):
+        nn.init.uniform_(parameter, -(2 * shape.features) ** -0.5, (2 * shape.features) ** -0.5, generator=generator)
+
+    @torch.no_grad()
+    def mapped(probe: Probe) -> torch.Tensor:
+        return step1.features(probe.kernel_input) @ product.T
+
+    kernel_path = site.to_kernel(site.states.path.to(site.device))
+    norms: dict[str, Any] = dict(feature_norms(step1, kernel_path))
+    with torch.no_grad():
+        predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
+        inverse.alpha.fill_(decay_compensation(predicted, true))
+        moments = Moments(shape.hidden or 2 * shape.features, shape.width, site.device)
+        for rows in site.row_batches(_PROBE_ROWS):
+            probe = site.probe(rows)
+            moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
+    solve_readout(inverse, moments, settings.ridge)
+
+    def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        probe = site.probe(rows)
+        return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
+
+    if shape.hidden:
+        with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
+            curves = fit(inverse.parameters(), measure, site.fit_rows, settings.step2, generator, name=name,
+                         on_epoch=lambda _: advance(1))
+    else:
+        curves = _average(measure, site)
+    alone = site.stand_in
+    site.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+    norms |= _output_norms(site, inverse, mapped)
+    return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
+
+
+@torch.no_grad()
+def _output_norms(site: Site, inverse: InverseNetwork, mapped: Any) -> dict[str, float]:
+    """Mean norm of what the inverse network has to give on held-out tokens, and of what it gives with and without α."""
+    probe = site.probe(next(site.row_batches(_PROBE_ROWS, held=True)))
+    given = float(inverse(mapped(probe)).norm(dim=-1).mean())
+    return {
+        "output_true": float((probe.target - probe.base).norm(dim=-1).mean()),
+        "output_without_alpha": given / max(abs(float(inverse.alpha)), 1e-12),
+        "output_with_alpha": given,
+    }
+
+
+@torch.no_grad()
+def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[float]]:
+    """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
+    stand_in = site.stand_in
+    moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, site.device)
+    for rows in site.row_batches(_PROBE_ROWS):
+        probe = site.probe(rows)
+        moments.update(probe.readout_input, probe.target - probe.base)
+    matrix, offset = moments.solve_affine(ridge)
+    stand_in.readout.weight.copy_(matrix)
+    stand_in.readout.bias.copy_(offset)
+    return _average(site.state_measure(energy), site)
+
+
+@torch.no_grad()
+def _average(measure: Any, site: Site) -> dict[str, list[float]]:
+    """A measure over all fitted rows, as a curve of one value: what a closed form reaches at once."""
+    sums: dict[str, float] = {}
+    for rows in site.row_batches(_PROBE_ROWS):
+        for key, value in measure(rows).items():
+            sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
+    return {key: [total / site.fit_rows] for key, total in sums.items()}

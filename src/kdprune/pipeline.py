@@ -1,0 +1,259 @@
+"""The stages of a run: load → analyse → prune → evaluate → save → report."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdprune.analysis import Scores, score_layers
+from kdprune.assemble import analysis_results, evaluate, pruning_results
+from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
+from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.methods import METHODS
+from kdprune.methods.kdp import KDP
+from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.loading import load_model, load_tokenizer
+from kdprune.model.surgery import apply_edits
+from kdprune.output import check_output, staged_directory
+from kdprune.recipe import load_recipe, reject_unknown
+from kdprune.report.card import render_card
+from kdprune.report.page import write_analysis, write_page
+from kdprune.report.results import Results
+from kdprune.runtime import Stages, generator
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
+BATCH = 16           # rows a forward pass
+LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
+HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
+VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and everything known about it.
+
+    Attributes:
+        model: the pruned model; plain ``save_pretrained`` and ``from_pretrained`` work on it.
+        results: the content of ``results.json``. tokenizer: the dense model's, or None.
+        probe: token ids (1, T) on which a saved copy is compared with ``model``.
+    """
+
+    model: PreTrainedModel
+    results: Results
+    tokenizer: PreTrainedTokenizerBase | None
+    probe: Tensor
+
+    @property
+    def blocks(self) -> list[range]:
+        """The removed blocks, half-open layer ranges of the dense model."""
+        return [range(*block) for block in self.results.blocks]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Layers, parameters, perplexity, speed and cache size, as plain numbers by name."""
+        names = {"layers", "parameters", "perplexity", "speed", "kv_cache_bytes_per_token"}
+        return self.results.model_dump(include=names, mode="json")
+
+    def save(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """Writes checkpoint, tokenizer, model card, ``results.json`` and ``report.html``, then loads the checkpoint
+        back and compares logits bit for bit.
+
+        Raises:
+            KDPruneError: the directory is not empty (without ``overwrite``), cannot be written, or the loaded model
+                differs. Nothing half-written is left.
+        """
+        with staged_directory(directory, overwrite) as staging:
+            save_model(self.model, staging, self.tokenizer)
+            verify(staging, self.model, self.probe)
+            (staging / "README.md").write_text(render_card(self.results), encoding="utf-8")
+            self.results.save(staging / "results.json")
+            write_page(self.results, staging / "report.html")
+        return Path(directory)
+
+    def report(self, path: str | Path) -> Path:
+        """Writes the one-file HTML report."""
+        return write_page(self.results, path)
+
+
+def prune(
+    model: str | Path | PreTrainedModel | None = None,
+    output_dir: str | Path | None = None,
+    method: str = "kdp",
+    ratio: float = 0.25,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    device: str = "auto",
+    *,
+    heldout: Any = None,
+    samples: int | None = None,
+    length: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    progress: bool = False,
+    **method_options: Any,
+) -> PruneResult:
+    """Prunes a causal language model to a net-parameter ratio and measures what it cost.
+
+    Args:
+        model: local path, hub id or loaded model (left as it is); None: the bundled reference model.
+        output_dir: where to save; None: nothing is written (``result.save`` does it later).
+        method: a name in ``kdprune.methods.METHODS``. ratio: net share of all parameters to remove.
+        calibration: text file, directory, hub data set, weighted mixture, list of strings, token ids (N, T), or None
+            for the bundled text. tokenizer: needed for text when ``model`` is a loaded model.
+        seed: of every random draw. device: "auto", "cpu", "cuda", ….
+        heldout: text or token ids for perplexity; None: the bundled text, or the calibration rows kept out of every
+            fit when there is no tokenizer. samples, length: rows, and tokens a row, of calibration text.
+        dtype: of the loaded model ("float32", …); None: the checkpoint's. A loaded model keeps its own.
+        overwrite: replace a non-empty ``output_dir``. trust_remote_code: as in transformers.
+        recipe: a YAML file or mapping of any of these options; arguments that differ from their default win.
+        progress: show a progress bar a stage on stderr.
+        method_options: fields of the method's dataclass: ``preset``, ``context``, ``features``, ….
+
+    Raises:
+        KDPruneError: anything wrong with what was given, in one line.
+    """
+    if recipe is not None:
+        return prune(**_with_recipe(recipe, {**locals(), "recipe": None}))
+    settings = _method(method, {"ratio": ratio, **method_options})
+    if output_dir is not None:
+        check_output(output_dir, overwrite)
+    stages = Stages(show=progress)
+    run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    tokens = run.calibration(calibration, samples, length)
+    scores = run.score(tokens, settings.protect)
+    outcome = settings(run.model, tokens, scores.tensors(), seed=seed, stages=stages, batch_size=BATCH)
+    pruned = apply_edits(run.model, outcome.edits)
+    measured = evaluate(run.model, pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
+    options = {
+        "model": run.name, "method": method, "seed": seed, "calibration": _plain(calibration),
+        "heldout": _plain(heldout), "samples": samples, "length": length, "dtype": dtype,
+        **dataclasses.asdict(settings),
+    }
+    base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
+    results = pruning_results(base, run.model, pruned, outcome, measured)
+    result = PruneResult(pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
+    if output_dir is not None:
+        with stages.stage("save and verify"):
+            result.save(output_dir, overwrite)
+    return result
+
+
+def analyze(
+    model: str | Path | PreTrainedModel | None = None,
+    calibration: Any = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    seed: int = 0,
+    device: str = "auto",
+    samples: int | None = None,
+    length: int | None = None,
+    dtype: str | None = None,
+    protect: float = KDP.protect,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Scores:
+    """Scores the similarity of all pairs of layer states (KDP, section 1); nothing is pruned.
+
+    Args:
+        output_dir: where to write ``results.json`` and ``report.html``; None: nothing is written.
+        protect: share of layers at either end that pruning would keep (drawn in the plots).
+        Others as in :func:`prune`.
+
+    Returns:
+        Arrays by name, with ``.plot(path)``.
+    """
+    if output_dir is not None:
+        check_output(output_dir, overwrite)
+    stages = Stages(show=progress)
+    run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    tokens = run.calibration(calibration, samples, length)
+    scores = run.score(tokens, protect)
+    if output_dir is not None:
+        options = {"model": run.name, "seed": seed, "calibration": _plain(calibration), "samples": samples,
+                   "length": length, "dtype": dtype, "protect": protect}
+        results = analysis_results(run.name, run.model, options, tokens, scores, stages)
+        with staged_directory(output_dir, overwrite) as staging:
+            results.save(staging / "results.json")
+            write_analysis(results, staging / "report.html")
+    return scores
+
+
+class _Run:
+    """The model, tokenizer and token sets a run works on."""
+
+    def __init__(
+        self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
+        trust_remote_code: bool, stages: Stages,
+    ):
+        model = BUNDLED_MODEL if model is None else model
+        self.bundled = not isinstance(model, PreTrainedModel) and Path(model) == BUNDLED_MODEL
+        self.seed, self.stages = seed, stages
+        with stages.stage("load model"):
+            self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+        if isinstance(model, PreTrainedModel):
+            self.name = model.config.name_or_path or type(model).__name__
+        else:
+            self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
+        """Calibration tokens; the bundled text when no source is given."""
+        row = min(length or LONGEST_ROW, longest_context(self.model) or LONGEST_ROW)
+        with self.stages.stage("calibration text"):
+            return load_tokens(
+                bundled_calibration() if source is None else source, self.tokenizer,
+                samples=None if self.bundled and samples is None else samples or DEFAULT_SAMPLES,
+                length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
+
+    def score(self, tokens: TokenSet, protect: float) -> Scores:
+        """The analysis of section 1."""
+        return score_layers(
+            self.model, tokens, protect=protect, generator=generator(self.seed), batch_size=BATCH,
+            stages=self.stages)
+
+    def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
+        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
+        if source is None and self.tokenizer is None:
+            rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
+            return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
+        return load_stream(
+            bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
+            vocabulary=vocabulary_size(self.model))
+
+
+def _method(name: str, options: Mapping[str, Any]) -> KDP:
+    if name not in METHODS:
+        reject_unknown([name], METHODS, "method")
+    method = METHODS[name]
+    reject_unknown(options, [item.name for item in dataclasses.fields(method)], f"option of {name}")
+    return method(**options)
+
+
+def _with_recipe(recipe: str | Path | Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``prune`` with a recipe's values where an argument is at its default."""
+    options = dict(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+    method_options = given.pop("method_options")
+    parameters = inspect.signature(prune).parameters
+    changed = {name: value for name, value in given.items() if value is not parameters[name].default}
+    return {**options, **changed, **method_options}
+
+
+def _plain(source: Any) -> Any:
+    """A text source as the recipe records it: its name, or what it was."""
+    if source is None or isinstance(source, str):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, Mapping) and "input_ids" not in source:
+        return {str(name): weight for name, weight in source.items()}
+    return f"{type(source).__name__} given in Python"

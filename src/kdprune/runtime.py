@@ -1,0 +1,75 @@
+"""Device, seeds, progress and cost: the only room that knows about the machine."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kdprune.errors import KDPruneError
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """``"auto"`` → the accelerator torch reports, else the CPU; anything else as torch reads it.
+
+    Raises:
+        KDPruneError: the name is unknown, or the device is not on this machine.
+    """
+    if isinstance(device, torch.device):
+        return device
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise KDPruneError(
+            f"got device {device!r}, which this machine does not offer; expected 'auto', 'cpu', 'cuda' or 'mps'"
+        ) from error
+
+
+def generator(seed: int, purpose: int = 0) -> torch.Generator:
+    """A CPU generator for one purpose of one run; draws of different purposes do not disturb each other."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + purpose)
+
+
+def peak_memory_bytes() -> int:
+    """High-water mark of this process: resident set on the host plus allocations on the accelerator."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+Advance = Callable[[int], None]
+
+
+@dataclass
+class Stages:
+    """Names, times and shows the stages of a run, one progress bar each on stderr.
+
+    ``seconds`` maps a stage to the wall time spent in it (a stage entered twice adds up).
+    """
+
+    show: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """``with stages.stage("analyse", total=10) as advance: advance(1)``."""
+        columns = (
+            SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        start = time.perf_counter()
+        with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda steps: progress.advance(task, steps)
+            # A stage without a known length is complete when it ends.
+            progress.update(task, total=total or 1, completed=total or 1)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
