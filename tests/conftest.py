@@ -1,7 +1,7 @@
 """What several test files share: tiny random models of every family, and the bundled reference model."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,7 +15,6 @@ from transformers.utils import logging
 import kdprune
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)
 
 BUNDLED = Path(kdprune.__file__).parent / "bundled" / "model"
 
@@ -30,3 +29,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def bundled() -> PreTrainedModel:
     """The bundled reference model in float32. Shared: do not change it."""
     return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on many threads, above all where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -14,9 +14,7 @@ from ..errors import KDPruneError
 from .families import family_of
 
 
-def save_model(
-    model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
-) -> None:
+def save_model(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write weights (safetensors), config, generation config and ``tokenizer`` to ``directory``.
 
     A model with stand-ins ships its code beside the weights, ``modeling_kdp.py``, named in the config's
@@ -24,10 +22,14 @@ def save_model(
     Raises KDPruneError for what is not a causal LM and where the directory cannot be written.
     """
     family_of(model)
+    directory = Path(directory)
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        for weights in directory.glob("*.safetensors"):  # written for the owner alone
+            weights.chmod((directory / "config.json").stat().st_mode)
     except (OSError, SafetensorError, ValueError) as error:
         raise KDPruneError(f"cannot write the checkpoint to {directory}: {error}") from error
 

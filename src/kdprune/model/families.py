@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -37,9 +38,7 @@ def family_of(model: nn.Module) -> Family:
     its language-modelling head.
     """
     if not isinstance(model, PreTrainedModel):
-        raise KDPruneError(
-            f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)"
-        )
+        raise KDPruneError(f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)")
     family = find_family(model.config)
     if family.causal_lm not in {base.__name__ for base in type(model).__mro__}:
         raise KDPruneError(
@@ -100,6 +99,19 @@ def set_depth(config: Any, count: int, types: list[str] | None) -> None:
     config.num_hidden_layers = count
     if types is not None:
         config.layer_types = types
+
+
+def restore_rotations(model: PreTrainedModel) -> None:
+    """Recompute rotary frequencies that a cast of the whole model, as by ``model.half()``, has rounded.
+
+    They are not saved, and loading computes them in float32: without this a checkpoint of such a model would not
+    compute what the model does. The tensors are replaced, so that a model that shares them keeps its own.
+    """
+    for module in model.modules():
+        buffers = {n: b for n, b in module.named_buffers(recurse=False) if b.dtype in (torch.float16, torch.bfloat16)}
+        if buffers and "RotaryEmbedding" in type(module).__name__:
+            module._buffers.update((name, buffer.float()) for name, buffer in buffers.items())
+            model._init_weights(module)
 
 
 def _stated_type(layer: nn.Module) -> Any:

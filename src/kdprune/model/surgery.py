@@ -16,7 +16,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
-from .families import decoder_layers, family_of, install_layers, layer_types_of, numbered_modules, set_depth
+from .families import (
+    decoder_layers,
+    family_of,
+    install_layers,
+    layer_types_of,
+    numbered_modules,
+    restore_rotations,
+    set_depth,
+)
 from .modeling_kdp import PREFIX, VERSION, Family, FoldedLayer, StandIn, auto_map, generated, place_stand_in
 
 
@@ -77,6 +85,7 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     if substitutes:
         _become_kdp(pruned, family, [edit.block for edit in edits], layers)
     config.architectures = [type(pruned).__name__]
+    restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
         if isinstance(module.__dict__.get("config"), PreTrainedConfig):
             module.config = config
@@ -162,9 +171,7 @@ def _sharing_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
 def _check_model(model: PreTrainedModel, family: Family, substitutes: bool) -> None:
     """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
     if model.config.model_type.startswith(PREFIX):
-        raise KDPruneError(
-            "the model holds stand-ins already; prune the dense model, with all blocks at once"
-        )
+        raise KDPruneError("the model holds stand-ins already; prune the dense model, with all blocks at once")
     if family.numbered and getattr(model.config, family.numbered, False):
         raise KDPruneError(
             f"config.{family.numbered} makes every layer depend on its number: "
@@ -180,9 +187,7 @@ def _check_blocks(blocks: Sequence[range], count: int) -> None:
     for block in blocks:
         shown = f"[{block.start}, {block.stop})"
         if block.step != 1 or not block:
-            raise KDPruneError(
-                f"got block {shown} with step {block.step}, expected a non-empty run of layers"
-            )
+            raise KDPruneError(f"got block {shown} with step {block.step}, expected a non-empty run of layers")
         if block.start < 0 or block.stop > count:
             raise KDPruneError(f"block {shown} is out of range: the model has {count} layers")
         if block.start < end:
@@ -219,9 +224,7 @@ def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
         if isinstance(item, _Slot):
             continue
         if isinstance(before, StandIn) or isinstance(after, StandIn):
-            raise KDPruneError(
-                "two blocks with token-wise stand-ins touch; join them or keep a layer between"
-            )
+            raise KDPruneError("two blocks with token-wise stand-ins touch; join them or keep a layer between")
         for slot, place in ((before, "after"), (after, "before")):
             if slot is not None and not isinstance(slot.layer, FoldedLayer):
                 _fold(slot.layer, item, place, family)
@@ -252,9 +255,7 @@ def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Modul
 def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, family: Family) -> nn.Module:
     """A copy of ``context`` for the slot of layer ``source``, whose output-capturing hooks it takes over."""
     if type(context) is not type(source) or not isinstance(getattr(context, family.mlp[0]), StandIn):
-        raise KDPruneError(
-            f"got a context layer that is not a {family.layer} with a stand-in in its MLP place"
-        )
+        raise KDPruneError(f"got a context layer that is not a {family.layer} with a stand-in in its MLP place")
     result = _adapted(context, model, source)
     twins = dict(result.named_modules())
     for name, part in source.named_modules():
@@ -264,9 +265,7 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module,
     return result
 
 
-def _become_kdp(
-    model: PreTrainedModel, family: Family, blocks: Sequence[range], layers: Iterable[nn.Module]
-) -> None:
+def _become_kdp(model: PreTrainedModel, family: Family, blocks: Sequence[range], layers: Iterable[nn.Module]) -> None:
     """Turn ``model`` and its config, in place, into the generated classes, with the record of its
     stand-ins."""
     found: list[dict[str, Any]] = []
@@ -287,8 +286,6 @@ def _shorten_config(config: Any, sources: Sequence[int]) -> None:
     """Make ``config`` describe a model that has the layers with these indices of the dense model's."""
     types = getattr(config, "layer_types", None)
     set_depth(config, len(sources), None if types is None else [types[index] for index in sources])
-    full = getattr(
-        config, "max_window_layers", None
-    )  # Qwen: the layers from this one on have a sliding window
+    full = getattr(config, "max_window_layers", None)  # Qwen: the layers from this one on have a sliding window
     if full is not None:
         config.max_window_layers = sum(index < full for index in sources)

@@ -1,0 +1,100 @@
+"""The stand-in's arithmetic, and the rows of the family table against the models they describe."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import CONFIGS, LAYERS, WIDTH
+from pruned import prune, stand_in
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertConfig, GPTJConfig, PreTrainedModel, T5Config
+
+from kdprune.errors import KDPruneError
+from kdprune.model import modeling_kdp
+from kdprune.model.families import decoder_layers, family_of, final_norm, find_family
+from kdprune.model.modeling_kdp import StandIn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Build = Callable[..., PreTrainedModel]
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("kind", ["fourier", "mlp", "linear"])
+@pytest.mark.parametrize("hidden", [0, 24])
+@pytest.mark.parametrize(("residual", "normalize"), [(True, True), (False, False)])
+def test_the_stand_in_computes_its_equation(kind: str, hidden: int, residual: bool, normalize: bool) -> None:
+    module = stand_in(kind=kind, hidden=hidden, residual=residual, normalize=normalize).double()
+    x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 7
+    z = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() if normalize else x
+    weights = dict(module.named_parameters())
+    if kind != "linear":
+        p = z @ weights["phase.weight"].T + weights["phase.bias"]
+        z = torch.cat([torch.cos(p), torch.sin(p)], -1) if kind == "fourier" else nn.functional.gelu(p)
+    if hidden:
+        z = nn.functional.gelu(z @ weights["lift.weight"].T + weights["lift.bias"])
+    y = z @ weights["readout.weight"].T + weights["readout.bias"]
+    torch.testing.assert_close(module(x), x + y if residual else y, rtol=1e-5, atol=1e-5)
+    assert not list(module.buffers())
+    again = StandIn(WIDTH, **module.spec()).double()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), module(x))
+
+
+def test_the_stand_in_has_the_parameters_it_should() -> None:
+    d, m, h = WIDTH, 16, 24
+    count = sum(p.numel() for p in StandIn(d, features=m, hidden=h).parameters())
+    assert count == d * m + m + 2 * m * h + h + h * d + d
+
+
+def test_the_stand_in_normalises_in_float32() -> None:
+    x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16() * 300
+    module = stand_in(kind="linear", residual=False)
+    low = copy.deepcopy(module).bfloat16()
+    module.load_state_dict(low.float().state_dict())
+    gap = (low.bfloat16()(x).float() - module(x.float())).abs().max()
+    assert gap < 0.05
+    assert low.bfloat16()(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"kind": "spline"}, {"features": 0}, {"activation": "no"}, {"hidden": -1}])
+def test_the_stand_in_refuses_what_makes_no_layer(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        StandIn(WIDTH, **{"features": 8, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_row_of_a_family_fits_its_model(tiny_model: Build, name: str) -> None:
+    model = tiny_model(name)
+    family = family_of(model)
+    layers = decoder_layers(model)
+    assert len(layers) == LAYERS
+    assert all(type(layer).__name__ == family.layer for layer in layers)
+    assert all(hasattr(layers[0], part) for part in (family.mlp_norm, *family.mlp))
+    seen: list[Tensor] = []
+    hook = layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        last = model.base_model(IDS).last_hidden_state
+    hook.remove()
+    project = getattr(getattr(model.base_model, "decoder", None), "project_out", None) or nn.Identity()
+    assert torch.equal(project(final_norm(model)(seen[0])), last)
+    assert family_of(prune(model, "mixed")) is family
+
+
+def test_what_is_no_known_causal_lm_is_refused(tiny_model: Build) -> None:
+    with pytest.raises(KDPruneError, match=r"unknown model family 'gptj'.*llama.*docs/add-a-family\.md"):
+        find_family(GPTJConfig())
+    with pytest.raises(KDPruneError, match="encoder-decoder"):
+        find_family(T5Config())
+    with pytest.raises(KDPruneError, match="unknown model family 'bert'"):
+        find_family(BertConfig())
+    with pytest.raises(KDPruneError, match="not a causal LM"):
+        decoder_layers(tiny_model("llama3").model)
+    with pytest.raises(KDPruneError, match="expected a PreTrainedModel"):
+        family_of(nn.Linear(1, 1))
+
+
+def test_registration_can_be_repeated() -> None:
+    modeling_kdp.register()
+    config = modeling_kdp.KDPLlamaConfig(num_hidden_layers=0, hidden_size=8, num_attention_heads=1, vocab_size=8)  # type: ignore[attr-defined]
+    assert type(AutoModelForCausalLM.from_config(config)) is modeling_kdp.KDPLlamaForCausalLM  # type: ignore[attr-defined]

@@ -1,0 +1,260 @@
+"""Edits: what they leave, what they keep in step, and what they refuse."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import CONFIGS, LAYERS
+from pruned import edits, in_context, prune, stand_in
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.errors import KDPruneError
+from kdprune.model.families import decoder_layers
+from kdprune.model.modeling_kdp import FoldedLayer
+from kdprune.model.surgery import (
+    Drop,
+    Edit,
+    Substitute,
+    apply_edits,
+    bypassed,
+    context_layer,
+    folded,
+    layers_replaced,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Build = Callable[..., PreTrainedModel]
+IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, use_cache=False).logits
+
+
+def numbers(model: PreTrainedModel) -> list[int]:
+    return [m.layer_idx for layer in decoder_layers(model) for m in layer.modules() if "layer_idx" in m.__dict__]
+
+
+# ------------------------------------------------------------------------------------------------ applying edits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("block", [range(2), range(2, 4), range(4, 6)], ids=str)
+def test_an_identity_stand_in_equals_dropping_the_layers(tiny_model: Build, name: str, block: range) -> None:
+    model, identity = tiny_model(name), stand_in()
+    nn.init.zeros_(identity.readout.weight)
+    nn.init.zeros_(identity.readout.bias)
+    dropped = apply_edits(model, [Drop(block)])
+    assert type(dropped) is type(model)
+    assert torch.equal(logits(apply_edits(model, [Substitute(block, identity)])), logits(dropped))
+    with bypassed(model, block):
+        assert torch.equal(logits(model), logits(dropped))
+    assert not torch.equal(logits(model), logits(dropped))
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-window", "opt", "gpt2"])
+@pytest.mark.parametrize("place", ["after", "before", "mlp"])
+def test_layers_replaced_computes_what_apply_edits_does(tiny_model: Build, name: str, place: str) -> None:
+    model = tiny_model(name)
+    change = edits(model, place)
+    layers: list[nn.Module] = list(decoder_layers(model))
+    if place == "after":
+        first, second = (edit.stand_in for edit in change)  # type: ignore[union-attr]
+        run = [layers[0], folded(model, layers[1], first), folded(model, layers[4], second)]
+    elif place == "before":
+        run = [folded(model, layers[2], change[0].stand_in, "before"), *layers[3:]]  # type: ignore[union-attr]
+    else:
+        run = [*layers[:2], change[0].context, *layers[4:]]  # type: ignore[union-attr,list-item]
+    expected, before = logits(apply_edits(model, change)), logits(model)
+    with layers_replaced(model, run):
+        assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), before)
+    assert not any(isinstance(layer, FoldedLayer) for layer in decoder_layers(model))
+
+
+def test_configs_stay_in_step(tiny_model: Build) -> None:
+    qwen = prune(tiny_model("qwen3-window"), "mixed").config
+    assert qwen.layer_types == ["full_attention", "full_attention", "sliding_attention"]
+    assert (qwen.num_hidden_layers, qwen.max_window_layers) == (3, 2)
+    gemma = apply_edits(tiny_model("gemma3"), [Drop(range(2, 3))])
+    assert gemma.config.layer_types == ["sliding_attention"] * 4 + ["full_attention"]
+    assert numbers(gemma) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]  # on the layer and on its attention
+    assert {id(m.config) for m in gemma.modules() if hasattr(m, "config")} == {id(gemma.config)}
+    context = prune(tiny_model("gemma3"), "mlp")
+    assert {id(m.config) for m in context.modules() if hasattr(m, "config")} == {id(context.config)}
+    assert prune(tiny_model("gpt2"), "mixed").config.n_layer == 3
+
+
+def test_the_record_says_where_the_stand_ins_are(tiny_model: Build) -> None:
+    record = prune(tiny_model("llama3"), "mixed").config.kdp
+    assert record["version"] == 1
+    assert record["blocks"] == [[0, 1], [2, 3], [3, 4], [5, 6]]
+    assert [(s["layer"], s["place"], s["kind"]) for s in record["stand_ins"]] == [
+        (0, "before", "mlp"),
+        (1, "mlp", "fourier"),
+        (2, "after", "fourier"),
+    ]
+
+
+def test_edits_are_data(tiny_model: Build) -> None:
+    """Applying does not change them, and what becomes of them later does not change the model."""
+    model = tiny_model("llama3").bfloat16()
+    change = edits(model, "mixed")
+    pruned = apply_edits(model, change)
+    before = logits(pruned)
+    assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
+    assert change[0].stand_in.phase.weight.dtype == torch.float32  # type: ignore[union-attr]
+    for edit in change:
+        if isinstance(edit, Substitute):
+            nn.init.ones_(edit.stand_in.readout.weight)
+    assert torch.equal(logits(pruned), before)
+
+
+def test_pruning_twice_is_pruning_once(tiny_model: Build) -> None:
+    model = tiny_model("gemma2")
+    once = apply_edits(apply_edits(model, [Drop(range(1, 3))]), [Substitute(range(1, 2), stand_in())])
+    both = apply_edits(model, [Drop(range(1, 3)), Substitute(range(3, 4), stand_in())])
+    assert torch.equal(logits(once), logits(both))
+    assert once.config.layer_types == both.config.layer_types
+
+
+def test_tied_embeddings_stay_tied(tiny_model: Build) -> None:
+    for name, tied in (("llama3.1", True), ("llama3", False), ("gpt_neox-sequential", True)):
+        pruned = prune(tiny_model(name), "mixed")
+        same = pruned.get_input_embeddings().weight is pruned.get_output_embeddings().weight
+        assert same is tied
+
+
+def test_a_stand_in_goes_before_the_next_layer_where_the_one_before_is_taken(tiny_model: Build) -> None:
+    model = tiny_model("llama3")
+    change: list[Edit] = [Substitute(range(2), stand_in(1)), Substitute(range(3, 5), stand_in(2))]
+    record = apply_edits(model, change).config.kdp["stand_ins"]
+    assert [(s["layer"], s["place"]) for s in record] == [(0, "before"), (1, "before")]
+    with pytest.raises(KDPruneError, match="too few layers"):
+        apply_edits(model, [change[0], Substitute(range(3, 6), stand_in(2))])
+
+
+def test_a_context_layer_made_before_hidden_states_were_recorded(tiny_model: Build) -> None:
+    model = tiny_model("llama3")
+    change = edits(model, "mlp")
+    model(IDS, output_hidden_states=True)
+    assert len(apply_edits(model, change)(IDS, output_hidden_states=True).hidden_states) == 6
+
+
+# ------------------------------------------------------------------------------------------------ for a while
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_all_is_as_before_after_an_exception(tiny_model: Build, name: str) -> None:
+    model = tiny_model(name)
+    before, config = logits(model), model.config.to_dict()
+    order, keys = list(decoder_layers(model)), list(model.state_dict())
+
+    def fail() -> None:
+        with bypassed(model, range(1, 4)), bypassed(model, range(1)):
+            assert len(decoder_layers(model)) == model.config.num_hidden_layers == 2
+            assert sorted(set(numbers(model))) == [0, 1]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert torch.equal(logits(model), before)
+    assert model.config.to_dict() == config
+    assert list(decoder_layers(model)) == order
+    assert list(model.state_dict()) == keys
+    assert sorted(set(numbers(model))) == list(range(LAYERS))
+
+
+def test_generation_works_while_layers_are_bypassed(tiny_model: Build) -> None:
+    model = tiny_model("gemma2")
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    expected = apply_edits(model, [Drop(range(1))]).generate(IDS, **options)
+    with bypassed(model, range(1)):
+        assert torch.equal(model.generate(IDS, **options), expected)
+
+
+def test_layers_in_another_order_keep_their_attention_types(tiny_model: Build) -> None:
+    model = tiny_model("gemma3")
+    reverse = list(decoder_layers(model))[::-1]
+    with layers_replaced(model, reverse):
+        assert model.config.layer_types[0] == "full_attention"
+        by_type = logits(model)
+    with layers_replaced(model, reverse, model.config.layer_types[::-1]):
+        assert torch.equal(logits(model), by_type)
+
+
+def test_layers_replaced_refuses_nonsense(tiny_model: Build) -> None:
+    model = tiny_model("gemma3")
+    layers = list(decoder_layers(model))
+    for wrong, types in (([], None), ([layers[0]] * 2, None), (layers, ["full_attention"]), ([nn.Identity()], None)):
+        with pytest.raises(KDPruneError), layers_replaced(model, wrong, types):  # type: ignore[arg-type]
+            pass
+    assert len(decoder_layers(model)) == LAYERS
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([range(1, 3), range(2, 4)], "overlaps"),
+        ([range(4, 7)], "out of range: the model has 6 layers"),
+        ([range(-1, 2)], "out of range"),
+        ([range(3, 3)], "non-empty"),
+        ([range(0, 6, 2)], "non-empty run"),
+        ([range(6)], "keep at least one"),
+        ([range(1, 3), range(3, 5)], "touch"),
+    ],
+)
+def test_blocks_that_make_no_model_are_refused(tiny_model: Build, blocks: list[range], message: str) -> None:
+    with pytest.raises(KDPruneError, match=message):
+        apply_edits(tiny_model("llama3"), [Substitute(block, stand_in()) for block in blocks])
+
+
+def test_stand_ins_that_meet_over_dropped_layers_are_refused(tiny_model: Build) -> None:
+    change = [Substitute(range(1, 2), stand_in()), Drop(range(2, 3)), Substitute(range(3, 4), stand_in())]
+    with pytest.raises(KDPruneError, match="touch"):
+        apply_edits(tiny_model("llama3"), change)
+
+
+def test_models_that_cannot_be_edited_are_refused(tiny_model: Build) -> None:
+    model, change = tiny_model("llama3"), [Substitute(range(1, 3), stand_in())]
+    with pytest.raises(KDPruneError, match="holds stand-ins already"):
+        apply_edits(prune(model, "after"), change)
+
+    class Mine(type(model)):  # type: ignore[misc]
+        pass
+
+    model.__class__ = Mine
+    with pytest.raises(KDPruneError, match="not a subclass"):
+        apply_edits(model, change)
+
+    numbered = tiny_model("gpt2")
+    numbered.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(KDPruneError, match="scale_attn_by_inverse_layer_idx"):
+        apply_edits(numbered, [Drop(range(1, 2))])
+
+    patched = tiny_model("llama3")
+    patched.model.layers[0].forward = patched.model.layers[0].forward
+    with pytest.raises(KDPruneError, match="forward is patched"):
+        apply_edits(patched, change)
+
+
+def test_a_context_layer_must_be_one(tiny_model: Build) -> None:
+    model = tiny_model("llama3")
+    for wrong in (decoder_layers(model)[1], nn.Identity(), in_context(tiny_model("opt"), range(1, 2)).context):
+        with pytest.raises(KDPruneError, match="context layer"):
+            apply_edits(model, [Substitute(range(1, 3), stand_in(), wrong)])
+    with pytest.raises(KDPruneError, match="layer index 6"):
+        context_layer(model, 6, stand_in())
+
+
+def test_a_context_layer_has_weights_of_its_own(tiny_model: Build) -> None:
+    model, inner = tiny_model("opt"), stand_in(residual=False, normalize=False)
+    layer = context_layer(model, 3, inner)
+    assert layer.fc1 is inner
+    assert isinstance(layer.fc2, nn.Identity)
+    assert not {id(p) for p in layer.parameters()} & {id(p) for p in model.parameters()}
