@@ -1,7 +1,35 @@
-"""kdprune: Kernelized Dynamics Pruning of transformer language models."""
+"""kdprune: Kernelized Dynamics Pruning of transformer language models.
 
-from .model import modeling_kdp
+``import kdprune`` registers pruned models with transformers' Auto classes. The rest is imported when first used:
+
+    result = kdprune.prune(model, output_dir=None, ratio=0.25, …)
+    scores = kdprune.analyze(model, …)
+    kdprune.KDP(ratio=0.25, context="attention", …)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kdprune.model import modeling_kdp
+
+if TYPE_CHECKING:
+    from kdprune.analysis import Scores
+    from kdprune.errors import KDPruneError
+    from kdprune.methods.kdp import KDP
+    from kdprune.pipeline import PruneResult, analyze, prune
 
 __version__ = "0.1.0"
+__all__ = ["KDP", "KDPruneError", "PruneResult", "Scores", "analyze", "prune"]
+
+_HOMES = {
+    "prune": "pipeline", "analyze": "pipeline", "PruneResult": "pipeline", "KDP": "methods.kdp", "Scores": "analysis",
+    "KDPruneError": "errors",
+}
 
 modeling_kdp.register()  # from here on the Auto classes of transformers load pruned models
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kdprune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kdprune.{_HOMES[name]}"), name)

@@ -1,5 +1,6 @@
 """The one training loop: every gradient fit of the package goes through ``fit``."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -65,9 +66,10 @@ def fit(
         sums: dict[str, float] = {}
         for chosen in torch.randperm(rows, generator=generator).split(schedule.batch):
             measured = measure(chosen)
-            if not torch.isfinite(measured["loss"]):
+            loss = float(measured["loss"].detach())
+            if not math.isfinite(loss):
                 raise KDPruneError(
-                    f"got a {float(measured['loss'])} loss while fitting {name} in epoch {epoch + 1}; "
+                    f"got a {loss} loss while fitting {name} in epoch {epoch + 1}; "
                     f"expected a finite one: lower the learning rate (now {schedule.rate:g})"
                 )
             gradients = torch.autograd.grad(measured["loss"], parameters, allow_unused=True)

@@ -1,5 +1,6 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,11 +104,7 @@ def fit_block(
     else:
         record["step2"] = _closed_form(site, settings.ridge, energy)
     if settings.refine and (shape.kind != "linear" or shape.context):
-        with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
-            parameters = [p for p in site.module.parameters() if p.requires_grad]
-            record["step3"] = fit(
-                parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
-                on_epoch=lambda _: advance(1))
+        record["step3"] = _step3(site, settings, generator, energy, name, stages)
     record |= held_out(site, energy, _PROBE_ROWS)
     edit = site.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
@@ -175,6 +172,22 @@ def _step2(
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 
+def _step3(
+    site: Site, settings: FitSettings, generator: torch.Generator, energy: float, name: str, stages: Stages
+) -> dict[str, list[float]]:
+    """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate)."""
+    before, start = _average(site.state_measure(energy), site, held=True), copy.deepcopy(site.module.state_dict())
+    parameters = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
+    with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
+        curves = fit(
+            parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
+            on_epoch=lambda _: advance(1))
+    after = _average(site.state_measure(energy), site, held=True)
+    if after["loss"] > before["loss"]:
+        site.module.load_state_dict(start)
+    return curves
+
+
 @torch.no_grad()
 def _output_norms(site: Site, inverse: InverseNetwork, mapped: Any) -> dict[str, float]:
     """Mean norm of what the inverse network has to give on held-out tokens, and of what it gives with and without α."""
@@ -202,10 +215,12 @@ def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[floa
 
 
 @torch.no_grad()
-def _average(measure: Any, site: Site) -> dict[str, list[float]]:
-    """A measure over all fitted rows, as a curve of one value: what a closed form reaches at once."""
+def _average(measure: Any, site: Site, held: bool = False) -> dict[str, list[float]]:
+    """A measure over all fitted (or held-out) rows, as a curve of one value: what a closed form reaches at once."""
     sums: dict[str, float] = {}
-    for rows in site.row_batches(_PROBE_ROWS):
+    count = 0
+    for rows in site.row_batches(_PROBE_ROWS, held):
         for key, value in measure(rows).items():
             sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
-    return {key: [total / site.fit_rows] for key, total in sums.items()}
+        count += len(rows)
+    return {key: [total / count] for key, total in sums.items()}

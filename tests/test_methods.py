@@ -1,0 +1,301 @@
+"""The method: planted problems it must solve, and its contract over all families."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from families import CONFIGS
+
+from kdprune.analysis import score_layers
+from kdprune.data import TokenSet, load_tokens
+from kdprune.errors import KDPruneError
+from kdprune.kernel.features import FourierFeatures
+from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
+from kdprune.methods.fitting import Shape
+from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
+from kdprune.methods.kdp import KDP
+from kdprune.methods.result import MethodResult
+from kdprune.methods.site import Site
+from kdprune.model.activations import PathRows, collect_block_states, layer_states
+from kdprune.model.surgery import apply_edits
+from kdprune.runtime import Stages
+from kdprune.training import Schedule, fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2, "inverse_epochs": 2, "features": 6, "rank": 2}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_tokens(rows: int = 8, length: int = 12, seed: int = 0) -> TokenSet:
+    return load_tokens(
+        torch.randint(3, 64, (rows, length), generator=generator(seed)), None, samples=None, length=length, seed=0)
+
+
+# ------------------------------------------------------------------------------------------ step 1
+
+
+def translations(steps: int, tokens: int, width: int) -> torch.Tensor:
+    """h ← h + c: exactly linear in kernel space, a rotation by Wᵀc of every (cos, sin) pair."""
+    h = torch.randn(tokens, width, generator=generator(1))
+    shift = 0.4 * torch.randn(width, generator=generator(2))
+    return torch.stack([h + step * shift for step in range(steps + 1)]), shift
+
+
+def test_planted_linear_dynamics_are_recovered() -> None:
+    path, shift = translations(2, 600, 4)
+    features = FourierFeatures(4, 12, 2, generator())
+    with torch.no_grad():
+        angle = features.frequencies().T @ shift
+    cos, sin = torch.diag(angle.cos()), torch.diag(angle.sin())
+    rotation = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
+    found = solve_operators(features, path, ridge=1e-10)
+    assert found.dtype == torch.float64
+    for matrix in found:
+        torch.testing.assert_close(matrix.float(), rotation, rtol=0, atol=2e-2)
+    mapped = features(path).detach().double()
+    assert float((mapped[1] - mapped[0] @ found[0].T).norm() / mapped[1].norm()) < 1e-4
+
+
+def learned(path: torch.Tensor, anisotropic: bool) -> Step1:
+    features = FourierFeatures(path.shape[-1], 24, 3, generator(), anisotropic=anisotropic)
+    features.init_median(path.flatten(0, 1), generator())
+    return fit_dynamics(
+        features, path, torch.ones(path.shape[1]), Schedule(12, 64, 3e-2), generator(), ridge=1e-4, name="test")
+
+
+def test_anisotropic_planted_kernel_is_learned_better_than_isotropic() -> None:
+    # Two dimensions follow the planted dynamics, six are noise drawn anew at every layer: only a kernel with a width
+    # for every dimension can look away from the noise.
+    signal, _ = translations(2, 500, 2)
+    path = torch.cat((signal, torch.randn(3, 500, 6, generator=generator(5))), -1)
+    anisotropic, isotropic = learned(path, True), learned(path, False)
+    unexplained = [step1.curves["unexplained"] for step1 in (anisotropic, isotropic)]
+    assert unexplained[0][-1] < 0.5 * unexplained[1][-1]
+    assert unexplained[0][-1] < 0.5 * unexplained[0][0]  # and better than before learning
+    scales = anisotropic.features.log_diagonal.detach()
+    assert float(scales[:2].mean()) > float(scales[2:].mean()) + 0.5
+
+
+def test_operators_restart_at_least_squares_every_epoch_and_kernel_can_be_fixed() -> None:
+    path, _ = translations(2, 300, 4)
+    features = FourierFeatures(4, 8, 2, generator())
+    before = features.frequencies().detach().clone()
+    step1 = fit_dynamics(
+        features, path, torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test", learn_kernel=False)
+    assert torch.equal(before, features.frequencies())
+    assert len(step1.curves["loss"]) == 3
+    assert len(step1.curves["spectral_norm"]) == 4  # at the start of every epoch, and after the last
+    torch.testing.assert_close(step1.dynamics.matrices().double(), solve_operators(features, path, 1e-6))
+    assert step1.curves["feature_norm"][-1] == pytest.approx(1, abs=1e-5)
+
+
+def test_position_weights_grow_to_one() -> None:
+    weights = position_weights(torch.arange(5), 5)
+    assert weights.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+# ------------------------------------------------------------------------------------------ step 2 and folding
+
+
+@pytest.mark.parametrize("hidden", [0, 20])
+@pytest.mark.parametrize("residual", [False, True])
+def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
+    path, _ = translations(3, 200, 10)
+    features = FourierFeatures(10, 16, 3, generator())
+    step1 = fit_dynamics(
+        features, path, torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
+    inverse = InverseNetwork(32, hidden, 10)
+    with torch.no_grad():
+        inverse.alpha.fill_(1.7)
+        folded = fold(step1.features, step1.dynamics, inverse, residual=residual, normalize=residual)
+        x = 5 * torch.randn(50, 10, generator=generator(3))
+        state = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() if residual else x
+        z = features(state)
+        for matrix in step1.dynamics.matrices():
+            z = z @ matrix.T
+        unfolded = inverse(z) + (x if residual else 0)
+        torch.testing.assert_close(folded(x), unfolded, rtol=1e-5, atol=1e-5)
+    shape = Shape(10, "fourier", 16, hidden, residual, context=False)
+    assert sum(parameter.numel() for parameter in folded.parameters()) == shape.parameters()
+    wider = dataclasses.replace(shape, features=17).parameters()
+    assert wider - shape.parameters() == shape.parameters_per_feature()
+
+
+def test_norm_decay_is_compensated() -> None:
+    # Noisy dynamics: least-squares operators shrink what they cannot predict, more with every step.
+    path = torch.randn(1, 800, 6, generator=generator())
+    for seed in range(4):
+        path = torch.cat((path, path[-1:] + 0.5 * torch.randn(1, 800, 6, generator=generator(seed + 1))))
+    features = FourierFeatures(6, 16, 2, generator())
+    features.init_median(path.flatten(0, 1), generator())
+    step1 = fit_dynamics(features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
+    with torch.no_grad():
+        predicted, true = features(path[0]) @ step1.dynamics.product().T, features(path[-1])
+    before = float(predicted.norm(dim=-1).mean() / true.norm(dim=-1).mean())
+    alpha = decay_compensation(predicted, true)
+    assert before < 0.85
+    assert alpha * before == pytest.approx(1, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------ the whole method
+
+
+def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:  # noqa: ANN001, ANN003
+    method = KDP(**{**QUICK, **options})
+    scores = score_layers(
+        model, tokens, protect=method.protect, generator=generator(), batch_size=4, stages=Stages())
+    return method(model, tokens, scores.tensors(), seed=seed, batch_size=4)
+
+
+@pytest.mark.parametrize("context", ["attention", "none"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_model) -> None:  # noqa: ANN001
+    model, tokens = tiny_model(name), random_tokens()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = run(model, tokens, ratio=0.2, context=context, protect=0.0)
+    pruned = apply_edits(model, result.edits)
+    total, left = model.num_parameters(), pruned.num_parameters()
+    one_stand_in = max(entry["parameters"] for entry in result.fit) / total
+    assert 0.2 <= 1 - left / total + 1e-9 <= 0.2 + one_stand_in + 1e-9
+    assert torch.isfinite(pruned(tokens.ids[:2]).logits).all()
+    for entry in result.fit:
+        assert math.isfinite(entry["state_error"])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_fit_beats_dropping_the_block(tiny_model) -> None:  # noqa: ANN001
+    model, tokens = tiny_model("llama3"), random_tokens(rows=64, length=16)
+    result = run(model, tokens, blocks=((2, 4),), features=24, refine_epochs=8, kernel_tokens=512)
+    assert result.blocks == [range(2, 4)]
+    assert result.fit[0]["state_error"] < 0.8 < result.fit[0]["dropped_error"] * 1.2
+
+
+def test_same_seed_same_bits_and_another_seed_others(tiny_model) -> None:  # noqa: ANN001
+    model, tokens = tiny_model("qwen3"), random_tokens()
+    first, second, other = (run(model, tokens, seed=seed, blocks=((1, 3),)) for seed in (4, 4, 5))
+    weights = [result.edits[0].context.state_dict() for result in (first, second, other)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert not all(torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("context", ["attention", "none"])
+def test_padding_enters_no_statistic(context: str, tiny_model) -> None:  # noqa: ANN001
+    model, plain = tiny_model("llama3"), random_tokens()
+    rubbish = torch.randint(3, 64, (8, 5), generator=generator(9))
+    padded = load_tokens(
+        {"input_ids": torch.cat((plain.ids, rubbish), 1),
+         "attention_mask": torch.cat((torch.ones(8, 12), torch.zeros(8, 5)), 1)}, None, samples=None, length=17, seed=0)
+    found = []
+    for tokens in (plain, padded):
+        scores = score_layers(model, tokens, protect=0.1, generator=generator(), batch_size=4, stages=Stages())
+        # Few short fits keep differences of rounding from growing.
+        entry = run(model, tokens, blocks=((2, 4),), context=context, kernel_epochs=1, refine_epochs=1,
+                    kernel_tokens=1000, kernel="fixed").fit[0]
+        found.append((scores.tensors(), entry))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(value, found[1][0][name], rtol=1e-4, atol=1e-5)
+    for key in ("state_error", "linear_error"):
+        assert found[0][1][key] == pytest.approx(found[1][1][key], rel=2e-2)
+    assert found[0][1]["k_step_error"] == pytest.approx(found[1][1]["k_step_error"], rel=5e-2)
+
+
+@pytest.mark.parametrize("options", [
+    {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"kernel": "isotropic"},
+    {"hidden": 8}, {"refine": False}, {"endpoints": "output"}, {"similarity": "cosine"}, {"block_length": 2},
+])
+def test_every_option_by_name(options: dict, tiny_model) -> None:
+    model, tokens = tiny_model("llama3"), random_tokens()
+    result = run(model, tokens, ratio=0.15, protect=0.0, **options)
+    assert torch.isfinite(apply_edits(model, result.edits)(tokens.ids[:1]).logits).all()
+    if options.get("preset") == "paper":
+        assert result.fit[0]["hidden"] == 32
+        assert result.fit[0]["features"] == 6
+        assert result.fit[0]["step3"] is None
+
+
+def test_paper_preset_has_the_papers_sizes() -> None:
+    shape = KDP(preset="paper").shape(4096)
+    assert (shape.features, shape.hidden, shape.residual, shape.context) == (2048, 4096, False, False)
+    # Two blocks of four layers of LLaMA2-7B: 22.8 % net (KDP, section 2).
+    layer, total = 202_383_360, 6_738_415_616
+    assert (8 * layer - 2 * shape.parameters()) / total == pytest.approx(0.228, abs=5e-4)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
+    ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, paper"),
+    ({"features": 0}, "features 0"), ({"kernel": "rbf"}, "expected one of learned"), ({"protect": 0.6}, "protect 0.6"),
+    ({"rate": -1.0}, "rate -1.0"),
+])
+def test_bad_options_are_refused_in_one_line(options: dict, message: str) -> None:
+    with pytest.raises(KDPruneError, match=message) as caught:
+        KDP(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ratio": 0.9}, "expected at most 0"), ({"blocks": ((1, 9),)}, r"block \[1, 9\)"),
+    ({"blocks": ((0, 6),)}, "at least one kept"), ({"blocks": ((0, 2), (2, 4))}, "kept layer between"),
+    ({"block_length": 7}, "got a model of 6 layers"), ({"protect": 0.49}, "got a model of 6 layers"),
+])
+def test_impossible_blocks_are_refused_before_any_fit(options: dict, message: str, tiny_model) -> None:  # noqa: ANN001
+    with pytest.raises(KDPruneError, match=message):
+        run(tiny_model("llama3"), random_tokens(), **options)
+
+
+# ------------------------------------------------------------------------------------------ states and training
+
+
+def test_states_are_those_between_the_layers(tiny_model) -> None:  # noqa: ANN001
+    model, tokens = tiny_model("llama3"), random_tokens(rows=3)
+    hidden = model(tokens.ids, output_hidden_states=True).hidden_states
+    seen = [states for _, states in layer_states(model, tokens, range(7), 2)]
+    for index in range(6):
+        torch.testing.assert_close(torch.cat([batch[index] for batch in seen]), hidden[index])
+    last = torch.cat([batch[6] for batch in seen])
+    torch.testing.assert_close(model.model.norm(last), hidden[6])  # h_L is taken before the final norm
+
+
+def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:  # noqa: ANN001
+    model = tiny_model("llama3")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.fill_(math.inf)
+    with pytest.raises(KDPruneError, match="entering layer 4 in calibration batch 0"):
+        list(layer_states(model, random_tokens(), range(7), 4))
+
+
+def test_site_output_is_base_plus_stand_in(tiny_model) -> None:  # noqa: ANN001
+    for name in set(CONFIGS) - {"opt-350m"}:  # which normalises after the sum
+        model, tokens = tiny_model(name), random_tokens(rows=4)
+        states = collect_block_states(model, tokens, [range(1, 3)], held=1, path=PathRows(1, 1), batch_size=4)[0]
+        stand_in = Shape(32, "fourier", 5, 0, residual=True, context=True).build(generator())
+        site = Site(model, states, stand_in, True, torch.device("cpu"))
+        rows = torch.arange(4)
+        probe = site.probe(rows)
+        with torch.no_grad():
+            expected = probe.base + stand_in(probe.kernel_input)
+            torch.testing.assert_close(site.predict(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_says_where_it_failed() -> None:
+    weight = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(KDPruneError, match=r"got a nan loss while fitting block \[2, 4\) in epoch 1"):
+        fit([weight], lambda _: {"loss": weight * math.nan}, 4, Schedule(1, 2, 1e-3), generator(), name="block [2, 4)")
+
+
+def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
+    weight = torch.nn.Parameter(torch.zeros(()))
+    seen: list[int] = []
+
+    def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.extend(rows.tolist())
+        return {"loss": (weight - 2).square()}
+
+    curves = fit([weight], measure, 10, Schedule(20, 3, 0.3), generator(), name="test")
+    assert sorted(seen[:10]) == list(range(10))
+    assert curves["loss"][-1] < 0.05 * curves["loss"][0]
+    assert float(weight.detach()) == pytest.approx(2, abs=0.2)
