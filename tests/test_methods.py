@@ -85,7 +85,8 @@ def test_operators_restart_at_least_squares_every_epoch_and_kernel_can_be_fixed(
     features = FourierFeatures(4, 8, 2, generator())
     before = features.frequencies().detach().clone()
     step1 = fit_dynamics(
-        features, path, torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test", learn_kernel=False)
+        features, path, torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test",
+        learn_kernel=False)
     assert torch.equal(before, features.frequencies())
     assert len(step1.curves["loss"]) == 3
     assert len(step1.curves["spectral_norm"]) == 4  # at the start of every epoch, and after the last
@@ -144,7 +145,7 @@ def test_norm_decay_is_compensated() -> None:
 # ------------------------------------------------------------------------------------------ the whole method
 
 
-def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:  # noqa: ANN001, ANN003
+def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:
     method = KDP(**{**QUICK, **options})
     scores = score_layers(
         model, tokens, protect=method.protect, generator=generator(), batch_size=4, stages=Stages())
@@ -153,7 +154,7 @@ def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:  # n
 
 @pytest.mark.parametrize("context", ["attention", "none"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_model) -> None:  # noqa: ANN001
+def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = run(model, tokens, ratio=0.2, context=context, protect=0.0)
@@ -167,14 +168,14 @@ def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_m
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_the_fit_beats_dropping_the_block(tiny_model) -> None:  # noqa: ANN001
+def test_the_fit_beats_dropping_the_block(tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows=64, length=16)
     result = run(model, tokens, blocks=((2, 4),), features=24, refine_epochs=8, kernel_tokens=512)
     assert result.blocks == [range(2, 4)]
     assert result.fit[0]["state_error"] < 0.8 < result.fit[0]["dropped_error"] * 1.2
 
 
-def test_same_seed_same_bits_and_another_seed_others(tiny_model) -> None:  # noqa: ANN001
+def test_same_seed_same_bits_and_another_seed_others(tiny_model) -> None:
     model, tokens = tiny_model("qwen3"), random_tokens()
     first, second, other = (run(model, tokens, seed=seed, blocks=((1, 3),)) for seed in (4, 4, 5))
     weights = [result.edits[0].context.state_dict() for result in (first, second, other)]
@@ -183,7 +184,7 @@ def test_same_seed_same_bits_and_another_seed_others(tiny_model) -> None:  # noq
 
 
 @pytest.mark.parametrize("context", ["attention", "none"])
-def test_padding_enters_no_statistic(context: str, tiny_model) -> None:  # noqa: ANN001
+def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
     model, plain = tiny_model("llama3"), random_tokens()
     rubbish = torch.randint(3, 64, (8, 5), generator=generator(9))
     padded = load_tokens(
@@ -242,7 +243,7 @@ def test_bad_options_are_refused_in_one_line(options: dict, message: str) -> Non
     ({"blocks": ((0, 6),)}, "at least one kept"), ({"blocks": ((0, 2), (2, 4))}, "kept layer between"),
     ({"block_length": 7}, "got a model of 6 layers"), ({"protect": 0.49}, "got a model of 6 layers"),
 ])
-def test_impossible_blocks_are_refused_before_any_fit(options: dict, message: str, tiny_model) -> None:  # noqa: ANN001
+def test_impossible_blocks_are_refused_before_any_fit(options: dict, message: str, tiny_model) -> None:
     with pytest.raises(KDPruneError, match=message):
         run(tiny_model("llama3"), random_tokens(), **options)
 
@@ -250,7 +251,7 @@ def test_impossible_blocks_are_refused_before_any_fit(options: dict, message: st
 # ------------------------------------------------------------------------------------------ states and training
 
 
-def test_states_are_those_between_the_layers(tiny_model) -> None:  # noqa: ANN001
+def test_states_are_those_between_the_layers(tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows=3)
     hidden = model(tokens.ids, output_hidden_states=True).hidden_states
     seen = [states for _, states in layer_states(model, tokens, range(7), 2)]
@@ -260,7 +261,7 @@ def test_states_are_those_between_the_layers(tiny_model) -> None:  # noqa: ANN00
     torch.testing.assert_close(model.model.norm(last), hidden[6])  # h_L is taken before the final norm
 
 
-def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:  # noqa: ANN001
+def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:
     model = tiny_model("llama3")
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(math.inf)
@@ -268,7 +269,7 @@ def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:  # noqa: AN
         list(layer_states(model, random_tokens(), range(7), 4))
 
 
-def test_site_output_is_base_plus_stand_in(tiny_model) -> None:  # noqa: ANN001
+def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
     for name in set(CONFIGS) - {"opt-350m"}:  # which normalises after the sum
         model, tokens = tiny_model(name), random_tokens(rows=4)
         states = collect_block_states(model, tokens, [range(1, 3)], held=1, path=PathRows(1, 1), batch_size=4)[0]

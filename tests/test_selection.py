@@ -14,7 +14,7 @@ def separated(blocks: tuple[range, ...]) -> bool:
     return all(second.start > first.stop for first, second in itertools.pairwise(blocks))
 
 
-def brute_force(candidates, score, removal):  # noqa: ANN001, ANN201
+def brute_force(candidates, score, removal):
     best: dict[int, float] = {0: 0.0}
     for count in range(1, 5):
         for blocks in itertools.combinations(sorted(candidates, key=lambda block: block.start), count):
