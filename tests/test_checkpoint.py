@@ -84,6 +84,11 @@ def test_a_loaded_model_can_be_saved_again(tiny_model: Build, tmp_path: Path) ->
     assert first == second
 
 
+def test_a_config_alone_ships_its_code(tiny_model: Build, tmp_path: Path) -> None:
+    prune(tiny_model("llama3"), "after").config.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "modeling_kdp.py"}
+
+
 def test_the_tokenizer_travels_along(bundled: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled.name_or_path)
     stand_in = modeling_kdp.StandIn(128, features=8)

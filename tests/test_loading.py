@@ -20,8 +20,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from kdprune.errors import KDPruneError
-from kdprune.model.loading import load_model, load_tokenizer, one_line, quiet_libraries, resolve_dtype
+from kdprune.errors import KDPruneError, one_line
+from kdprune.model.loading import load_model, load_tokenizer, resolve_dtype
+from kdprune.runtime import quiet_libraries
 
 BUNDLED = Path(__file__).parent.parent / "src" / "kdprune" / "bundled" / "model"
 

@@ -1,6 +1,7 @@
 """Edits: what they leave, what they keep in step, and what they refuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import FoldedLayer
 from kdprune.model.surgery import (
     Drop,
@@ -54,6 +55,41 @@ def test_an_identity_stand_in_equals_dropping_the_layers(tiny_model: Build, name
     assert not torch.equal(logits(model), logits(dropped))
 
 
+@contextmanager
+def hooked(model: PreTrainedModel, change: Substitute, place: str) -> Iterator[None]:
+    """The stand-in's effect on the dense model by other means: hooks on its layers, and the block bypassed."""
+    layers, block, replace = decoder_layers(model), change.block, change.stand_in
+    seen: list[Tensor] = []
+    if place == "after":
+        hooks = [layers[block.start - 1].register_forward_hook(lambda module, args, output: replace(output))]
+    elif place == "before":
+        hooks = [layers[block.stop].register_forward_pre_hook(lambda module, args: (replace(args[0]), *args[1:]))]
+    else:
+        block = range(block.start + 1, block.stop)
+        first, last = (getattr(layers[change.block.start], family_of(model).mlp[i]) for i in (0, -1))
+        hooks = [
+            first.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+            last.register_forward_hook(lambda module, args, output: replace(seen.pop())),
+        ]
+    try:
+        with bypassed(model, block):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("place", ["after", "before", "mlp"])
+def test_stand_ins_act_where_their_place_says(tiny_model: Build, name: str, place: str) -> None:
+    model = tiny_model(name)
+    change = edits(model, place)[0]
+    assert isinstance(change, Substitute)
+    with hooked(model, change, place):
+        expected = logits(model)
+    assert torch.equal(logits(apply_edits(model, [change])), expected)
+
+
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-window", "opt", "gpt2"])
 @pytest.mark.parametrize("place", ["after", "before", "mlp"])
 def test_layers_replaced_computes_what_apply_edits_does(tiny_model: Build, name: str, place: str) -> None:
@@ -84,7 +120,10 @@ def test_configs_stay_in_step(tiny_model: Build) -> None:
     assert {id(m.config) for m in gemma.modules() if hasattr(m, "config")} == {id(gemma.config)}
     context = prune(tiny_model("gemma3"), "mlp")
     assert {id(m.config) for m in context.modules() if hasattr(m, "config")} == {id(context.config)}
-    assert prune(tiny_model("gpt2"), "mixed").config.n_layer == 3
+    gpt2 = prune(tiny_model("gpt2"), "mixed")
+    assert gpt2.config.n_layer == 3
+    assert gpt2.config.architectures == ["KDPGPT2ForCausalLM"]
+    assert {"GPT2Block", "KDPGPT2Layer"} <= set(gpt2._no_split_modules)
 
 
 def test_the_record_says_where_the_stand_ins_are(tiny_model: Build) -> None:

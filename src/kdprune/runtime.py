@@ -1,6 +1,7 @@
 """Device, seeds, progress and cost: the only room that knows about the machine."""
 
 import contextlib
+import logging
 import resource
 import sys
 import time
@@ -10,8 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as hf_logging
 
 from kdprune.errors import KDPruneError
+
+LOGGERS = ("transformers", "huggingface_hub", "datasets")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -44,6 +48,25 @@ def peak_memory_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+@contextlib.contextmanager
+def quiet_libraries(progress: bool = False) -> Iterator[None]:
+    """Warnings of the Hugging Face libraries, and their bars unless `progress`, stay silent for a while."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    levels = [logger.level for logger in loggers]
+    bars = hf_logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if bars and not progress:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars and not progress:
+            hf_logging.enable_progress_bar()
 
 
 Advance = Callable[[int], None]

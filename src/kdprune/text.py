@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from kdprune.errors import KDPruneError
-from kdprune.model.loading import one_line, quiet_libraries
+from kdprune.errors import KDPruneError, one_line
+from kdprune.runtime import quiet_libraries
 
 Piece = tuple[str, bool]
 

@@ -4,12 +4,10 @@ A directory is checked before transformers opens it, and every weight the archit
 checkpoint: a model that is silently initialised at random is impossible.
 """
 
-import contextlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,17 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, one_line
 from kdprune.model.families import family_of
-from kdprune.runtime import resolve_device
+from kdprune.runtime import quiet_libraries, resolve_device
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-LOGGERS = ("transformers", "huggingface_hub", "datasets")
 
 
 def load_model(
@@ -117,31 +113,6 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or found.itemsize < 2 or not found.is_floating_point:
         raise KDPruneError(f"got dtype {str(dtype)!r}, expected auto, float32, bfloat16 or float16")
     return found
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """The message of an exception as one line of at most `most` characters; its kind where it has none."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-@contextlib.contextmanager
-def quiet_libraries(progress: bool = False) -> Iterator[None]:
-    """Warnings of the Hugging Face libraries, and their bars unless `progress`, stay silent for a while."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
-    bars = hf_logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    if bars and not progress:
-        hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars and not progress:
-            hf_logging.enable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------- from a checkpoint

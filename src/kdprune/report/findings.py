@@ -129,7 +129,7 @@ def outliers(points: Outliers) -> str:
     text = f"Relative rms error {percent(relative_error(points, -1))} in ordinary dimensions"
     if points.dimensions:
         names = ", ".join(
-            f"{name}" + (f" ({scale:.0f} × as large)" if scale is not None else "")
+            f"{name}" + (f" ({scale:.0f}× the median size)" if scale is not None else "")
             for name, scale in zip(
                 points.dimensions, points.scale or [None] * len(points.dimensions), strict=False
             )
