@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import KDPruneError
 from .families import family_of
@@ -25,13 +25,25 @@ def save_model(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrai
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(directory)
+        _save_weights(model, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         for weights in directory.glob("*.safetensors"):  # written for the owner alone
             weights.chmod((directory / "config.json").stat().st_mode)
     except (OSError, SafetensorError, ValueError) as error:
         raise KDPruneError(f"cannot write the checkpoint to {directory}: {error}") from error
+
+
+def _save_weights(model: PreTrainedModel, directory: Path) -> None:
+    """``save_pretrained``, with the generation config written as it is: some published ones are refused as new."""
+    generation = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(directory)
+    finally:
+        model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
 
 
 @torch.no_grad()
