@@ -133,7 +133,7 @@ def prune(
     pruned = apply_edits(run.model, outcome.edits)
     measured = evaluate(run.model, pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
     options = {
-        "model": run.name, "method": method, "seed": seed, "calibration": _plain(calibration),
+        "model": None if run.bundled else run.name, "method": method, "seed": seed, "calibration": _plain(calibration),
         "heldout": _plain(heldout), "samples": samples, "length": length, "dtype": dtype,
         **dataclasses.asdict(settings),
     }
@@ -179,8 +179,10 @@ def analyze(
     tokens = run.calibration(calibration, samples, length)
     scores = run.score(tokens, protect)
     if output_dir is not None:
-        options = {"model": run.name, "seed": seed, "calibration": _plain(calibration), "samples": samples,
-                   "length": length, "dtype": dtype, "protect": protect}
+        options = {
+            "model": None if run.bundled else run.name, "seed": seed, "calibration": _plain(calibration),
+            "samples": samples, "length": length, "dtype": dtype, "protect": protect,
+        }
         results = analysis_results(run.name, run.model, options, tokens, scores, stages)
         with staged_directory(output_dir, overwrite) as staging:
             results.save(staging / "results.json")

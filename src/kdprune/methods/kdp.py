@@ -21,11 +21,11 @@ from kdprune.training import Schedule
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input",
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
-        "endpoints": "output",
+        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100,
     },
 }
 
@@ -61,7 +61,7 @@ class KDP:
         "or no kernel: a GELU layer, a linear map")
     features: int | None = option(None, "m, number of random frequencies (the feature vector has 2m entries)")
     rank: int = option(16, "r, rank of the learned part of the covariance")
-    bandwidth: float = option(1.0, "scale of the first frequencies in units of the median heuristic")
+    bandwidth: float | None = option(None, "scale of the first frequencies in units of the median heuristic")
     inverse: Literal["direct", "residual"] | None = option(
         None, "inverse network rebuilds the state from features alone, or its update on a normalised input")
     hidden: int | None = option(None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width")
@@ -70,12 +70,12 @@ class KDP:
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(None, "spend what the blocks remove beyond the ratio on more features")
     ridge: float = option(1e-4, "relative ridge of every least-squares solve")
-    kernel_epochs: int = option(20, "epochs of step 1")
+    kernel_epochs: int | None = option(None, "epochs of step 1")
     kernel_tokens: int = option(8192, "tokens of step 1")
     kernel_rate: float = option(3e-3, "peak learning rate of step 1")
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer")
-    refine_epochs: int = option(20, "epochs of step 3")
-    rate: float = option(3e-3, "peak learning rate of steps 2 and 3")
+    refine_epochs: int = option(15, "epochs of step 3")
+    rate: float = option(6e-3, "peak learning rate of steps 2 and 3")
     batch: int = option(8, "rows (sequences) a step in steps 2 and 3")
     held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
 
@@ -147,8 +147,9 @@ class KDP:
             states = collect_block_states(
                 model, tokens, blocks, held=held, path=path, batch_size=batch_size, advance=advance)
         settings = FitSettings(
-            kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth, ridge=self.ridge, refine=bool(self.refine),
-            step1=Schedule(self.kernel_epochs, 256, self.kernel_rate),
+            kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
+            refine=bool(self.refine),
+            step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate),
             step2=Schedule(self.inverse_epochs, self.batch, self.rate),
             step3=Schedule(self.refine_epochs, self.batch, self.rate),
         )

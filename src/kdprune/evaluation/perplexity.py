@@ -1,0 +1,139 @@
+"""Sliding-window perplexity: every token but the first of a row is scored once, padding never."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+
+IGNORED = -100  # target of a position that is not scored
+LONGEST_WINDOW = 2048
+LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
+SLICE = 2**25  # most logits turned into float32 at once
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value = exp(loss), loss: mean next-token loss in nats; tokens: how many were scored, by what windows."""
+
+    value: float
+    loss: float
+    tokens: int
+    window: int
+    stride: int
+
+
+def default_window(model: PreTrainedModel) -> int:
+    """The longest context of the model, at most 2048 tokens."""
+    return min(longest_context(model) or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    tokens: TokenSet,
+    window: int | None = None,
+    stride: int | None = None,
+    *,
+    batch_size: int | None = None,
+) -> Perplexity:
+    """Perplexity of a causal LM over the real tokens of every row.
+
+    A window feeds `window` tokens and moves on by `stride`; only its new positions are scored, so each has at
+    least window − stride tokens of context before it (fewer at the start of a row). Where the rows start with
+    a beginning-of-text token, so does every window. Defaults: the model's context (at most 2048), half of it.
+    Losses are taken in float32 and added in float64; the model's mode is as before afterwards.
+    Raises KDPruneError for a window or stride the model cannot use, and for a loss that is not finite.
+    """
+    window = default_window(model) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    _check(model, window, stride)
+    size = batch_size or max(1, LOGITS // (window * vocabulary_size(model)))
+    total, count = 0.0, 0  # Python floats are float64
+    with evaluating(model):
+        for number, (ids, targets) in enumerate(_batches(tokens, window, stride, size)):
+            loss = _loss(model, ids, targets)
+            if not math.isfinite(loss):
+                raise KDPruneError(
+                    f"got a loss of {loss} in batch {number} of {tokens.source}, expected a finite one; "
+                    "check the weights, or use --dtype float32"
+                )
+            total += loss
+            count += int((targets != IGNORED).sum())
+    if not count:
+        raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
+    mean = total / count
+    value = math.exp(mean) if mean < 700 else math.inf
+    if not math.isfinite(value):
+        raise KDPruneError(
+            f"got a mean loss of {mean:.4g} nats, too large for a perplexity; check the weights"
+        )
+    return Perplexity(value, mean, count, window, stride)
+
+
+def _check(model: PreTrainedModel, window: int, stride: int) -> None:
+    longest = longest_context(model)
+    if window < 2 or (longest and window > longest):
+        raise KDPruneError(f"got window {window}, expected 2 to {longest or 'the longest context'} tokens")
+    if not 1 <= stride <= window:
+        raise KDPruneError(f"got stride {stride}, expected 1 to {window}, the window")
+
+
+def _windows(row: Tensor, bos: int | None, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (W,) and targets (W,) of one row (T,) without padding, W ≤ window; each target stands once."""
+    last = len(row) - 1  # positions 1 … last are predicted, each from those before it
+    lead = row.new_tensor([] if bos is None else [bos])
+    step = min(stride, window - len(lead))
+    done = 0
+    while done < last:
+        end = min(last, window if done == 0 else done + step)
+        start = max(0, end - window)
+        if start and len(lead):
+            start += 1  # room for the beginning-of-text token
+        inputs, targets = row[start:end], row[start + 1 : end + 1].clone()
+        targets[: max(0, done - start)] = IGNORED
+        if start and len(lead):
+            inputs = torch.cat([lead, inputs])
+            targets = torch.cat([targets.new_tensor([IGNORED]), targets])
+        yield inputs, targets
+        done = end
+
+
+def _batches(tokens: TokenSet, window: int, stride: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, W), windows of all rows in order, padded on the right to the batch's longest."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for ids, mask in zip(tokens.ids, tokens.mask, strict=True):
+        for entry in _windows(ids[mask], tokens.bos, window, stride):
+            waiting.append(entry)
+            if len(waiting) == size:
+                yield _stack(waiting)
+                waiting = []
+    if waiting:
+        yield _stack(waiting)
+
+
+def _stack(entries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    # Padding stands on the right of a causal model, where no scored position sees it: any id serves.
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([inputs for inputs, _ in entries], batch_first=True)
+    return ids, pad([targets for _, targets in entries], batch_first=True, padding_value=IGNORED)
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> float:
+    """Summed loss of the scored positions of a batch (B, W)."""
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1)
+    flat = targets.flatten().to(logits.device)
+    total = torch.zeros((), dtype=torch.float64)
+    for part, wanted in zip(
+        *(x.split(max(1, SLICE // logits.shape[-1])) for x in (logits, flat)), strict=True
+    ):
+        losses = functional.cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="none")
+        total += losses.cpu().double().sum()
+    return float(total)

@@ -1,0 +1,169 @@
+"""Tokens per second for reading a prompt and for writing with a KV cache; bytes the cache takes per token."""
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second over the whole batch: prefill reads prompts, decode writes token by token."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Two models measured in turns, so that both meet the same state of the machine.
+
+    batch: sequences at once; prompt, new_tokens: tokens per sequence; device: where it was measured.
+    """
+
+    dense: Speed
+    pruned: Speed
+    batch: int
+    prompt: int
+    new_tokens: int
+    device: str
+
+    @property
+    def prefill_ratio(self) -> float:
+        """Pruned against dense, above 1 = faster."""
+        return self.pruned.prefill / self.dense.prefill
+
+    @property
+    def decode_ratio(self) -> float:
+        """Pruned against dense, above 1 = faster."""
+        return self.pruned.decode / self.dense.decode
+
+
+def speed(
+    model: PreTrainedModel,
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+) -> Speed:
+    """Median speed of one model over `repeats` runs after a warm-up, on random token ids.
+
+    batch: sequences at once; prompt, new_tokens: tokens per sequence.
+    Raises KDPruneError for counts below 1 and for more tokens than the model's context.
+    """
+    return _measure([model], batch, prompt, new_tokens, repeats, seed)[0]
+
+
+def compare_speed(
+    dense: PreTrainedModel,
+    pruned: PreTrainedModel,
+    batch: int = 1,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+) -> SpeedComparison:
+    """Median speeds of two models that take turns: the ratio compares runs of the same minute.
+
+    Arguments and errors as in :func:`speed`.
+    """
+    first, second = _measure([dense, pruned], batch, prompt, new_tokens, repeats, seed)
+    return SpeedComparison(first, second, batch, prompt, new_tokens, str(dense.device))
+
+
+@torch.no_grad()
+def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
+    """Bytes of keys and values a sequence adds to the cache per token, over all layers, as measured.
+
+    A layer with a sliding window counts as it does below its window. Raises KDPruneError if the model keeps
+    no such cache.
+    """
+    with evaluating(model):
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise KDPruneError(
+            f"got {type(model).__name__}, which returned no KV cache; expected a decoder with one"
+        )
+    states: list[Tensor] = [state for layer in layers for state in (layer.keys, layer.values)]
+    return sum(state.numel() // state.shape[-2] * state.element_size() for state in states)
+
+
+@torch.no_grad()
+def _measure(
+    models: list[PreTrainedModel], batch: int, prompt: int, new_tokens: int, repeats: int, seed: int
+) -> list[Speed]:
+    for name, value in (
+        ("batch", batch),
+        ("prompt", prompt),
+        ("new_tokens", new_tokens),
+        ("repeats", repeats),
+    ):
+        if value < 1:
+            raise KDPruneError(f"got {name} {value}, expected at least 1")
+    ids = [_prompts(model, batch, prompt, new_tokens, seed) for model in models]
+    seconds: list[list[tuple[float, float]]] = [[] for _ in models]
+    for turn in range(repeats + 1):
+        # Who goes first alternates: neither model always runs on the warmer machine. Turn 0 warms up.
+        order = range(len(models)) if turn % 2 else reversed(range(len(models)))
+        for index in order:
+            with evaluating(models[index]):
+                taken = _run(models[index], ids[index], new_tokens)
+            if turn:
+                seconds[index].append(taken)
+    return [
+        Speed(
+            prefill=batch * prompt / statistics.median(read for read, _ in runs),
+            decode=batch * new_tokens / statistics.median(write for _, write in runs),
+        )
+        for runs in seconds
+    ]
+
+
+def _prompts(model: PreTrainedModel, batch: int, prompt: int, new_tokens: int, seed: int) -> Tensor:
+    """Random token ids (batch, prompt) on the model's device."""
+    longest = longest_context(model)
+    if longest and prompt + new_tokens > longest:
+        raise KDPruneError(
+            f"got {prompt} + {new_tokens} tokens, expected at most {longest}, the model's context"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary_size(model), (batch, prompt), generator=generator).to(model.device)
+
+
+def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds to read the prompts (B, T), and to write `new_tokens` after them, greedily."""
+    wait = _synchroniser(model.device)
+    # As generate does: the head sees the last position alone, where the model can be told so.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    wait()
+    start = time.perf_counter()
+    output: Any = model(input_ids=ids, use_cache=True, **options)
+    token = output.logits[:, -1:].argmax(-1)
+    wait()
+    read = time.perf_counter()
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **options)
+        token = output.logits[:, -1:].argmax(-1)
+    wait()
+    return read - start, time.perf_counter() - read
+
+
+def _synchroniser(device: torch.device) -> Callable[[], None]:
+    """What waits for the work queued on a device."""
+    if device.type == "cpu":
+        return lambda: None
+    return lambda: torch.accelerator.synchronize(device)
