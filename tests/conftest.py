@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from families import build
+from tiny_checkpoint import Bench, build_bench
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -29,6 +30,12 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 def bundled() -> PreTrainedModel:
     """The bundled reference model in float32. Shared: do not change it."""
     return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A tiny checkpoint with its tokenizer, and text. Shared: do not change it."""
+    return build_bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
             raise KDPruneError(f"got output {path} below {parent}, which is a file; choose another directory")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise KDPruneError(f"got output {path}, but {parent} is read-only; choose another directory")
+        _new_sibling(parent / target.name, "probe").rmdir()  # access() says nothing of /proc, or of root's NFS
     except OSError as error:
         raise _refusal(path, error) from error
 

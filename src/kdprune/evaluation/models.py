@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,4 +27,5 @@ def longest_context(model: PreTrainedModel) -> int | None:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """The number of token ids the model embeds."""
-    return int(model.get_input_embeddings().num_embeddings)
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)

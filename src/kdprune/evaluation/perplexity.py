@@ -21,7 +21,7 @@ SLICE = 2**25  # most logits turned into float32 at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value = exp(loss), loss: mean next-token loss in nats; tokens: how many were scored, by what windows."""
+    """value = exp(loss); loss: mean next-token loss in nats; tokens: how many were scored."""
 
     value: float
     loss: float

@@ -9,7 +9,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context
-from kdprune.model.loading import quiet_libraries
+from kdprune.runtime import quiet_libraries
+
+NEW_TOKENS = 60  # of a continuation, where the context has room
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,19 @@ class TextSample:
 
 @torch.no_grad()
 def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 60
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int | None = None
 ) -> str:
     """The greedy continuation of a prompt, at most `new_tokens` tokens, special tokens left out.
+
+    new_tokens: 60 unless given, or what the context leaves.
 
     Raises KDPruneError for a prompt without a token and for one longer than the model's context.
     """
     encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     length = encoded["input_ids"].shape[1]
     longest = longest_context(model)
+    if new_tokens is None:
+        new_tokens = max(1, min(NEW_TOKENS, (longest or length + NEW_TOKENS) - length))
     if not length or (longest and length + new_tokens > longest):
         raise KDPruneError(
             f"got a prompt of {length} tokens and {new_tokens} new ones, expected at least 1 "
@@ -54,9 +60,9 @@ def compare_samples(
     pruned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    new_tokens: int = 60,
+    new_tokens: int | None = None,
 ) -> list[TextSample]:
-    """Greedy continuations of every prompt by both models. Raises KDPruneError as :func:`continuation` does."""
+    """Greedy continuations of every prompt by both models; errors as :func:`continuation`'s."""
     return [
         TextSample(
             prompt,

@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
 
+PROMPT = 128  # tokens read, and tokens written, unless told otherwise; less where the context is shorter
+NEW_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -51,17 +54,18 @@ class SpeedComparison:
 def speed(
     model: PreTrainedModel,
     batch: int = 1,
-    prompt: int = 128,
-    new_tokens: int = 32,
+    prompt: int | None = None,
+    new_tokens: int | None = None,
     *,
     repeats: int = 5,
     seed: int = 0,
 ) -> Speed:
     """Median speed of one model over `repeats` runs after a warm-up, on random token ids.
 
-    batch: sequences at once; prompt, new_tokens: tokens per sequence.
+    batch: sequences at once; prompt, new_tokens: tokens per sequence (128 and 32, or what the context allows).
     Raises KDPruneError for counts below 1 and for more tokens than the model's context.
     """
+    prompt, new_tokens = _counts(model, prompt, new_tokens)
     return _measure([model], batch, prompt, new_tokens, repeats, seed)[0]
 
 
@@ -69,8 +73,8 @@ def compare_speed(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
     batch: int = 1,
-    prompt: int = 128,
-    new_tokens: int = 32,
+    prompt: int | None = None,
+    new_tokens: int | None = None,
     *,
     repeats: int = 5,
     seed: int = 0,
@@ -79,6 +83,7 @@ def compare_speed(
 
     Arguments and errors as in :func:`speed`.
     """
+    prompt, new_tokens = _counts(dense, prompt, new_tokens)
     first, second = _measure([dense, pruned], batch, prompt, new_tokens, repeats, seed)
     return SpeedComparison(first, second, batch, prompt, new_tokens, str(dense.device))
 
@@ -100,6 +105,14 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
         )
     states: list[Tensor] = [state for layer in layers for state in (layer.keys, layer.values)]
     return sum(state.numel() // state.shape[-2] * state.element_size() for state in states)
+
+
+def _counts(model: PreTrainedModel, prompt: int | None, new_tokens: int | None) -> tuple[int, int]:
+    """Tokens to read and to write; a count left open fits the context beside the other."""
+    longest = longest_context(model) or PROMPT + NEW_TOKENS
+    if new_tokens is None:
+        new_tokens = max(1, min(NEW_TOKENS, longest // 4 if prompt is None else longest - prompt))
+    return max(1, min(PROMPT, longest - new_tokens)) if prompt is None else prompt, new_tokens
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""A tiny Llama on disk with a byte-level tokenizer of its own, and text to prune it with."""
+
+import contextlib
+import io
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kdprune.cli import main
+from kdprune.data import bundled_calibration
+
+END, WORDS, CONTEXT, WIDTH = "<|endoftext|>", 320, 64, 32
+# Options of a method that has nothing to learn here: seconds, not figures.
+QUICK: dict[str, Any] = {
+    "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "features": 6, "rank": 2,
+    "protect": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Paths of the checkpoint and of two texts, in a directory of their own."""
+
+    model: Path
+    calibration: Path
+    heldout: Path
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a quick ``kdprune.prune``."""
+        return {**QUICK, "calibration": self.calibration, "heldout": self.heldout, "samples": 12, "length": 32}
+
+    @property
+    def flags(self) -> list[str]:
+        """The same for the command line."""
+        return [text for name, value in self.options.items() for text in ("--" + name.replace("_", "-"), str(value))]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command returned and wrote."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(*arguments: object) -> Outcome:
+    """Runs ``kdprune`` with these arguments in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+def tiny_llama(layers: int = 6, **options: Any) -> LlamaForCausalLM:
+    """A seeded random Llama whose layers matter: width 32, 64 positions."""
+    config = LlamaConfig(
+        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.15, bos_token_id=0, eos_token_id=0,
+        pad_token_id=0, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def tiny_tokenizer(text: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on ``text``."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[END],
+        show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def build_bench(directory: Path) -> Bench:
+    """Writes the checkpoint and the texts."""
+    text = bundled_calibration().read_text(encoding="utf-8")
+    bench = Bench(directory / "model", directory / "calibration.txt", directory / "heldout.txt")
+    tiny_llama().save_pretrained(bench.model)
+    tiny_tokenizer(text[:20_000]).save_pretrained(bench.model)
+    bench.calibration.write_text(text[:6000], encoding="utf-8")
+    bench.heldout.write_text(text[6000:9000], encoding="utf-8")
+    return bench
+
+
+def random_ids(rows: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor:
+    """Token ids (rows, length) the tiny model knows."""
+    return torch.randint(WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """For a while the system refuses every file larger than this, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Every entry below a directory, hidden ones too, with the content of files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
