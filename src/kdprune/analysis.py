@@ -18,7 +18,7 @@ from kdprune.report.results import Analysis
 from kdprune.runtime import Stages
 from kdprune.selection import open_layers
 
-CHUNK = 256   # tokens a chunk: the estimator is unbiased at any size; its cost a token grows with it
+CHUNK = 128   # tokens a chunk: the estimator is unbiased at any size; its cost a token grows with it
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from kdprune.kernel.features import FourierFeatures, effective_rank
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.training import Schedule, fit
 
-_CHUNK = 8192  # tokens a chunk: bounds the memory of φ over a long path
+_CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,11 @@ def _step2(
     """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
     product = step1.dynamics.product().detach()
     inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(site.device)
-    for parameter in (inverse.lift.parameters() if inverse.lift is not None else ()):
-        nn.init.uniform_(parameter, -(2 * shape.features) ** -0.5, (2 * shape.features) ** -0.5, generator=generator)
+    if inverse.lift is not None:
+        # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
+        # for inputs of norm √(2m), would leave it linear and its read-out enormous.
+        nn.init.normal_(inverse.lift.weight, generator=generator)
+        nn.init.normal_(inverse.lift.bias, generator=generator)
 
     @torch.no_grad()
     def mapped(probe: Probe) -> torch.Tensor:

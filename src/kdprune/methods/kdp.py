@@ -75,7 +75,7 @@ class KDP:
     kernel_rate: float = option(3e-3, "peak learning rate of step 1")
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer")
     refine_epochs: int = option(15, "epochs of step 3")
-    rate: float = option(6e-3, "peak learning rate of steps 2 and 3")
+    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)")
     batch: int = option(8, "rows (sequences) a step in steps 2 and 3")
     held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
 
@@ -102,7 +102,7 @@ class KDP:
             if value is not None and value < 1:
                 raise KDPruneError(f"got {name} {value}, expected a whole number of at least 1")
         for name in ("rate", "kernel_rate", "bandwidth", "ridge"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise KDPruneError(f"got {name} {getattr(self, name)}, expected a number above 0")
         for item in fields(self):
             choices = _choices(item.type)
@@ -146,12 +146,14 @@ class KDP:
         with stages.stage("layer states", rows) as advance:
             states = collect_block_states(
                 model, tokens, blocks, held=held, path=path, batch_size=batch_size, advance=advance)
+        # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
+        rate = self.rate or 4 / shape.width
         settings = FitSettings(
             kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate),
-            step2=Schedule(self.inverse_epochs, self.batch, self.rate),
-            step3=Schedule(self.refine_epochs, self.batch, self.rate),
+            step2=Schedule(self.inverse_epochs, self.batch, rate),
+            step3=Schedule(self.refine_epochs, self.batch, rate),
         )
         edits, records = [], []
         for number, block_states in enumerate(states):
