@@ -4,6 +4,7 @@ Bad input is one line on stderr and exit status 2, never a traceback.
 """
 
 import dataclasses
+import difflib
 import inspect
 import json
 import sys
@@ -24,9 +25,9 @@ from kdprune.evaluation.speed import speed
 from kdprune.methods import METHODS
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.pipeline import HELD_OUT_TOKENS, analyze, prune
-from kdprune.recipe import dump_recipe, load_recipe, reject_unknown
+from kdprune.recipe import check_options, dump_recipe, load_recipe
 from kdprune.report.page import write_page
-from kdprune.report.results import Results
+from kdprune.report.results import Results, write_file
 from kdprune.report.table import print_summary
 from kdprune.runtime import quiet_libraries
 from kdprune.text import bundled_heldout, parse_weighted
@@ -49,15 +50,6 @@ Dtype = Annotated[str | None, typer.Option(help="of the loaded model: float32, b
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a directory that is not empty")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 DEFAULT_OUTPUT = "kdprune-out"
-
-
-def _parse_blocks(value: str) -> tuple[tuple[int, int], ...]:
-    """``"4-7,9-12"`` → ((4, 7), (9, 12)), half-open."""
-    try:
-        pairs = [tuple(int(number) for number in part.split("-")) for part in value.split(",")]
-        return tuple((start, end) for start, end in pairs)
-    except ValueError as error:
-        raise KDPruneError(f"got blocks {value!r}, expected half-open layer ranges such as 4-7,9-12") from error
 
 
 def _method_parameters() -> list[inspect.Parameter]:
@@ -114,8 +106,6 @@ def prune_command(
     **method_options: Any,
 ) -> None:
     """Prune MODEL to a net-parameter ratio, measure what it cost, and save a Hugging Face checkpoint."""
-    if method_options["blocks"] is not None:
-        method_options["blocks"] = _parse_blocks(method_options["blocks"])
     given = {
         "model": model, "output_dir": output, "method": method, "heldout": heldout, "samples": samples,
         "length": length, "seed": seed, "device": device, "dtype": dtype, "overwrite": overwrite or None,
@@ -124,7 +114,7 @@ def prune_command(
     }
     options = load_recipe(recipe) if recipe else {}
     options |= {name: value for name, value in given.items() if value is not None}
-    _check_names(options)
+    options = check_options(options)
     if dump_recipe_:
         # What the run would use, presets filled in; the command line's own switches are not part of a recipe.
         chosen = METHODS[options.get("method", "kdp")]
@@ -139,15 +129,6 @@ def prune_command(
     print_summary(result.results, Console(), [directory, directory / "results.json", directory / "report.html"])
     if push_to_hub:
         _push(result.model, result.tokenizer, directory, push_to_hub)
-
-
-def _check_names(options: dict[str, Any]) -> None:
-    """Refuses names that neither ``prune`` nor its method knows, with the nearest that one of them does."""
-    own = [name for name, item in inspect.signature(prune).parameters.items()
-           if item.kind is not inspect.Parameter.VAR_KEYWORD and name not in ("recipe", "progress", "tokenizer")]
-    reject_unknown([options.get("method", "kdp")], METHODS, "method")
-    fields = [field.name for field in dataclasses.fields(METHODS[options.get("method", "kdp")])]
-    reject_unknown(options, [*own, *fields], "option")
 
 
 def _push(model: Any, tokenizer: Any, directory: Path, repository: str) -> None:
@@ -207,7 +188,7 @@ def eval_command(
     if json_file:
         record = {"model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source},
                   "speed": dataclasses.asdict(pace), "parameters": model.num_parameters()}
-        Path(json_file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_file(json_file, json.dumps(record, indent=1) + "\n")
 
 
 @app.command("report")
@@ -246,13 +227,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KDPruneError as error:
         return _fail(str(error))
     except _UsageError as error:
-        return _fail(error.format_message())
+        return _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
     return status if isinstance(status, int) else 0
+
+
+def _usage(error: Any) -> str:
+    """The message of a usage error; of an unknown option's alternatives the nearest alone."""
+    near = difflib.get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], n=1, cutoff=0.0)
+    return f"{error.message}; did you mean {near[0]}?" if near else str(error.format_message())
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -20,7 +20,7 @@ from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.model.surgery import apply_edits
 from kdprune.output import check_output, staged_directory
-from kdprune.recipe import load_recipe, reject_unknown
+from kdprune.recipe import check_options, load_recipe, reject_unknown
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
@@ -114,7 +114,7 @@ def prune(
         dtype: of the loaded model ("float32", …); None: the checkpoint's. A loaded model keeps its own.
         overwrite: replace a non-empty ``output_dir``. trust_remote_code: as in transformers.
         recipe: a YAML file or mapping of any of these options; arguments that differ from their default win.
-        progress: show a progress bar a stage on stderr.
+        progress: show a progress bar a stage, on stderr if that is a terminal.
         method_options: fields of the method's dataclass: ``preset``, ``context``, ``features``, ….
 
     Raises:
@@ -198,7 +198,7 @@ class _Run:
         trust_remote_code: bool, stages: Stages,
     ):
         model = BUNDLED_MODEL if model is None else model
-        self.bundled = not isinstance(model, PreTrainedModel) and Path(model) == BUNDLED_MODEL
+        self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
         self.seed, self.stages = seed, stages
         with stages.stage("load model"):
             self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -210,11 +210,11 @@ class _Run:
 
     def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
         """Calibration tokens; the bundled text when no source is given."""
-        row = min(length or LONGEST_ROW, longest_context(self.model) or LONGEST_ROW)
+        row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
         with self.stages.stage("calibration text"):
             return load_tokens(
                 bundled_calibration() if source is None else source, self.tokenizer,
-                samples=None if self.bundled and samples is None else samples or DEFAULT_SAMPLES,
+                samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
                 length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
     def score(self, tokens: TokenSet, protect: float) -> Scores:
@@ -237,13 +237,14 @@ def _method(name: str, options: Mapping[str, Any]) -> KDP:
     if name not in METHODS:
         reject_unknown([name], METHODS, "method")
     method = METHODS[name]
-    reject_unknown(options, [item.name for item in dataclasses.fields(method)], f"option of {name}")
+    own = [parameter for parameter in inspect.signature(prune).parameters if parameter != "method_options"]
+    reject_unknown(options, [*own, *(item.name for item in dataclasses.fields(method))], f"option of {name}")
     return method(**options)
 
 
 def _with_recipe(recipe: str | Path | Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of ``prune`` with a recipe's values where an argument is at its default."""
-    options = dict(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+    options = check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     method_options = given.pop("method_options")
     parameters = inspect.signature(prune).parameters
     changed = {name: value for name, value in given.items() if value is not parameters[name].default}
@@ -258,4 +259,6 @@ def _plain(source: Any) -> Any:
         return str(source)
     if isinstance(source, Mapping) and "input_ids" not in source:
         return {str(name): weight for name, weight in source.items()}
+    if isinstance(source, list) and source and all(isinstance(entry, list | tuple) for entry in source):
+        return [[str(name), weight] for name, weight in source]
     return f"{type(source).__name__} given in Python"

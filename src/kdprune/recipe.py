@@ -1,13 +1,24 @@
 """YAML recipes: the options of a run as a file, checked against the names that exist."""
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, one_line
+from kdprune.methods import METHODS
+from kdprune.text import parse_weighted
+
+# What a recipe may hold beside the fields of its method: the arguments of kdprune.prune and their types.
+RUN_OPTIONS: Mapping[str, Any] = {
+    "model": Any, "output_dir": str | Path, "method": str, "calibration": Any, "tokenizer": Any, "seed": int,
+    "device": str, "heldout": Any, "samples": int, "length": int, "dtype": str, "overwrite": bool,
+    "trust_remote_code": bool,
+}
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -25,10 +36,13 @@ def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file, a mapping of option names to values; dashes in names count as underscores.
+    """The options in a YAML file, checked: names that exist, values of their types.
+
+    Dashes in names count as underscores; a list of texts for calibration is read as on the command line,
+    ``[a.txt=0.7, b.jsonl=0.3]``; blocks may be written ``4-7,9-12``.
 
     Raises:
-        KDPruneError: the file is missing, is not YAML, or holds something else than a mapping.
+        KDPruneError: the file is missing, is not YAML, or holds something else than a mapping of options.
     """
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -39,7 +53,33 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise KDPruneError(
             f"got a {type(found).__name__} in the recipe {str(path)!r}, expected a mapping such as 'ratio: 0.25'")
-    return {str(name).replace("-", "_"): value for name, value in found.items()}
+    options = {str(name).replace("-", "_"): value for name, value in found.items()}
+    texts = options.get("calibration")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        options["calibration"] = parse_weighted(texts)
+    return check_options(options)
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run or a recipe, each of its type; those at None are as if not given.
+
+    Raises:
+        KDPruneError: a name that neither a run nor its method knows, or a value that cannot be what it should.
+    """
+    name = options.get("method") or "kdp"
+    reject_unknown([name], METHODS, "method")
+    types = {**RUN_OPTIONS} | {field.name: field.type for field in dataclasses.fields(METHODS[name])}
+    reject_unknown(options, types, "option")
+    return {name: _typed(name, value, types[name]) for name, value in options.items() if value is not None}
+
+
+def parse_blocks(value: str) -> tuple[tuple[int, int], ...]:
+    """``"4-7,9-12"`` → ((4, 7), (9, 12)), half-open. Raises KDPruneError for anything else."""
+    try:
+        pairs = [tuple(int(number) for number in part.split("-")) for part in value.split(",")]
+        return tuple((start, end) for start, end in pairs)
+    except ValueError as error:
+        raise KDPruneError(f"got blocks {value!r}, expected half-open layer ranges such as 4-7,9-12") from error
 
 
 def dump_recipe(options: Mapping[str, Any]) -> str:
@@ -47,6 +87,17 @@ def dump_recipe(options: Mapping[str, Any]) -> str:
     return yaml.safe_dump(
         {name: _plain(value) for name, value in options.items() if value is not None}, sort_keys=False,
         allow_unicode=True)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
+    if name == "blocks" and isinstance(value, str):
+        return parse_blocks(value)
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise KDPruneError(f"got {name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -40,7 +40,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 def generator(seed: int, purpose: int = 0) -> torch.Generator:
     """A CPU generator for one purpose of one run; draws of different purposes do not disturb each other."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + purpose)
+    return torch.Generator().manual_seed((seed * 1_000_003 + purpose) % 2**63)
 
 
 def peak_memory_bytes() -> int:
@@ -74,7 +74,7 @@ Advance = Callable[[int], None]
 
 @dataclass
 class Stages:
-    """Names, times and shows the stages of a run, one progress bar each on stderr.
+    """Names, times and shows the stages of a run, one progress bar each.
 
     ``seconds`` maps a stage to the wall time spent in it (a stage entered twice adds up).
     """
@@ -90,7 +90,9 @@ class Stages:
             TimeElapsedColumn(),
         )
         start = time.perf_counter()
-        with Progress(*columns, console=Console(stderr=True), disable=not self.show) as progress:
+        # Where stderr is no terminal it is left to errors, and the finished bars go the way of the results.
+        console = Console(stderr=sys.stderr.isatty())
+        with Progress(*columns, console=console, disable=not self.show) as progress:
             task = progress.add_task(name, total=total)
             yield lambda steps: progress.advance(task, steps)
             # A stage without a known length is complete when it ends.
