@@ -167,9 +167,7 @@ def results(layers: int = 16, blocks: tuple[tuple[int, int], ...] = ((4, 10),)) 
                 dense=" the people of the village went up to the church and stayed until the water fell.",
                 pruned=" the people of the town went to the hill, and were there till <the morning> & after.",
             ),
-            Sample(
-                prompt="A triangle has", dense=" three sides and three angles.", pruned=" three sides, and"
-            ),
+            Sample(prompt="A triangle has", dense=" three sides and three angles.", pruned=" three sides, and"),
         ],
         seconds={"load": 1.2, "analyse": 8.4, "prune": 71.9, "evaluate": 22.0, "save": 0.9},
         peak_memory_bytes=1_310_000_000,

@@ -1,6 +1,7 @@
 """What each picture shows, said in one sentence with its numbers."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from kdprune.report.records import Analysis, Curve, Fit, KernelTraining, Number, Outliers, divide
@@ -8,10 +9,10 @@ from kdprune.report.results import Results
 from kdprune.report.summary import count, layer_range, percent
 
 
-def _mean(values: Sequence[Number]) -> float | None:
-    """Mean of the known values."""
+def _median(values: Sequence[Number]) -> float | None:
+    """Median of the known values."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return statistics.median(known) if known else None
 
 
 def _number(value: Number, digits: int = 3) -> str:
@@ -22,20 +23,20 @@ def _number(value: Number, digits: int = 3) -> str:
 def pairs(results: Results, name: str) -> str:
     """The similarity of the states before and behind each chosen block."""
     matrix = getattr(results.analysis, name)
-    found = [f"{_number(matrix[s][e])} across layers {layer_range((s, e))}" for s, e in results.blocks]
-    return ", ".join(found)
+    found = [f"{layer_range((s, e))}: {_number(matrix[s][e])}" for s, e in results.blocks]
+    return f"Across layers {', '.join(found)}" if found else ""
 
 
 def updates(results: Results) -> str:
     """How much the chosen layers change the state, against the others."""
     values = _of(results).relative_update
     chosen = {layer for start, end in results.blocks for layer in range(start, end)}
-    inside = _mean([value for layer, value in enumerate(values) if layer in chosen])
-    outside = _mean([value for layer, value in enumerate(values) if layer not in chosen])
+    inside = _median([value for layer, value in enumerate(values) if layer in chosen])
+    outside = _median([value for layer, value in enumerate(values) if layer not in chosen])
     if inside is None:
-        return f"A layer changes the state by {percent(outside)} of its norm on average."
+        return f"A layer changes the state by {percent(outside)} of its norm (median)."
     return (
-        f"A chosen layer changes the state by {percent(inside)} of its norm, another by {percent(outside)}."
+        f"A chosen layer changes the state by {percent(inside)} of its norm, another by {percent(outside)} (medians)."
     )
 
 
@@ -67,6 +68,9 @@ def training(curve: KernelTraining | Curve) -> str:
     """Where loss and cosine began and ended."""
     if not curve.loss:
         return ""
+    if len(curve.loss) == 1:
+        text = f"Solved at once: loss {_number(curve.loss[0])}"
+        return f"{text}, cosine {_number(curve.cosine[0])}." if curve.cosine else f"{text}."
     text = f"Loss {_number(curve.loss[0])} → {_number(curve.loss[-1])}"
     if curve.cosine:
         text += f", cosine {_number(curve.cosine[0])} → {_number(curve.cosine[-1])}"
@@ -88,9 +92,7 @@ def norm_decay(fit: Fit) -> str:
         return ""
     if norms.feature_true and norms.feature_predicted:
         share = divide(norms.feature_predicted[-1], norms.feature_true[-1])
-        parts.append(
-            f"after {len(norms.feature_predicted) - 1} steps {percent(share)} of the true norm is left"
-        )
+        parts.append(f"after {len(norms.feature_predicted) - 1} steps {percent(share)} of the true norm is left")
     before = divide(norms.output_without_alpha, norms.output_true)
     after = divide(norms.output_with_alpha, norms.output_true)
     if before is not None and after is not None:
@@ -107,10 +109,7 @@ def bound(fit: Fit) -> str:
     error, limit = fit.k_step_error[-1], fit.bound[-1]
     ratio = divide(limit, error)
     times = "" if ratio is None else f", {_number(ratio)} times as much"
-    return (
-        f"After {len(fit.k_step_error)} steps the error is {_number(error)}, "
-        f"the bound {_number(limit)}{times}."
-    )
+    return f"After {len(fit.k_step_error)} steps the error is {_number(error)}, the bound {_number(limit)}{times}."
 
 
 def risks(fit: Fit) -> str:
@@ -119,22 +118,17 @@ def risks(fit: Fit) -> str:
     if kernel is None or original is None:
         return ""
     word = "lower" if kernel < original else "higher"
-    return (
-        f"Over the block {percent(kernel)} in kernel space, {word} than {percent(original)} in the original."
-    )
+    return f"Over the block {percent(kernel)} in kernel space, {word} than {percent(original)} in the original."
 
 
 def outliers(points: Outliers) -> str:
     """How well outlier and ordinary dimensions are predicted."""
     text = f"Relative rms error {percent(relative_error(points, -1))} in ordinary dimensions"
     if points.dimensions:
-        names = ", ".join(
-            f"{name}" + (f" ({scale:.0f}× the median size)" if scale is not None else "")
-            for name, scale in zip(
-                points.dimensions, points.scale or [None] * len(points.dimensions), strict=False
-            )
-        )
-        text += f", {percent(relative_error(points, *points.dimensions))} in outlier dimensions {names}"
+        names = ", ".join(str(name) for name in points.dimensions)
+        scales = ", ".join(f"{scale:.2g}×" for scale in points.scale if scale is not None)
+        text += f", {percent(relative_error(points, *points.dimensions))} in the outlier dimensions {names}"
+        text += f" ({scales} the median size)" if scales else ""
     return text + "."
 
 
@@ -152,15 +146,9 @@ def relative_error(points: Outliers, *dimensions: int) -> float | None:
 def stand_in(fit: Fit) -> str:
     """The module in one line."""
     kinds = {"fourier": "random Fourier frequencies", "mlp": "MLP features", "linear": "linear features"}
-    parts = [
-        f"{fit.features} {kinds.get(fit.kind, fit.kind + ' features')}"
-        if fit.kind != "linear"
-        else "linear map"
-    ]
+    parts = [f"{fit.features} {kinds.get(fit.kind, fit.kind + ' features')}" if fit.kind != "linear" else "linear map"]
     parts += [f"rank {fit.rank}"] if fit.rank else []
-    parts += (
-        [f"hidden width {fit.hidden}" if fit.hidden else "linear read-out"] if fit.kind != "linear" else []
-    )
+    parts += [f"hidden width {fit.hidden}" if fit.hidden else "linear read-out"] if fit.kind != "linear" else []
     parts += [] if fit.context == "none" else [f"behind one {fit.context} sublayer"]
     return ", ".join([*parts, f"{count(fit.parameters)} parameters"])
 

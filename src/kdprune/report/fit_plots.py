@@ -22,6 +22,7 @@ from kdprune.report.style import (
     Canvas,
     legend_below,
     log_axis,
+    spread,
 )
 from kdprune.report.summary import layer_range
 
@@ -72,8 +73,13 @@ def training(fit: Fit, step: int) -> str:
     with canvas as figure:
         loss, cosine = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         _over_epochs(loss, curve.loss, BLUE, "loss")
-        _spread(loss, curve.loss)
+        spread(loss, curve.loss, 10)
         _over_epochs(cosine, curve.cosine, GREEN, "cosine")
+        if step == 3 and fit.step2 is not None:
+            for axes, values in ((loss, fit.step2.loss), (cosine, fit.step2.cosine)):
+                if values and values[-1] is not None:
+                    axes.axhline(values[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
+            legend_below(figure, loss)
         cosine.set_xlabel("epoch")
     return canvas.svg
 
@@ -84,13 +90,14 @@ def constants(fit: Fit) -> str:
     canvas = Canvas(f"Constants over training, layers {layer_range(fit.block)}")
     with canvas as figure:
         norms, share = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _over_epochs(norms, fit.step1.spectral_norm, VERMILION, "norm", label="B_A = maxᵢ ‖Aᵢ‖₂")
-        _over_epochs(norms, fit.step1.feature_norm, BLUE, "norm", label="R_φ = max ‖φ(h)‖")
+        step = fit.step1
+        start = 0 if len(step.spectral_norm) > len(step.loss) else 1  # with the values before training, or without
+        _over_epochs(norms, step.spectral_norm, VERMILION, "norm", "B_A = maxᵢ ‖Aᵢ‖₂", start)
+        _over_epochs(norms, step.feature_norm, BLUE, "norm", "R_φ = max ‖φ(h)‖", start)
         norms.margins(y=0.2)
-        if len(norms.lines):
-            norms.legend(loc="best", ncols=2)
-        _over_epochs(share, fit.step1.unexplained, INK, "unexplained")
+        _over_epochs(share, step.unexplained, INK, "unexplained", first=start)
         share.set(xlabel="epoch", ylim=(0, None))
+        legend_below(figure, norms)
     return canvas.svg
 
 
@@ -102,9 +109,7 @@ def norm_decay(fit: Fit) -> str:
     with canvas as figure:
         features, output = figure.subplots(1, 2, width_ratios=(3, 2))
         features.plot(array(norms.feature_true), color=INK, linestyle="--", label="true  ‖φ(hₛ₊ⱼ)‖")
-        features.plot(
-            array(norms.feature_predicted), color=VERMILION, marker="o", label="predicted  ‖Aⱼ⋯A₁φ(hₛ)‖"
-        )
+        features.plot(array(norms.feature_predicted), color=VERMILION, marker="o", label="predicted  ‖Aⱼ⋯A₁φ(hₛ)‖")
         features.set(xlabel="steps j", ylabel="norm in kernel space", ylim=(0, 1.3 * _largest(features)))
         features.xaxis.set_major_locator(MaxNLocator(integer=True))
         features.legend(loc="lower left")
@@ -140,9 +145,7 @@ def error_and_bound(fit: Fit) -> str:
         axes.plot(steps[: len(error)], error, color=BLUE, marker="o", label="measured")
         if len(error) and len(error) == len(bound) and error[-1] > 0 and np.isfinite(bound[-1]):
             end = len(error)
-            axes.annotate(
-                "", (end, bound[-1]), (end, error[-1]), arrowprops={"arrowstyle": "<->", "color": MUTED}
-            )
+            axes.annotate("", (end, bound[-1]), (end, error[-1]), arrowprops={"arrowstyle": "<->", "color": MUTED})
             middle = float(np.sqrt(error[-1] * bound[-1]))
             axes.annotate(
                 f"×{bound[-1] / error[-1]:,.3g}",
@@ -221,25 +224,18 @@ def _scatter(axes: Axes, points: Outliers, dimensions: list[int]) -> None:
 
 
 def _over_epochs(
-    axes: Axes, values: list[float | None], colour: str, name: str, label: str | None = None
+    axes: Axes, values: list[float | None], colour: str, name: str, label: str | None = None, first: int = 1
 ) -> None:
-    """A curve over epochs counted from 1."""
-    if values:
-        axes.plot(np.arange(1, len(values) + 1), array(values), color=colour, label=label)
+    """A curve over epochs, or a dot where there is a single one."""
+    epochs = np.arange(first, first + len(values))
+    axes.plot(epochs, array(values), color=colour, label=label, marker="o" if len(values) == 1 else None)
+    if len(values) == 1:
+        axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
     axes.set_ylabel(name)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
-def _spread(axes: Axes, values: list[float | None]) -> None:
-    """A logarithmic axis where the values span more than a factor of ten."""
-    known = [value for value in values if value is not None]
-    if known and min(known) > 0 and max(known) > 10 * min(known):
-        log_axis(axes)
-
-
 def _largest(axes: Axes) -> float:
     """The largest y that the lines of `axes` reach."""
-    values = np.concatenate(
-        [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] + [np.zeros(1)]
-    )
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] + [np.zeros(1)])
     return float(np.nanmax(values)) or 1.0

@@ -59,7 +59,7 @@ def analysis_pictures(results: Results) -> list[Picture]:
             "Change per layer",
             Markup(plots.update_norms(results)),
             findings.updates(results),
-            "Low bars in a row are a slow stretch of the network: a candidate for removal. "
+            "Low bars in a row are a slow stretch of the network, a candidate for removal. "
             "The line below is the size of the state. Hatched ends are never touched.",
             Markup("E<sub>x</sub> ‖h<sub>l+1</sub> − h<sub>l</sub>‖ / ‖h<sub>l</sub>‖"),
         ),
@@ -101,7 +101,8 @@ _STEPS = (
     ),
     (
         "Step 3: both together",
-        "Kernel and inverse are refined as one module.",
+        "Kernel and inverse are refined as one module, which may at first undo what step 2 had fitted. "
+        "If it ends worse on held-out rows, step 2’s result is kept.",
         "E‖S(h<sub>s</sub>) − h<sub>e</sub>‖² / E‖h<sub>e</sub> − h<sub>s</sub>‖²",
     ),
 )
@@ -194,7 +195,7 @@ def _outliers(fit: Fit) -> Picture:
         Markup(fit_plots.outlier_fit(fit)),
         findings.outliers(fit.outliers),
         "Each point is one coordinate of one held-out token; on the dashed line the stand-in is exact. "
-        "A few dimensions are many times larger than the rest and must be met too. Right: the error of each "
+        "Outlier dimensions are those larger than all others, and must be met too. Right: the error of each "
         "group relative to its own size.",
         Markup("√(Σ(ĥ − h)² / Σh²)"),
         6,

@@ -1,5 +1,6 @@
 """``report.html``: one self-contained page, made from `Results` alone."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def environment() -> Environment:
 
 
 def symbols(text: str) -> Markup:
-    """B_A and R_φ with their subscripts; everything else escaped."""
+    """B_A and R_φ with their subscripts, no line break inside 4–9; everything else escaped."""
+    text = re.sub(r"(?<=\d)–(?=\d)", "\u2060–\u2060", text)
     return Markup(str(escape(text)).replace("B_A", "B<sub>A</sub>").replace("R_φ", "R<sub>φ</sub>"))
 
 

@@ -27,6 +27,7 @@ from kdprune.report.style import (
     VERMILION,
     Canvas,
     legend_below,
+    spread,
     styled,
 )
 
@@ -122,10 +123,9 @@ def _draw_updates(change: Axes, size: Axes, analysis: Analysis, blocks: Blocks) 
     colours = [VERMILION if any(s <= i < e for s, e in blocks) else BLUE for i in layers]
     change.bar(layers, array(analysis.relative_update), width=0.72, color=colours)
     change.set_ylabel("‖hₗ₊₁ − hₗ‖ / ‖hₗ‖")
+    spread(change, analysis.relative_update, 20)
     if analysis.state_norm:
-        size.plot(
-            np.arange(len(analysis.state_norm)) - 0.5, array(analysis.state_norm), color=INK, marker="."
-        )
+        size.plot(np.arange(len(analysis.state_norm)) - 0.5, array(analysis.state_norm), color=INK, marker=".")
     size.set(xlabel="layer l", ylabel="‖hₗ‖", ylim=(0, None))
     for axes in (change, size):
         _mark(axes, analysis, blocks)
@@ -136,9 +136,7 @@ def _draw_similarity(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:
     curves = {"cosine": analysis.cosine, "linear CKA": analysis.linear_cka, "RBF CKA": analysis.rbf_cka}
     axes.set_yscale("function", functions=(_stretch, _squeeze))
     for (name, values), colour, marker in zip(curves.items(), (BLUE, ORANGE, GREEN), MARKERS, strict=False):
-        axes.plot(
-            array(values), color=colour, marker=marker, label=name, markevery=-(-len(values) // 40) or 1
-        )
+        axes.plot(array(values), color=colour, marker=marker, label=name, markevery=-(-len(values) // 40) or 1)
     known = np.concatenate([array(values) for values in curves.values()])
     known = known[np.isfinite(known)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.99)
@@ -160,9 +158,7 @@ def _mark(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:
     ends = [(-0.6, first - 0.5)] * (first > 0) + [(count - last - 0.5, count - 0.4)] * (last > 0)
     for number, (left, right) in enumerate(ends):
         label = "protected" if number == 0 else None
-        axes.axvspan(
-            left, right, fill=False, edgecolor=MUTED, hatch="///", linewidth=0, zorder=0, label=label
-        )
+        axes.axvspan(left, right, fill=False, edgecolor=MUTED, hatch="///", linewidth=0, zorder=0, label=label)
     axes.set_xlim(-0.6, count - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
@@ -182,7 +178,7 @@ def _squeeze(value: np.ndarray) -> np.ndarray:
     return 1 + _CLOSEST - 10 ** -np.asarray(value, dtype=float)
 
 
-def _ticks(low: float, high: float, most: int = 6) -> list[float]:
+def _ticks(low: float, high: float, most: int = 7) -> list[float]:
     """Round similarities between two limits, evenly thinned."""
     inside = [tick for tick in _TICKS if low <= tick <= high] or [low, high]
     return inside[:: -(-len(inside) // most)]

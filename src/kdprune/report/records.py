@@ -183,12 +183,8 @@ class Analysis(Record):
 class KernelTraining(Record):
     """Step 1, the kernel and the operators together (lists over epochs)."""
 
-    loss: Numbers = Field(
-        description="Σ_i ‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² + (1 − w_t cos), mean over tokens"
-    )
-    cosine: Numbers = Field(
-        default_factory=list, description="mean cosine of A_i φ(h_{s+i−1}) and φ(h_{s+i})"
-    )
+    loss: Numbers = Field(description="Σ_i ‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² + (1 − w_t cos), mean over tokens")
+    cosine: Numbers = Field(default_factory=list, description="mean cosine of A_i φ(h_{s+i−1}) and φ(h_{s+i})")
     spectral_norm: Numbers = Field(default_factory=list, description="B_A = max_i ‖A_i‖₂")
     feature_norm: Numbers = Field(default_factory=list, description="R_φ = max ‖φ(h)‖ (1 by construction)")
     unexplained: Numbers = Field(
@@ -207,9 +203,7 @@ class Norms(Record):
     """What repeated operators do to norms (means over held-out tokens)."""
 
     feature_true: Numbers = Field(default_factory=list, description="[k+1] ‖φ(h_{s+j})‖, j = 0 … k")
-    feature_predicted: Numbers = Field(
-        default_factory=list, description="[k+1] ‖A_j ⋯ A_1 φ(h_s)‖, j = 0 … k"
-    )
+    feature_predicted: Numbers = Field(default_factory=list, description="[k+1] ‖A_j ⋯ A_1 φ(h_s)‖, j = 0 … k")
     output_true: Number = Field(
         None, description="norm of what the inverse network should give: h_e, or h_e − h_s if it is residual"
     )
@@ -221,9 +215,7 @@ class Outliers(Record):
     """Single coordinates of h_e on held-out tokens, the outlier dimensions apart from ordinary ones."""
 
     dimensions: list[int] = Field(default_factory=list, description="the outlier dimensions")
-    scale: Numbers = Field(
-        default_factory=list, description="root mean square of each / that of the median dimension"
-    )
+    scale: Numbers = Field(default_factory=list, description="root mean square of each / that of the median dimension")
     true: Numbers = Field(default_factory=list, description="[points] coordinate of h_e")
     predicted: Numbers = Field(default_factory=list, description="[points] the same from the stand-in")
     dimension: list[int] = Field(
@@ -255,9 +247,7 @@ class Fit(Record):
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
     step3: Curve | None = Field(None, description="training of kernel and inverse network together")
-    explained_variance: Number = Field(
-        None, description="1 − ‖A φ(h_s) − φ(h_e)‖² / ‖φ(h_e) − mean‖², A = ∏ A_i"
-    )
+    explained_variance: Number = Field(None, description="1 − ‖A φ(h_s) − φ(h_e)‖² / ‖φ(h_e) − mean‖², A = ∏ A_i")
     effective_rank: Number = Field(None, description="exp of the entropy of the spectrum of cov φ")
     gamma: Numbers = Field(default_factory=list, description="[k] γ_i of A_i = I + γ_i B_i")
     B_A: Number = Field(None, description="max_i ‖A_i‖₂ after training")
@@ -270,12 +260,8 @@ class Fit(Record):
         default_factory=list,
         description="[k] Theorem 1: sqrt(L_ERM + C B_A² R_φ² sqrt(2m log(2m/δ)/n)) · Σ_{i<j} B_A^{j−1−i}",
     )
-    kernel_risk: Number = Field(
-        None, description="Theorem 2: risk of the linear fit of φ(h_e) on φ(h_s), / variance"
-    )
-    original_risk: Number = Field(
-        None, description="Theorem 2: risk of the linear fit of h_e on h_s, / variance"
-    )
+    kernel_risk: Number = Field(None, description="Theorem 2: risk of the linear fit of φ(h_e) on φ(h_s), / variance")
+    original_risk: Number = Field(None, description="Theorem 2: risk of the linear fit of h_e on h_s, / variance")
     kernel_risk_by_step: Numbers = Field(default_factory=list, description="[k] after j = 1 … k layers")
     original_risk_by_step: Numbers = Field(default_factory=list, description="[k] after j = 1 … k layers")
     norms: Norms | None = Field(None, description="norm decay with and without α")

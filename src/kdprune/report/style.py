@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -111,13 +112,18 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 4, markers: float = 
     """The legend of `axes` under the whole figure, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        legend = figure.legend(
-            handles, labels, loc="outside lower center", ncols=columns, markerscale=markers
-        )
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=markers)
         if markers != 1.0:  # points drawn faint, because there are many, are shown full
             for handle in legend.legend_handles:
                 if handle is not None:
                     handle.set_alpha(1.0)
+
+
+def spread(axes: Axes, values: Sequence[float | None], factor: float) -> None:
+    """A logarithmic axis where positive values span more than `factor`."""
+    known = [value for value in values if value is not None]
+    if known and min(known) > 0 and max(known) > factor * min(known):
+        log_axis(axes)
 
 
 def log_axis(axes: Axes) -> None:

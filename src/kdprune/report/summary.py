@@ -157,9 +157,7 @@ def tiles(results: Results) -> list[Tile]:
     ]  # fmt: skip
     if p is not None and p.pruned is not None:
         found.append(
-            Tile(
-                decimals(p.pruned), "perplexity", f"{decimals(p.dense)} dense, {percent(p.retained)} retained"
-            )
+            Tile(decimals(p.pruned), "perplexity", f"{decimals(p.dense)} dense, {percent(p.retained)} retained")
         )
     elif p is not None:
         found.append(Tile(decimals(p.dense), "perplexity", p.dataset))

@@ -37,9 +37,7 @@ def print_summary(results: Results, console: Console, where: Iterable[str | Path
         _print_sample(sample, console)
     if results.seconds:
         total = summary.duration(sum(value or 0.0 for value in results.seconds.values()))
-        memory = (
-            f", peak memory {summary.size(results.peak_memory_bytes)}" if results.peak_memory_bytes else ""
-        )
+        memory = f", peak memory {summary.size(results.peak_memory_bytes)}" if results.peak_memory_bytes else ""
         console.print(Text(f"\n{total}{memory}"))
     for path in where:
         console.print(Text(f"wrote {path}"), soft_wrap=True)
@@ -50,8 +48,6 @@ def _print_sample(sample: Sample, console: Console) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, text in (("dense", sample.dense), ("pruned", sample.pruned)):
         if text is not None:
-            grid.add_row(
-                Text(name, style="bold"), Text(sample.prompt, style="dim").append(text, style="not dim")
-            )
+            grid.add_row(Text(name, style="bold"), Text(sample.prompt, style="dim").append(text, style="not dim"))
     console.print()
     console.print(grid)
