@@ -94,8 +94,8 @@ def build_bench(directory: Path) -> Bench:
 
 
 def random_ids(rows: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor:
-    """Token ids (rows, length) the tiny model knows."""
-    return torch.randint(WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))
+    """Token ids (rows, length) the tiny model knows, without the padding id, whose embedding is zero."""
+    return torch.randint(1, WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @contextlib.contextmanager

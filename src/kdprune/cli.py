@@ -33,7 +33,7 @@ from kdprune.runtime import quiet_libraries
 from kdprune.text import bundled_heldout, parse_weighted
 
 app = typer.Typer(
-    name="kdprune", help="Replace runs of transformer layers with one small trained module.", no_args_is_help=True,
+    name="kdprune", help="Replace runs of transformer layers with one small trained module.",
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Model = Annotated[str | None, typer.Argument(help="hub id or directory; left out: the bundled reference model")]
@@ -223,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
     try:
         with quiet_libraries():
-            status = app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            status = app(args=given or ["--help"], standalone_mode=False)
     except KDPruneError as error:
         return _fail(str(error))
     except _UsageError as error:

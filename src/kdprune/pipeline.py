@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdprune.analysis import Scores, score_layers
 from kdprune.assemble import analysis_results, evaluate, pruning_results
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
+from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.methods import METHODS
 from kdprune.methods.kdp import KDP
@@ -128,6 +129,8 @@ def prune(
     stages = Stages(show=progress)
     run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
     tokens = run.calibration(calibration, samples, length)
+    if len(tokens) < 2:
+        raise KDPruneError(f"got one row of calibration from {tokens.source}, expected 2 or more: one is held out")
     scores = run.score(tokens, settings.protect)
     outcome = settings(run.model, tokens, scores.tensors(), seed=seed, stages=stages, batch_size=BATCH)
     pruned = apply_edits(run.model, outcome.edits)
@@ -200,6 +203,7 @@ class _Run:
         model = BUNDLED_MODEL if model is None else model
         self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
         self.seed, self.stages = seed, stages
+        dtype = None if isinstance(model, PreTrainedModel) else dtype
         with stages.stage("load model"):
             self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)

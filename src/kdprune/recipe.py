@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -93,6 +93,9 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
     if name == "blocks" and isinstance(value, str):
         return parse_blocks(value)
+    choices = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
+    if choices:
+        reject_unknown([value], choices, name)
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

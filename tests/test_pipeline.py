@@ -1,0 +1,273 @@
+"""The Python API: ``kdprune.prune``, ``kdprune.analyze`` and ``kdprune.KDP``."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_checkpoint import QUICK, Bench, largest_file, random_ids, tiny_llama, tree
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import kdprune
+from kdprune.errors import KDPruneError
+from kdprune.report.results import Results
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = {**QUICK, "calibration": random_ids(), "blocks": ((2, 4),)}  # no text anywhere
+
+
+@pytest.fixture(scope="module")
+def result(bench: Bench) -> kdprune.PruneResult:
+    """One run from a path to text and back. Shared: do not change it."""
+    return kdprune.prune(str(bench.model), ratio=0.25, **bench.options)
+
+
+@pytest.fixture(scope="module")
+def saved(result: kdprune.PruneResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory ``result.save`` wrote."""
+    folder = tmp_path_factory.mktemp("saved")
+    path = result.save(folder / "out")
+    assert path == folder / "out"
+    assert [entry.name for entry in folder.iterdir()] == ["out"]  # no temporary sibling
+    return path
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(random_ids(2, 16, seed=7)).logits
+
+
+# ------------------------------------------------------------------------------------------ prune
+
+
+def test_result(result: kdprune.PruneResult, bench: Bench) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(bench.model)
+    assert all(isinstance(block, range) for block in result.blocks)
+    gone = sum(len(block) - 1 for block in result.blocks)  # one slot a block stays: its context layer
+    assert len(result.model.model.layers) == 6 - gone
+    counts = result.metrics["parameters"]
+    assert counts["dense"] == dense.num_parameters()
+    assert counts["pruned"] == sum(p.numel() for p in result.model.parameters())
+    assert counts["net_ratio"] == 1 - counts["pruned"] / counts["dense"] >= 0.25
+    assert result.metrics["layers"] == {"dense": 6, "pruned": 6 - gone}
+    assert set(result.metrics) == {"layers", "parameters", "perplexity", "speed", "kv_cache_bytes_per_token"}
+    assert json.loads(json.dumps(result.metrics)) == result.metrics
+    cache = result.metrics["kv_cache_bytes_per_token"]
+    assert cache == {"dense": 6 * 2 * 2 * 8 * 4, "pruned": (6 - gone) * 2 * 2 * 8 * 4}
+
+
+def test_plain_saving_and_loading(result: kdprune.PruneResult, tmp_path: Path) -> None:
+    result.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "KDPLlamaForCausalLM"
+    assert torch.equal(logits(loaded), logits(result.model))
+    assert torch.isfinite(logits(loaded)).all()
+
+
+def test_saved_checkpoint(result: kdprune.PruneResult, saved: Path, bench: Bench) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert torch.equal(logits(loaded), logits(result.model))
+    with safe_open(saved / "model.safetensors", framework="pt") as weights:
+        assert set(weights.keys()) == set(result.model.state_dict())
+    text = "A house by the sea"
+    assert AutoTokenizer.from_pretrained(saved)(text) == AutoTokenizer.from_pretrained(bench.model)(text)
+    assert GenerationConfig.from_pretrained(saved).eos_token_id == 0
+    config = json.loads((saved / "config.json").read_text())
+    assert config["kdp"]["blocks"] == [[block.start, block.stop] for block in result.blocks]
+
+
+def test_results_json_has_what_the_contract_names(result: kdprune.PruneResult, saved: Path, bench: Bench) -> None:
+    record = json.loads((saved / "results.json").read_text(encoding="utf-8"))
+    assert record["model"] == str(bench.model)
+    assert (record["method"], record["seed"], record["family"]) == ("kdp", 0, "llama")
+    assert record["blocks"] == [[block.start, block.stop] for block in result.blocks]
+    assert record["layers"].keys() >= {"dense", "pruned"}
+    assert record["parameters"].keys() >= {"dense", "pruned", "net_ratio"}
+    assert record["perplexity"].keys() >= {"dense", "pruned", "dataset", "window", "stride", "tokens"}
+    assert (record["perplexity"]["window"], record["perplexity"]["stride"]) == (64, 32)
+    for part in ("prefill", "decode"):
+        assert record["speed"][part].keys() >= {"dense", "pruned", "ratio"}
+        assert all(math.isfinite(value) for value in record["speed"][part].values())
+    assert len(record["fit"]) == len(record["blocks"])
+    for fit, (start, end) in zip(record["fit"], record["blocks"], strict=True):
+        assert fit["step1"]["loss"]
+        assert fit["step3"]["loss"]
+        assert len(fit["k_step_error"]) == len(fit["bound"]) == end - start
+        assert all(math.isfinite(fit[name]) for name in ("explained_variance", "B_A", "R_phi", "state_error"))
+        assert all(error <= bound for error, bound in zip(fit["k_step_error"], fit["bound"], strict=True))
+    stages = {"load model", "calibration text", "analyse", "layer states", "evaluate"}
+    assert stages <= record["seconds"].keys()
+    assert all(seconds >= 0 for seconds in record["seconds"].values())
+    assert record["peak_memory_bytes"] > 10**7
+    assert {"python", "kdprune", "torch", "transformers"} <= record["versions"].keys()
+    assert record["samples"][0]["dense"]
+    assert record["calibration"]["tokens"] == 12 * 32
+    assert Results.load(saved).model_dump(exclude={"seconds"}) == result.results.model_dump(exclude={"seconds"})
+
+
+def test_the_recipe_holds_every_option(result: kdprune.PruneResult, bench: Bench) -> None:
+    recipe = result.results.recipe
+    for name, value in {**bench.options, "ratio": 0.25, "preset": "default", "context": "attention"}.items():
+        assert recipe[name] == (str(value) if isinstance(value, Path) else value)
+
+
+def test_report(result: kdprune.PruneResult, saved: Path, tmp_path: Path) -> None:
+    assert result.report(tmp_path / "page.html") == tmp_path / "page.html"
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == (saved / "report.html").read_text(encoding="utf-8")
+
+
+def test_saving_again(result: kdprune.PruneResult, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("old")
+    before = tree(tmp_path)
+    with pytest.raises(KDPruneError, match="not empty"):
+        result.save(tmp_path / "full")
+    # The weights take 200 kB, the page more than 300 kB: the limit stops the page, after all else is written.
+    with largest_file(300_000), pytest.raises(KDPruneError, match=r"cannot write.*File too large"):
+        result.save(tmp_path / "full", overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_model_and_token_ids_need_no_tokenizer(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = tiny_llama().to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config, expected = model.config.to_dict(), logits(model)
+    result = kdprune.prune(model, tmp_path / "out", **IDS)
+    assert result.blocks == [range(2, 4)]
+    assert result.tokenizer is None
+    assert result.results.samples == []
+    assert result.results.perplexity.dataset.startswith("held-out rows of token ids 12 × 32")
+    assert result.model.dtype == dtype
+    # The dense model is as it was.
+    assert model.config.to_dict() == config
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert torch.equal(logits(loaded), logits(result.model))
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_same_seed_same_bits() -> None:
+    model = tiny_llama()
+    first, second, other = (kdprune.prune(model, seed=seed, **IDS) for seed in (1, 1, 2))
+    assert torch.equal(logits(first.model), logits(second.model))
+    assert not torch.equal(logits(first.model), logits(other.model))
+    assert first.results.perplexity == second.results.perplexity
+
+
+def test_a_loaded_model_keeps_its_dtype() -> None:
+    model = tiny_llama()
+    assert kdprune.prune(model, dtype="bfloat16", **IDS).model.dtype == model.dtype == torch.float32
+
+
+def test_held_out_text_as_given() -> None:
+    held = random_ids(3, 20, seed=3)
+    found = kdprune.prune(tiny_llama(), heldout=held, **IDS).results.perplexity
+    assert (found.dataset, found.tokens) == ("token ids 3 × 20", 3 * 19)
+
+
+def test_two_rows_are_enough() -> None:
+    found = kdprune.prune(tiny_llama(), **{**IDS, "calibration": random_ids(2)}).results
+    assert found.calibration.samples == 2
+    assert math.isfinite(found.fit[0].state_error)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"ratoi": 0.2}, "unknown option of kdp 'ratoi'; did you mean 'ratio'"),
+    ({"calibratoin": "a.txt"}, "did you mean 'calibration'"),
+    ({"method": "kpd"}, "unknown method 'kpd'; did you mean 'kdp'"),
+    ({"ratio": math.nan}, "ratio nan"),
+    ({"model": 7}, "model of type int"),
+    ({"calibration": "text"}, "text without a tokenizer"),
+    ({"calibration": random_ids().float()}, "token ids as float32"),
+    ({"calibration": random_ids() + 300}, r"token id \d+ .*expected 0 to 319"),
+    ({"calibration": random_ids(2, 4)}, "got 8 tokens"),
+    ({"calibration": random_ids(1, 60)}, "got one row of calibration from token ids 1 × 60, expected 2 or more"),
+])
+def test_one_line_errors(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    arguments = {"model": tiny_llama(), "output_dir": tmp_path / "out", **IDS, **options}
+    with pytest.raises(KDPruneError, match=message) as caught:
+        kdprune.prune(**arguments)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == {}
+
+
+# ------------------------------------------------------------------------------------------ the dataclass
+
+
+def test_method_is_a_frozen_dataclass_with_the_options_of_prune() -> None:
+    method = kdprune.KDP(ratio=0.3, features=16, hidden=8, rank=4)
+    assert (method.ratio, method.features, method.hidden, method.rank) == (0.3, 16, 8, 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.ratio = 0.2  # type: ignore[misc]
+    assert dataclasses.replace(method, ratio=0.2).features == 16
+    options = dataclasses.asdict(kdprune.KDP(**QUICK, blocks=((1, 3),), preset="paper"))
+    result = kdprune.prune(tiny_llama(), calibration=random_ids(), **options)
+    assert result.blocks == [range(1, 3)]
+    assert {name: result.results.recipe.get(name) for name in options} == {**options, "blocks": [[1, 3]]}
+
+
+# ------------------------------------------------------------------------------------------ analyze
+
+
+@torch.no_grad()
+def test_scores_are_those_of_the_states() -> None:
+    model, ids = tiny_llama(), random_ids(8, 32)
+    scores = kdprune.analyze(model, ids)
+    states = [state.flatten(0, 1) for state in model.model(ids, output_hidden_states=True).hidden_states[:-1]]
+    assert set(scores) == {"cosine", "linear_cka", "rbf_cka", "relative_update", "state_norm"}
+    assert all(isinstance(scores[name], np.ndarray) for name in scores)
+    for name in ("cosine", "linear_cka", "rbf_cka"):
+        assert scores[name].shape == (7, 7)
+        # Below the diagonal the scores say the same, or nothing.
+        assert np.isfinite(scores[name][np.triu_indices(7)]).all()
+        np.testing.assert_allclose(np.diag(scores[name]), 1, atol=1e-4)
+    for first, second in itertools.combinations(range(6), 2):
+        cosine = torch.cosine_similarity(states[first], states[second], dim=-1).mean()
+        assert scores["cosine"][first, second] == pytest.approx(float(cosine), abs=1e-4)
+    for layer in range(5):
+        update = (states[layer + 1] - states[layer]).norm(dim=-1) / states[layer].norm(dim=-1)
+        assert scores["relative_update"][layer] == pytest.approx(float(update.mean()), rel=1e-4)
+        assert scores["state_norm"][layer] == pytest.approx(float(states[layer].norm(dim=-1).mean()), rel=1e-4)
+    assert (scores.tokens, scores.protected) == (8 * 32, (1, 1))
+
+
+def test_calibration_of_every_kind_gives_the_same_scores(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bench.calibration.read_bytes())
+    text = bench.calibration.read_text(encoding="utf-8")
+    options: dict[str, Any] = {"samples": 8, "length": 32}
+    first = kdprune.analyze(bench.model, bench.calibration, **options)
+    model = AutoModelForCausalLM.from_pretrained(bench.model)
+    tokenizer = AutoTokenizer.from_pretrained(bench.model)
+    for source in (str(bench.calibration), tmp_path, [text], {bench.calibration: 1.0}):
+        again = kdprune.analyze(model, source, tokenizer=tokenizer, **options)
+        for name in first:
+            np.testing.assert_array_equal(again[name], first[name])
+
+
+def test_plot(tmp_path: Path) -> None:
+    scores = kdprune.analyze(tiny_llama(2), random_ids(4))
+    assert scores.plot(tmp_path / "scores.png") == tmp_path / "scores.png"
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(KDPruneError):
+        scores.plot(tmp_path / "scores.docx")
+
+
+def test_the_bundled_model_and_text_are_the_defaults(tmp_path: Path) -> None:
+    scores = kdprune.analyze(samples=4, length=32, output_dir=tmp_path / "out")
+    found = Results.load(tmp_path / "out")
+    assert scores["cosine"].shape == (found.layers.dense + 1,) * 2
+    assert "bundled" in found.model
+    assert "model" not in found.recipe
+    assert found.calibration.source == "calibration.txt"
