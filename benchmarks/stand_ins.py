@@ -34,7 +34,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "default": ("**KDP, default**: attention + kernel, refined", {}),
     "context-none": ("KDP, `context=none`", {"context": "none"}),
     "mlp": ("residual MLP (`kernel=mlp context=none`)", {"kernel": "mlp", "context": "none"}),
-    "linear": ("linear map in the original space (`kernel=linear context=none`)", {"kernel": "linear", "context": "none"}),
+    "linear": ("linear map in the original space (`kernel=linear context=none`)",
+               {"kernel": "linear", "context": "none"}),
     "dropped": ("blocks dropped", None),
     "context-mlp": ("attention + MLP (`kernel=mlp`)", {"kernel": "mlp"}),
     "no-refine": ("KDP, `refine=False`", {"refine": False}),
@@ -82,11 +83,11 @@ class Bench:
         }
 
 
-def run(seeds: int, names: list[str], file: Path) -> None:
+def run(seeds: range, names: list[str], file: Path) -> None:
     """Measures what the file lacks and writes it after every variant."""
     records = json.loads(file.read_text()) if file.is_file() else []
     done = {(record["variant"], record["seed"]): record for record in records}
-    for seed in range(seeds):
+    for seed in seeds:
         missing = [name for name in names if (name, seed) not in done]
         if not missing:
             continue
@@ -117,7 +118,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def table(records: list[dict[str, Any]], names: list[str] | None = None) -> str:
     """The Markdown table."""
-    lines = ["| stand-in | net ratio | perplexity | excess loss | of linear's | seconds to fit |", "|---|---|---|---|---|---|"]
+    lines = ["| stand-in | net ratio | perplexity | excess loss | of linear's | seconds to fit |", "|---" * 6 + "|"]
     groups = dict(summary(records))
     linear = statistics.fmean(record["excess_loss"] for record in groups["linear"]) if "linear" in groups else math.nan
     for name, found in groups.items():
@@ -151,17 +152,18 @@ def render(file: Path) -> None:
     records = json.loads(file.read_text())
     first = records[0]
     blocks = sorted({str(record["blocks"]) for record in records if record["variant"] == "default"})
+    protocol, seeds = first["perplexity"], sorted({record["seed"] for record in records})
     page = f"""# Which stand-in?
 
 At 25 % net parameters on the bundled model: what does each part of the default buy over simpler stand-ins in the same
 blocks, fitted on the same {first['calibration_tokens']:,} calibration tokens?
 
-    python benchmarks/stand_ins.py --seeds {1 + max(record['seed'] for record in records)}
+    python benchmarks/stand_ins.py --seeds {len(seeds)}
 
-Held-out text bundled with the package: {first['perplexity']['tokens']:,} tokens, window {first['perplexity']['window']},
-stride {first['perplexity']['stride']}; dense perplexity {first['perplexity']['dense']:.2f}. Blocks chosen by the default:
-{', '.join(blocks)}. Mean ± standard deviation over {len({record['seed'] for record in records})} seeds (calibration order,
-random features, initialisation). Seconds were taken on a shared machine and mean little.
+Held-out text bundled with the package: {protocol['tokens']:,} tokens, window {protocol['window']}, stride
+{protocol['stride']}; dense perplexity {protocol['dense']:.2f}. Blocks chosen by the default: {', '.join(blocks)}.
+Mean ± standard deviation over {len(seeds)} seeds (calibration order, random features, initialisation). Seconds were
+taken on a shared machine and mean little.
 
 ![excess loss by stand-in](stand-ins.svg)
 
@@ -180,13 +182,14 @@ random features, initialisation). Seconds were taken on a shared machine and mea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds, counted from --first-seed")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--render", action="store_true", help="only rewrite the page from the recorded results")
     parser.add_argument("--file", type=Path, default=RESULTS / "stand-ins.json")
     options = parser.parse_args()
     if not options.render:
-        run(options.seeds, options.variants, options.file)
+        run(range(options.first_seed, options.first_seed + options.seeds), options.variants, options.file)
     render(options.file)
 
 

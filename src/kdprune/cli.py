@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from huggingface_hub import HfApi
 from rich.console import Console
 
 import kdprune
@@ -124,22 +125,34 @@ def prune_command(
         typer.echo(dump_recipe({**kept, **filled}), nl=False)
         return
     options.setdefault("output_dir", DEFAULT_OUTPUT)
+    client = _hub(push_to_hub) if push_to_hub else None
     result = prune(**options, progress=True)
     directory = Path(options["output_dir"])
     print_summary(result.results, Console(), [directory, directory / "results.json", directory / "report.html"])
-    if push_to_hub:
-        _push(result.model, result.tokenizer, directory, push_to_hub)
+    if client is not None and push_to_hub:
+        _push(client, directory, push_to_hub)
 
 
-def _push(model: Any, tokenizer: Any, directory: Path, repository: str) -> None:
+def _hub(repository: str) -> HfApi:
+    """A logged-in client with the repository there, found out before any work."""
     try:
-        model.push_to_hub(repository)
-        if tokenizer is not None:
-            tokenizer.push_to_hub(repository)
-    except Exception as error:  # network, authentication and quota errors of several libraries
+        client = HfApi()
+        client.create_repo(repository, exist_ok=True)
+        return client
+    except Exception as error:  # network, authentication and naming errors of several libraries
         raise KDPruneError(
-            f"cannot upload to {repository!r} ({one_line(error)}); the checkpoint is saved in {str(directory)!r}: "
-            f"log in with 'hf auth login' and upload it from there") from error
+            f"cannot write to hub repository {repository!r} ({one_line(error)}); log in with 'hf auth login'"
+        ) from error
+
+
+def _push(client: HfApi, directory: Path, repository: str) -> None:
+    """Uploads everything the run wrote."""
+    try:
+        client.upload_folder(repo_id=repository, folder_path=directory)
+    except Exception as error:
+        raise KDPruneError(
+            f"cannot upload to {repository!r} ({one_line(error)}); everything is saved in {str(directory)!r}"
+        ) from error
 
 
 @app.command("analyze")

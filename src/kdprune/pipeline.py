@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdprune.analysis import Scores, score_layers
 from kdprune.assemble import analysis_results, evaluate, pruning_results
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
-from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.methods import METHODS
 from kdprune.methods.kdp import KDP
@@ -129,8 +128,7 @@ def prune(
     stages = Stages(show=progress)
     run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
     tokens = run.calibration(calibration, samples, length)
-    if len(tokens) < 2:
-        raise KDPruneError(f"got one row of calibration from {tokens.source}, expected 2 or more: one is held out")
+    settings.check(run.model, tokens)
     scores = run.score(tokens, settings.protect)
     outcome = settings(run.model, tokens, scores.tensors(), seed=seed, stages=stages, batch_size=BATCH)
     pruned = apply_edits(run.model, outcome.edits)

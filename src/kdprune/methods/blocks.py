@@ -67,11 +67,11 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def choose_blocks(options: SelectionOptions, scores: Mapping[str, Tensor] | None, budget: Budget) -> list[range]:
-    """The explicit blocks, checked, or the selection of section 2.
+def possible_blocks(options: SelectionOptions, budget: Budget) -> list[range]:
+    """The explicit blocks, or every candidate of the selection; needs no scores, so mistakes show before any work.
 
     Raises:
-        KDPruneError: too few layers, impossible blocks, or a ratio out of reach.
+        KDPruneError: too few layers, impossible blocks, or a ratio out of reach (says the largest possible).
     """
     layers = len(budget.layers)
     if options.blocks is not None:
@@ -86,6 +86,15 @@ def choose_blocks(options: SelectionOptions, scores: Mapping[str, Tensor] | None
             f"got a model of {layers} layers, {len(allowed)} of them unprotected; expected at least {shortest} "
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
+    select_blocks(torch.ones(layers + 1, layers + 1), candidates, budget.removal, budget.target, budget.total)
+    return candidates
+
+
+def choose_blocks(options: SelectionOptions, scores: Mapping[str, Tensor] | None, budget: Budget) -> list[range]:
+    """The explicit blocks, or the selection of section 2. Raises KDPruneError as :func:`possible_blocks` does."""
+    candidates = possible_blocks(options, budget)
+    if options.blocks is not None:
+        return candidates
     if scores is None:
         raise KDPruneError("got no similarity scores, expected those of kdprune.analyze: pass scores or blocks=…")
     similarity = scores[options.similarity]

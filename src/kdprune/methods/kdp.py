@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.blocks import Budget, choose_blocks, spare_features
+from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import PathRows, collect_block_states
@@ -101,6 +101,9 @@ class KDP:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise KDPruneError(f"got {name} {value}, expected a whole number of at least 1")
+        for name, least in (("rank", 0), ("hidden", -1)):
+            if (getattr(self, name) or 0) < least:
+                raise KDPruneError(f"got {name} {getattr(self, name)}, expected a whole number of at least {least}")
         for name in ("rate", "kernel_rate", "bandwidth", "ridge"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise KDPruneError(f"got {name} {getattr(self, name)}, expected a number above 0")
@@ -121,6 +124,14 @@ class KDP:
             residual=self.inverse == "residual", context=self.context == "attention",
         )
 
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
+        possible_blocks(self, Budget(model, self.shape(model.config.hidden_size), self.ratio))
+        if len(tokens) < 2:
+            raise KDPruneError(
+                f"got one row of calibration from {tokens.source}, expected 2 or more: one is held out. Give more "
+                f"text, or shorter rows (length=…)")
+
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
         stages: Stages | None = None, batch_size: int = 16,
@@ -132,6 +143,7 @@ class KDP:
             scores: arrays of ``LayerSimilarity.value``; may be None when ``blocks`` are given.
             seed: of every draw. stages: times and shows the stages. batch_size: rows a forward pass.
         """
+        self.check(model, tokens)
         stages = stages or Stages()
         device = resolve_device(model.device)
         shape = self.shape(model.config.hidden_size)
