@@ -147,7 +147,7 @@ assistant.
 ![Training and held-out loss over the tokens of the run]({FIGURE})
 
 The held-out loss in the figure is the mean over eight windows of {record['settings']['length']} tokens
-from each held-out text.
+from each held-out text given at the start.
 
 ## Held-out perplexity
 
@@ -162,6 +162,6 @@ from each held-out text.
 It writes fluent nonsense: names, dates and facts in its text are invented. It repeats whatever views its
 sources hold, among them those of books more than a century old.
 
-This page was written by `reference/train.py` from the records of the run.
+This page was made by `reference/card.py` from the records of the run.
 """
     (directory / "README.md").write_text(text, encoding="utf-8")

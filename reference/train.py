@@ -34,11 +34,12 @@ def finish(trainer: Trainer) -> Path:
         window=settings.window, stride=settings.stride, limit=settings.limit,
     )
     progress = trainer.progress
+    config = trainer.model.config.to_diff_dict()
     record = {
         "settings": {k: v for k, v in asdict(settings).items() if k not in PATHS},
         "sources": [path.name for path in text_files(settings.data)],
         "continued": settings.init_from is not None,
-        "config": trainer.model.config.to_dict(),
+        "config": {k: v for k, v in config.items() if k != "_name_or_path"},
         "parameters": trainer.model.num_parameters(),
         "packed_tokens": len(trainer.windows.ids),
         "steps": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds),
