@@ -7,7 +7,7 @@ import torch
 
 from kdprune.kernel.bounds import error_growth, k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.features import FourierFeatures, effective_rank, projected_median, rms_normalize
-from kdprune.kernel.operators import LinearDynamics, Moments
+from kdprune.kernel.operators import LinearDynamics, Moments, spectral_norm
 from kdprune.kernel.similarity import LayerSimilarity, cka, squared_distances
 
 
@@ -69,7 +69,7 @@ def test_median_heuristic_with_an_outlier_dimension(anisotropic: bool) -> None:
     x[:, 3] *= 60
     module = FourierFeatures(16, 8, 2, generator(), anisotropic=anisotropic)
     module.init_median(x, generator(), scale=1.5)
-    precision = module.log_diagonal.exp()
+    precision = module.log_diagonal.detach().exp()
     assert projected_median(x, precision, generator(8)) == pytest.approx(1.5**2, rel=0.1)
     if anisotropic:  # the outlier does not drown the rest: every dimension moves the kernel alike
         share = precision * x.var(0)
@@ -126,6 +126,11 @@ def test_dynamics_keep_the_matrices_they_start_from() -> None:
     torch.testing.assert_close(dynamics.product(), matrices[2] @ matrices[1] @ matrices[0])
     torch.testing.assert_close(dynamics.spectral_norms(), torch.linalg.svdvals(matrices)[:, 0])
     torch.testing.assert_close(torch.linalg.matrix_norm(dynamics.direction, 2), torch.ones(3))
+
+
+def test_power_iteration_agrees_with_singular_values() -> None:
+    matrices = torch.eye(40) + 0.3 * torch.randn(3, 40, 40, generator=generator())
+    torch.testing.assert_close(spectral_norm(matrices, exact=8), spectral_norm(matrices), rtol=1e-3, atol=0)
 
 
 # ------------------------------------------------------------------------------------------ similarity

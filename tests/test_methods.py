@@ -1,6 +1,7 @@
 """The method: planted problems it must solve, and its contract over all families."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -11,9 +12,10 @@ from kdprune.analysis import score_layers
 from kdprune.data import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
 from kdprune.kernel.features import FourierFeatures
+from kdprune.methods.diagnostics import norm_decay
 from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.fitting import Shape
-from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
+from kdprune.methods.inverse import InverseNetwork, fold
 from kdprune.methods.kdp import KDP
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import Site
@@ -134,12 +136,13 @@ def test_norm_decay_is_compensated() -> None:
     features = FourierFeatures(6, 16, 2, generator())
     features.init_median(path.flatten(0, 1), generator())
     step1 = fit_dynamics(features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
-    with torch.no_grad():
-        predicted, true = features(path[0]) @ step1.dynamics.product().T, features(path[-1])
-    before = float(predicted.norm(dim=-1).mean() / true.norm(dim=-1).mean())
-    alpha = decay_compensation(predicted, true)
-    assert before < 0.85
-    assert alpha * before == pytest.approx(1, abs=1e-4)
+    norms = norm_decay(step1, path[:, :600], path[:, 600:], ridge=1e-4)
+    assert norms["feature_true"] == pytest.approx([1.0] * 5, abs=1e-5)
+    assert all(later < earlier for earlier, later in itertools.pairwise(norms["feature_predicted"]))
+    assert norms["feature_predicted"][-1] < 0.85
+    short, restored = (
+        abs(norms[key] / norms["output_true"] - 1) for key in ("output_without_alpha", "output_with_alpha"))
+    assert restored < 0.6 * short
 
 
 # ------------------------------------------------------------------------------------------ the whole method
@@ -157,7 +160,7 @@ def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:
 def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    result = run(model, tokens, ratio=0.2, context=context, protect=0.0)
+    result = run(model, tokens, ratio=0.2, context=context, protect=0.0, fill=True)
     pruned = apply_edits(model, result.edits)
     total, left = model.num_parameters(), pruned.num_parameters()
     one_stand_in = max(entry["parameters"] for entry in result.fit) / total
@@ -175,7 +178,42 @@ def test_the_fit_beats_dropping_the_block(tiny_model) -> None:
     assert result.fit[0]["state_error"] < 0.8 < result.fit[0]["dropped_error"] * 1.2
 
 
-def test_same_seed_same_bits_and_another_seed_others(tiny_model) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_seed_same_bits(name: str, tiny_model) -> None:
+    model, tokens = tiny_model(name), random_tokens()
+    first, second = (apply_edits(model, run(model, tokens, blocks=((1, 3),)).edits).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_direct_inverse_goes_without_context_and_given_features_stay() -> None:
+    assert KDP(inverse="direct").context == "none"
+    assert KDP(features=64).fill is False
+    assert KDP(features=64, fill=True).fill is True
+    with pytest.raises(KDPruneError, match="inverse 'direct' with context 'attention'"):
+        KDP(inverse="direct", context="attention")
+
+
+def test_a_pruned_model_is_refused_before_any_work(tiny_model) -> None:
+    model, tokens = tiny_model("llama3"), random_tokens()
+    pruned = apply_edits(model, run(model, tokens, blocks=((1, 3),)).edits)
+    with pytest.raises(KDPruneError, match="holds stand-ins already"):
+        KDP().check(pruned, tokens)
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_an_accelerator_with_padding(tiny_model, tmp_path) -> None:
+    import kdprune
+
+    model = tiny_model("llama3").to("cuda", torch.bfloat16)
+    ids = torch.randint(3, 64, (8, 12), generator=generator())
+    mask = torch.ones(8, 12).index_fill_(1, torch.tensor([10, 11]), 0)
+    result = kdprune.prune(model, tmp_path / "out", ratio=0.2, calibration={"input_ids": ids, "attention_mask": mask},
+                           protect=0.0, **QUICK)
+    assert result.model.device.type == "cuda"
+    assert math.isfinite(result.metrics["perplexity"]["pruned"])
+
+
+def test_another_seed_gives_other_weights(tiny_model) -> None:
     model, tokens = tiny_model("qwen3"), random_tokens()
     first, second, other = (run(model, tokens, seed=seed, blocks=((1, 3),)) for seed in (4, 4, 5))
     weights = [result.edits[0].context.state_dict() for result in (first, second, other)]

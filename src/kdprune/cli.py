@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import torch
 import typer
 from huggingface_hub import HfApi
 from rich.console import Console
@@ -129,6 +130,8 @@ def prune_command(
     result = prune(**options, progress=True)
     directory = Path(options["output_dir"])
     print_summary(result.results, Console(), [directory, directory / "results.json", directory / "report.html"])
+    if options.get("model") and not options.get("calibration"):
+        typer.echo("note: calibrated on the bundled 400 kB of English; give --calibration with text of your own")
     if client is not None and push_to_hub:
         _push(client, directory, push_to_hub)
 
@@ -244,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"out of memory on the device ({one_line(error)}); lower --batch, --samples or --length")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")

@@ -265,7 +265,8 @@ def _given(source: Any) -> TokenSet:
 
 
 def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None) -> TokenSet:
-    return TokenSet(ids, mask, source, bos)  # type: ignore[arg-type]
+    # What stands under the mask must still be a token the model can look up.
+    return TokenSet(ids.masked_fill(~mask, 0), mask, source, bos)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- checks

@@ -103,7 +103,9 @@ def prune(
     """Prunes a causal language model to a net-parameter ratio and measures what it cost.
 
     Args:
-        model: local path, hub id or loaded model (left as it is); None: the bundled reference model.
+        model: local path, hub id or loaded model; None: the bundled reference model. A loaded model's weights stay
+            as they are, and the result shares those it keeps: train a deepcopy. It is put into evaluation mode, and
+            moved if ``device`` is given.
         output_dir: where to save; None: nothing is written (``result.save`` does it later).
         method: a name in ``kdprune.methods.METHODS``. ratio: net share of all parameters to remove.
         calibration: text file, directory, hub data set, weighted mixture, list of strings, token ids (N, T), or None
@@ -241,6 +243,7 @@ def _method(name: str, options: Mapping[str, Any]) -> KDP:
     method = METHODS[name]
     own = [parameter for parameter in inspect.signature(prune).parameters if parameter != "method_options"]
     reject_unknown(options, [*own, *(item.name for item in dataclasses.fields(method))], f"option of {name}")
+    options = {key: value for key, value in check_options({**options, "method": name}).items() if key != "method"}
     return method(**options)
 
 
@@ -249,7 +252,10 @@ def _with_recipe(recipe: str | Path | Mapping[str, Any], given: dict[str, Any]) 
     options = check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     method_options = given.pop("method_options")
     parameters = inspect.signature(prune).parameters
-    changed = {name: value for name, value in given.items() if value is not parameters[name].default}
+    changed = {
+        name: value for name, value in given.items()
+        if not (type(value) is type(parameters[name].default) and value == parameters[name].default)
+    }
     return {**options, **changed, **method_options}
 
 

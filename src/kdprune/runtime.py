@@ -21,6 +21,8 @@ LOGGERS = ("transformers", "huggingface_hub", "datasets")
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """``"auto"`` → the accelerator torch reports, else the CPU; anything else as torch reads it.
 
+    Moments and solves need float64, which Apple's GPUs lack: there "auto" is the CPU and "mps" is refused.
+
     Raises:
         KDPruneError: the name is unknown, or the device is not on this machine.
     """
@@ -28,13 +30,16 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return device
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
+        return found if found is not None and found.type != "mps" else torch.device("cpu")
     try:
+        if str(device).startswith("mps"):
+            raise NotImplementedError
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise KDPruneError(
-            f"got device {device!r}, which this machine does not offer; expected 'auto', 'cpu', 'cuda' or 'mps'"
+            f"got device {device!r}, which this machine does not offer (or not with float64); "
+            "expected 'auto', 'cpu' or 'cuda'"
         ) from error
 
 

@@ -110,7 +110,7 @@ class FourierFeatures(nn.Module):
 def effective_rank(gram: Tensor) -> float:
     """exp(entropy of the normalised eigenvalues) of a positive semi-definite matrix (D, D): 1 … D.
 
-    Reported for the feature covariance: a collapsed kernel (φ constant) has rank near 1.
+    Reported for the second moment E[φφᵀ]: a collapsed kernel (φ constant) has rank near 1.
     """
     eigenvalues = torch.linalg.eigvalsh(gram.double()).clamp_min(0)
     share = eigenvalues / eigenvalues.sum().clamp_min(1e-300)

@@ -122,9 +122,10 @@ def check_blocks(blocks: list[range], layers: int) -> list[range]:
 
 
 def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
-    """Widens the stand-ins by what the blocks remove beyond the target, evenly, so that the net ratio is met exactly.
+    """Widens the stand-ins, evenly, by what the blocks remove beyond the target.
 
-    The count grows while the target is still met, up to ``WIDEST`` · d.
+    The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
+    than one feature a block unless that cap is reached.
     """
     slack = sum(budget.removal(block) for block in blocks) - budget.target
     cost = len(blocks) * shape.parameters_per_feature()

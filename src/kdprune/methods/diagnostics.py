@@ -7,7 +7,8 @@ from torch import Tensor
 
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.operators import Moments
-from kdprune.methods.dynamics import Step1
+from kdprune.methods.dynamics import Step1, endpoint_statistics
+from kdprune.methods.inverse import decay_compensation
 from kdprune.methods.site import Site
 
 _OUTLIERS = 3        # outlier dimensions shown
@@ -16,7 +17,9 @@ _POINTS = 300        # points of the outlier fit, per group
 
 @torch.no_grad()
 def theory(site: Site, step1: Step1) -> dict[str, Any]:
-    """Theorem 1's figures and bound, measured k-step errors, Theorem 2's two risks; all but L_ERM on held-out tokens.
+    """Theorem 1's figures and bound, measured k-step errors, Theorem 2's two risks, of the kernel as step 1 left it.
+
+    L_ERM, R_φ and the effective rank are those of the fitted tokens, everything else is taken on held-out ones.
 
     Returns:
         The fields of the same names in ``results.json``'s ``fit``.
@@ -31,9 +34,10 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
     for step in range(1, steps + 1):
         kernel.append(relative_risk((mapped_fit[0], mapped_fit[step]), (mapped_held[0], mapped_held[step])))
         original.append(relative_risk((fit_path[0], fit_path[step]), (held_path[0], held_path[step])))
+    held = endpoint_statistics(features, step1.dynamics.product(), site.to_kernel(held_path.to(site.device)))
     return {
         "effective_rank": step1.effective_rank,
-        "explained_variance": 1 - step1.curves["unexplained"][-1],
+        "explained_variance": 1 - held["unexplained"],
         "gamma": step1.dynamics.gamma.tolist(),
         "B_A": spectral,
         "R_phi": feature_norm,
@@ -50,18 +54,34 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def feature_norms(step1: Step1, kernel_path: Tensor) -> dict[str, list[float]]:
-    """Mean ‖φ(h_{s+j})‖ and ‖A_j ⋯ A_1 φ(h_s)‖ for j = 0 … k: how much the operators shrink the state.
+def norm_decay(step1: Step1, fit_path: Tensor, held_path: Tensor, ridge: float) -> dict[str, Any]:
+    """How much repeated operators shrink the state, and what α restores (KDP, section 5), on held-out tokens.
+
+    Features: mean ‖φ(h_{s+j})‖ beside ‖A_j ⋯ A_1 φ(h_s)‖, j = 0 … k. Outputs: a linear read-out is fitted on *true*
+    features, φ(h_e) → h_e; applied to the advanced ones it gives outputs that are too short, and α, the ratio of the
+    feature norms on fitted tokens, scales them back. (An inverse network fitted on advanced features, as step 2 does,
+    takes α into its weights.)
 
     Args:
-        kernel_path: the path as the kernel map sees it, shape (k+1, n, d).
+        fit_path, held_path: paths as the kernel map sees them, shapes (k+1, n, d), (k+1, n', d).
     """
-    mapped = step1.features(kernel_path)
+    features, product = step1.features, step1.dynamics.product()
+    true = features(fit_path[-1])
+    moments = Moments(true.shape[-1], fit_path.shape[-1], true.device)
+    moments.update(true, fit_path[-1])
+    readout = moments.solve(ridge).float()
+    alpha = decay_compensation(features(fit_path[0]) @ product.T, true)
+    mapped = features(held_path)
     state, predicted = mapped[0], [float(mapped[0].norm(dim=-1).mean())]
     for matrix in step1.dynamics.matrices():
         state = state @ matrix.T
         predicted.append(float(state.norm(dim=-1).mean()))
-    return {"feature_true": mapped.norm(dim=-1).mean(-1).tolist(), "feature_predicted": predicted}
+    given = float((state @ readout.T).norm(dim=-1).mean())
+    return {
+        "feature_true": mapped.norm(dim=-1).mean(-1).tolist(), "feature_predicted": predicted,
+        "output_true": float(held_path[-1].norm(dim=-1).mean()),
+        "output_without_alpha": given, "output_with_alpha": alpha * given,
+    }
 
 
 @torch.no_grad()

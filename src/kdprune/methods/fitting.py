@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import Moments
-from kdprune.methods.diagnostics import feature_norms, held_out, theory
+from kdprune.methods.diagnostics import held_out, norm_decay, theory
 from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.site import Probe, Site, state_errors
@@ -95,7 +95,7 @@ def fit_block(
     name = f"block [{block.start}, {block.stop})"
     site = Site(model, states, shape.build(generator), shape.context, device)
     energy = site.update_energy(_PROBE_ROWS)
-    record: dict[str, Any] = {"step1": None, "step3": None}
+    record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
         step1 = _step1(site, shape, settings, generator, name, stages)
         record["step1"] = step1.curves
@@ -104,14 +104,15 @@ def fit_block(
     else:
         record["step2"] = _closed_form(site, settings.ridge, energy)
     if settings.refine and (shape.kind != "linear" or shape.context):
-        record["step3"] = _step3(site, settings, generator, energy, name, stages)
+        record["step3"], record["refined"] = _step3(site, settings, generator, energy, name, stages)
     record |= held_out(site, energy, _PROBE_ROWS)
     edit = site.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
     added = edit.context if edit.context is not None else edit.stand_in
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
-        "hidden": shape.hidden, "rank": settings.rank, "context": "attention" if shape.context else "none",
+        "hidden": shape.hidden, "rank": settings.rank if settings.kernel in ("learned", "fixed") else 0,
+        "context": "attention" if shape.context else "none",
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 
@@ -149,7 +150,8 @@ def _step2(
         return step1.features(probe.kernel_input) @ product.T
 
     kernel_path = site.to_kernel(site.states.path.to(site.device))
-    norms: dict[str, Any] = dict(feature_norms(step1, kernel_path))
+    held_path = site.to_kernel(site.states.path_held.to(site.device))
+    norms = norm_decay(step1, kernel_path, held_path, settings.ridge)
     with torch.no_grad():
         predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
         inverse.alpha.fill_(decay_compensation(predicted, true))
@@ -171,14 +173,17 @@ def _step2(
         curves = _average(measure, site)
     alone = site.stand_in
     site.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
-    norms |= _output_norms(site, inverse, mapped)
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 
 def _step3(
     site: Site, settings: FitSettings, generator: torch.Generator, energy: float, name: str, stages: Stages
-) -> dict[str, list[float]]:
-    """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate)."""
+) -> tuple[dict[str, list[float]], bool]:
+    """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate).
+
+    Returns:
+        The curves, and whether the result was kept.
+    """
     before, start = _average(site.state_measure(energy), site, held=True), copy.deepcopy(site.module.state_dict())
     parameters = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
     with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
@@ -186,21 +191,10 @@ def _step3(
             parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
             on_epoch=lambda _: advance(1))
     after = _average(site.state_measure(energy), site, held=True)
-    if after["loss"] > before["loss"]:
+    kept = after["loss"] <= before["loss"]
+    if not kept:
         site.module.load_state_dict(start)
-    return curves
-
-
-@torch.no_grad()
-def _output_norms(site: Site, inverse: InverseNetwork, mapped: Any) -> dict[str, float]:
-    """Mean norm of what the inverse network has to give on held-out tokens, and of what it gives with and without α."""
-    probe = site.probe(next(site.row_batches(_PROBE_ROWS, held=True)))
-    given = float(inverse(mapped(probe)).norm(dim=-1).mean())
-    return {
-        "output_true": float((probe.target - probe.base).norm(dim=-1).mean()),
-        "output_without_alpha": given / max(abs(float(inverse.alpha)), 1e-12),
-        "output_with_alpha": given,
-    }
+    return curves, kept
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import PathRows, collect_block_states
+from kdprune.model.surgery import check_model
 from kdprune.runtime import Stages, generator, resolve_device
 from kdprune.training import Schedule
 
@@ -68,11 +69,12 @@ class KDP:
     context: Literal["none", "attention"] | None = option(
         None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first")
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
-    fill: bool | None = option(None, "spend what the blocks remove beyond the ratio on more features")
+    fill: bool | None = option(
+        None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
     ridge: float = option(1e-4, "relative ridge of every least-squares solve")
     kernel_epochs: int | None = option(None, "epochs of step 1")
-    kernel_tokens: int = option(8192, "tokens of step 1")
-    kernel_rate: float = option(3e-3, "peak learning rate of step 1")
+    kernel_tokens: int | None = option(None, "tokens of step 1 (8192, or 8 for every feature if that is more)")
+    kernel_rate: float | None = option(None, "peak learning rate of step 1 (0.384 / the width)")
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer")
     refine_epochs: int = option(15, "epochs of step 3")
     rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)")
@@ -82,6 +84,11 @@ class KDP:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise KDPruneError(f"got preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        # A direct inverse rebuilds the whole state, which a decoder layer around it would add to its input.
+        if self.inverse == "direct" and self.context is None:
+            object.__setattr__(self, "context", "none")
+        if self.features is not None and self.fill is None:
+            object.__setattr__(self, "fill", False)
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -107,6 +114,9 @@ class KDP:
         for name in ("rate", "kernel_rate", "bandwidth", "ridge"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise KDPruneError(f"got {name} {getattr(self, name)}, expected a number above 0")
+        if self.inverse == "direct" and self.context == "attention":
+            raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
+                               "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
         for item in fields(self):
             choices = _choices(item.type)
             if choices and getattr(self, item.name) not in choices:
@@ -126,6 +136,9 @@ class KDP:
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
+        check_model(model, substitutes=True)
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise KDPruneError("got a model spread over several devices, expected one: load it without device_map")
         possible_blocks(self, Budget(model, self.shape(model.config.hidden_size), self.ratio))
         if len(tokens) < 2:
             raise KDPruneError(
@@ -154,7 +167,8 @@ class KDP:
         rows = len(tokens.ids)
         held = tokens.held_out(self.held)
         length = tokens.ids.shape[1]
-        path = PathRows(min(-(-self.kernel_tokens // length), rows - held), min(held, -(-4096 // length)))
+        kernel_tokens = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
+        path = PathRows(min(-(-kernel_tokens // length), rows - held), min(held, -(-4096 // length)))
         with stages.stage("layer states", rows) as advance:
             states = collect_block_states(
                 model, tokens, blocks, held=held, path=path, batch_size=batch_size, advance=advance)
@@ -163,7 +177,7 @@ class KDP:
         settings = FitSettings(
             kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
-            step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate),
+            step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, self.batch, rate),
             step3=Schedule(self.refine_epochs, self.batch, rate),
         )

@@ -79,10 +79,15 @@ def layer_states(
                 real = state[batch.mask.to(state.device)]
                 if not torch.isfinite(real).all():
                     raise KDPruneError(
-                        f"got NaN or infinite states entering layer {index} in calibration batch {number}; expected "
+                        f"got NaN or infinite states {_place(index, model)} in calibration batch {number}; expected "
                         f"finite ones: check the checkpoint, or load it in another dtype (--dtype float32)"
                     )
             yield batch, dict(seen)
+
+
+def _place(index: int, model: PreTrainedModel) -> str:
+    last = model.config.num_hidden_layers
+    return f"entering layer {index}" if index < last else f"leaving layer {index - 1}"
 
 
 @torch.no_grad()
@@ -158,7 +163,9 @@ def collect_block_states(
         batch_size: rows a forward pass. advance: told the number of rows done.
     """
     wanted = sorted({index for block in blocks for index in range(block.start, block.stop + 1)})
-    ends: dict[int, list[Tensor]] = {index: [] for block in blocks for index in (block.start, block.stop)}
+    shape = (*tokens.ids.shape, model.config.hidden_size)
+    # Whole tensors from the start: joining parts at the end would need twice the memory.
+    ends = {index: torch.empty(shape, dtype=model.dtype) for block in blocks for index in (block.start, block.stop)}
     fit_path: dict[int, list[Tensor]] = {index: [] for index in wanted}
     held_path: dict[int, list[Tensor]] = {index: [] for index in wanted}
     rows, row = len(tokens.ids), 0
@@ -169,15 +176,14 @@ def collect_block_states(
         for index in wanted:
             state = states[index].cpu()
             if index in ends:
-                ends[index].append(state)
+                ends[index][row : row + size] = state
             for store, chosen in ((fit_path, number < path.fit), (held_path, number >= rows - path.held)):
                 store[index].append(state[batch.mask & chosen[:, None]].float())
         row += size
         advance(size)
-    joined = {index: torch.cat(parts) for index, parts in ends.items()}
     return [
         BlockStates(
-            block, tokens, held, joined[block.start], joined[block.stop],
+            block, tokens, held, ends[block.start], ends[block.stop],
             torch.stack([torch.cat(fit_path[index]) for index in range(block.start, block.stop + 1)]),
             position,
             torch.stack([torch.cat(held_path[index]) for index in range(block.start, block.stop + 1)]),

@@ -74,7 +74,7 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     family = family_of(model)
     edits = sorted(edits, key=lambda edit: edit.block.start)
     substitutes = any(isinstance(edit, Substitute) for edit in edits)
-    _check_model(model, family, substitutes)
+    check_model(model, substitutes)
     _check_blocks([edit.block for edit in edits], len(decoder_layers(model)))
     pruned = _sharing_copy(model)
     config: Any = pruned.config
@@ -168,8 +168,9 @@ def _sharing_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     return copy.deepcopy(module, memo)
 
 
-def _check_model(model: PreTrainedModel, family: Family, substitutes: bool) -> None:
+def check_model(model: PreTrainedModel, substitutes: bool) -> None:
     """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
+    family = family_of(model)
     if model.config.model_type.startswith(PREFIX):
         raise KDPruneError("the model holds stand-ins already; prune the dense model, with all blocks at once")
     if family.numbered and getattr(model.config, family.numbered, False):

@@ -1,5 +1,7 @@
 """The model card, README.md of a pruned checkpoint, made from `Results` alone."""
 
+from pathlib import Path
+
 import yaml
 
 from kdprune.report import summary
@@ -26,7 +28,7 @@ def render_card(results: Results, license: str | None = None) -> str:
 def _front_matter(results: Results, license: str | None) -> str:
     """YAML the hub understands; the base model only where it is a hub id, not a path on some machine."""
     fields: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if summary.is_hub_id(results.model):
+    if summary.is_hub_id(results.model) and not Path(results.model).exists():
         fields["base_model"] = results.model
     if license:
         fields["license"] = license

@@ -96,8 +96,7 @@ def norm_decay(fit: Fit) -> str:
     before = divide(norms.output_without_alpha, norms.output_true)
     after = divide(norms.output_with_alpha, norms.output_true)
     if before is not None and after is not None:
-        alpha = "" if fit.alpha is None else f" = {_number(fit.alpha)}"
-        parts.append(f"α{alpha} brings the output from {percent(before)} to {percent(after)}")
+        parts.append(f"a read-out of true features gives {percent(before)} of the true output, with α {percent(after)}")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "." if text else ""
 

@@ -113,8 +113,8 @@ def norm_decay(fit: Fit) -> str:
         features.set(xlabel="steps j", ylabel="norm in kernel space", ylim=(0, 1.3 * _largest(features)))
         features.xaxis.set_major_locator(MaxNLocator(integer=True))
         features.legend(loc="lower left")
-        bars = (("true", norms.output_true, INK), ("α = 1", norms.output_without_alpha, ORANGE),
-                ("fitted α", norms.output_with_alpha, VERMILION))  # fmt: skip
+        bars = (("true", norms.output_true, INK), ("without α", norms.output_without_alpha, ORANGE),
+                ("with α", norms.output_with_alpha, VERMILION))  # fmt: skip
         for place, (_, value, colour) in enumerate(bars):
             if value is not None:
                 output.bar(place, value, 0.65, color=colour)

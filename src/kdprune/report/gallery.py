@@ -155,7 +155,7 @@ def _norms(fit: Fit) -> Picture:
         Markup(fit_plots.norm_decay(fit)),
         findings.norm_decay(fit),
         "Left: repeated least-squares operators shrink what they cannot predict, so the line falls. "
-        "Right: the size of the output, as it should be, without and with the fitted α.",
+        "Right: the size of the output of a read-out fitted on true features, without α and with it.",
         Markup("I(z) = α · MLP(z)"),
     )
 

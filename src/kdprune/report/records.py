@@ -204,11 +204,11 @@ class Norms(Record):
 
     feature_true: Numbers = Field(default_factory=list, description="[k+1] ‖φ(h_{s+j})‖, j = 0 … k")
     feature_predicted: Numbers = Field(default_factory=list, description="[k+1] ‖A_j ⋯ A_1 φ(h_s)‖, j = 0 … k")
-    output_true: Number = Field(
-        None, description="norm of what the inverse network should give: h_e, or h_e − h_s if it is residual"
+    output_true: Number = Field(None, description="norm of h_e as the kernel map sees it")
+    output_without_alpha: Number = Field(
+        None, description="norm of a read-out fitted on true φ(h_e), applied to A_k ⋯ A_1 φ(h_s)"
     )
-    output_without_alpha: Number = Field(None, description="norm of what the inverse network gives, α = 1")
-    output_with_alpha: Number = Field(None, description="norm of what it gives with the fitted α")
+    output_with_alpha: Number = Field(None, description="the same times α = E‖φ(h_e)‖ / E‖A_k ⋯ A_1 φ(h_s)‖")
 
 
 class Outliers(Record):
@@ -247,11 +247,14 @@ class Fit(Record):
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
     step3: Curve | None = Field(None, description="training of kernel and inverse network together")
+    refined: bool | None = Field(
+        None, description="whether step 3 was kept; false: held-out rows got worse and it was undone"
+    )
     explained_variance: Number = Field(None, description="1 − ‖A φ(h_s) − φ(h_e)‖² / ‖φ(h_e) − mean‖², A = ∏ A_i")
-    effective_rank: Number = Field(None, description="exp of the entropy of the spectrum of cov φ")
+    effective_rank: Number = Field(None, description="exp of the entropy of the spectrum of E[φφᵀ], fitted tokens")
     gamma: Numbers = Field(default_factory=list, description="[k] γ_i of A_i = I + γ_i B_i")
-    B_A: Number = Field(None, description="max_i ‖A_i‖₂ after training")
-    R_phi: Number = Field(None, description="max ‖φ(h)‖ after training")
+    B_A: Number = Field(None, description="max_i ‖A_i‖₂ after step 1")
+    R_phi: Number = Field(None, description="max ‖φ(h)‖ over fitted tokens after step 1")
     alpha: Number = Field(None, description="α of the inverse network I(z) = α · MLP(z)")
     k_step_error: Numbers = Field(
         default_factory=list, description="[k] root mean square of ‖A_j ⋯ A_1 φ(h_s) − φ(h_{s+j})‖, j = 1 … k"
