@@ -72,7 +72,7 @@ def test_prune_writes_all_of_it_and_nothing_else(pruned: Outcome, out: Path) -> 
     card = (out / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")
     found = Results.load(out)
-    assert f"{found.perplexity.pruned:.1f}" in card
+    assert f"{found.perplexity.pruned:.2f}" in card
     assert "ratio: 0.25" in card
     assert len(load_file(out / "model.safetensors")) > 10
     assert json.loads((out / "config.json").read_text())["model_type"] == "kdp_llama"

@@ -260,13 +260,13 @@ def _given(source: Any) -> TokenSet:
     if mask.shape != ids.shape:
         raise KDPruneError(f"got attention_mask of shape {tuple(mask.shape)}, expected {tuple(ids.shape)}")
     ids, mask = ids.detach().cpu().long(), mask.detach().cpu().bool()
+    ids = ids.masked_fill(~mask, 0)  # what stands under the mask must be a token the model can look up
     rows = mask.any(1) if ids.numel() else mask.new_zeros(len(ids))
     return _token_set(ids[rows], mask[rows], f"token ids {ids.shape[0]} × {ids.shape[1]}", None)
 
 
 def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None) -> TokenSet:
-    # What stands under the mask must still be a token the model can look up.
-    return TokenSet(ids.masked_fill(~mask, 0), mask, source, bos)  # type: ignore[arg-type]
+    return TokenSet(ids, mask, source, bos)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- checks
