@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
@@ -25,6 +25,7 @@ from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.methods import METHODS
+from kdprune.methods.options import choices
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.pipeline import HELD_OUT_TOKENS, analyze, prune
 from kdprune.recipe import check_options, dump_recipe, load_recipe
@@ -47,7 +48,7 @@ Heldout = Annotated[str | None, typer.Option(help="text for perplexity; left out
 Samples = Annotated[int | None, typer.Option(help="rows of calibration text (4000; all of the bundled text)")]
 Length = Annotated[int | None, typer.Option(help="tokens a row (the model's context, at most 512)")]
 Seed = Annotated[int | None, typer.Option(help="of every random draw (0)")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps (auto)")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (auto)")]
 Dtype = Annotated[str | None, typer.Option(help="of the loaded model: float32, bfloat16, … (the checkpoint's)")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a directory that is not empty")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
@@ -59,7 +60,10 @@ def _method_parameters() -> list[inspect.Parameter]:
     found: dict[str, inspect.Parameter] = {}
     for method in METHODS.values():
         for field in dataclasses.fields(method):
-            shown = "" if field.default is None else f" ({field.default})"
+            default = getattr(method(), field.name) if field.default is None else field.default
+            shown = "" if default is None else f" ({default})"
+            if allowed := choices(field.type):
+                shown = f" [{'|'.join(allowed)}]{shown}"
             flag = "--" + field.name.replace("_", "-")
             names = [f"{flag}/--no-{flag[2:]}"] if _plain_type(field.type) is bool else [flag]
             option = typer.Option(*names, help=field.metadata["help"] + shown, show_default=False)
@@ -71,7 +75,7 @@ def _method_parameters() -> list[inspect.Parameter]:
 
 def _plain_type(annotation: Any) -> type:
     """The command line's type of a field: bool, int, float, or str for choices and blocks."""
-    if get_origin(annotation) is Literal:
+    if choices(annotation):
         return str
     parts = [part for part in get_args(annotation) if part is not NoneType] or [annotation]
     return parts[0] if parts[0] in (bool, int, float) else str

@@ -4,13 +4,14 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
+from kdprune.methods.options import choices
 from kdprune.text import parse_weighted
 
 # What a recipe may hold beside the fields of its method: the arguments of kdprune.prune and their types.
@@ -93,9 +94,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
     if name == "blocks" and isinstance(value, str):
         return parse_blocks(value)
-    choices = [choice for part in (kind, *get_args(kind)) if get_origin(part) is Literal for choice in get_args(part)]
-    if choices:
-        reject_unknown([value], choices, name)
+    if allowed := choices(kind):
+        reject_unknown([value], allowed, name)
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -1,8 +1,8 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,14 +11,15 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
+from kdprune.methods.options import choices, option
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import PathRows, collect_block_states
 from kdprune.model.surgery import check_model
 from kdprune.runtime import Stages, generator, resolve_device
 from kdprune.training import Schedule
 
-# What a preset fills into fields left at None. "paper" is the method as printed; "default" is what measurement
-# on the reference model preferred at equal net parameters (docs/results).
+# What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
+# measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md).
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
@@ -29,11 +30,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100,
     },
 }
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text (the command line shows it)."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,8 @@ class KDP:
     """
 
     ratio: float = option(0.25, "share of all parameters to remove, stand-ins counted (net)")
-    preset: Literal["default", "paper"] = option("default", "fills options not given: measured best, or as printed")
+    preset: Literal["default", "paper"] = option(
+        "default", "fills options not given: the kernel's best form as measured, or the method as printed")
     blocks: tuple[tuple[int, int], ...] | None = option(
         None, "explicit half-open blocks instead of a selection: 4-7,9-12")
     block_length: int | None = option(None, "use blocks of this many layers only")
@@ -118,10 +115,10 @@ class KDP:
             raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
                                "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
         for item in fields(self):
-            choices = _choices(item.type)
-            if choices and getattr(self, item.name) not in choices:
+            allowed = choices(item.type)
+            if allowed and getattr(self, item.name) not in allowed:
                 raise KDPruneError(
-                    f"got {item.name} {getattr(self, item.name)!r}, expected one of {', '.join(map(str, choices))}")
+                    f"got {item.name} {getattr(self, item.name)!r}, expected one of {', '.join(map(str, allowed))}")
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
@@ -188,14 +185,3 @@ class KDP:
             edits.append(edit)
             records.append(record)
         return MethodResult(edits, records)
-
-
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal annotation, None among them when it is optional."""
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    found: list[Any] = []
-    for part in get_args(annotation):
-        if get_origin(part) is Literal:
-            found += get_args(part)
-    return (*found, None) if found else ()
