@@ -15,7 +15,7 @@ from kdprune.kernel.features import FourierFeatures
 from kdprune.methods.diagnostics import norm_decay
 from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.fitting import Shape
-from kdprune.methods.inverse import InverseNetwork, fold
+from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
 from kdprune.methods.kdp import KDP
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import Site
@@ -136,7 +136,9 @@ def test_norm_decay_is_compensated() -> None:
     features = FourierFeatures(6, 16, 2, generator())
     features.init_median(path.flatten(0, 1), generator())
     step1 = fit_dynamics(features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
-    norms = norm_decay(step1, path[:, :600], path[:, 600:], ridge=1e-4)
+    with torch.no_grad():
+        advanced, true = features(path[0, :600]) @ step1.dynamics.product().T, features(path[-1, :600])
+    norms = norm_decay(step1, decay_compensation(advanced, true), path[:, :600], path[:, 600:], ridge=1e-4)
     assert norms["feature_true"] == pytest.approx([1.0] * 5, abs=1e-5)
     assert all(later < earlier for earlier, later in itertools.pairwise(norms["feature_predicted"]))
     assert norms["feature_predicted"][-1] < 0.85

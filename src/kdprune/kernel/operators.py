@@ -34,7 +34,7 @@ class Moments:
 
     def solve(self, ridge: float = 0.0) -> Tensor:
         """argmin_M Σ ‖M x − y‖² + ρ‖M‖², ρ = ridge · tr(XᵀX)/p: M of shape (q, p), float64."""
-        return torch.linalg.solve(self._regularised(ridge), self.xy).T
+        return torch.linalg.solve(_add_ridge(self.xx, ridge), self.xy).T
 
     def solve_affine(self, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
         """The same with an unpenalised intercept: (M, c) with y ≈ M x + c."""
@@ -55,9 +55,6 @@ class Moments:
     def variance(self) -> float:
         """Σ ‖y − mean(y)‖²."""
         return float(self.yy - self.y.square().sum() / self.n)
-
-    def _regularised(self, ridge: float) -> Tensor:
-        return _add_ridge(self.xx, ridge)
 
 
 def _add_ridge(xx: Tensor, ridge: float) -> Tensor:

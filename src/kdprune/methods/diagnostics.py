@@ -8,7 +8,6 @@ from torch import Tensor
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.operators import Moments
 from kdprune.methods.dynamics import Step1, endpoint_statistics
-from kdprune.methods.inverse import decay_compensation
 from kdprune.methods.site import Site
 
 _OUTLIERS = 3        # outlier dimensions shown
@@ -54,23 +53,22 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def norm_decay(step1: Step1, fit_path: Tensor, held_path: Tensor, ridge: float) -> dict[str, Any]:
+def norm_decay(step1: Step1, alpha: float, fit_path: Tensor, held_path: Tensor, ridge: float) -> dict[str, Any]:
     """How much repeated operators shrink the state, and what α restores (KDP, section 5), on held-out tokens.
 
     Features: mean ‖φ(h_{s+j})‖ beside ‖A_j ⋯ A_1 φ(h_s)‖, j = 0 … k. Outputs: a linear read-out is fitted on *true*
-    features, φ(h_e) → h_e; applied to the advanced ones it gives outputs that are too short, and α, the ratio of the
-    feature norms on fitted tokens, scales them back. (An inverse network fitted on advanced features, as step 2 does,
-    takes α into its weights.)
+    features, φ(h_e) → h_e; applied to the advanced ones it gives outputs that are too short, and ``alpha``, the ratio
+    of the feature norms on fitted tokens (``decay_compensation``), scales them back. (An inverse network fitted on
+    advanced features, as step 2 does, takes α into its weights.)
 
     Args:
         fit_path, held_path: paths as the kernel map sees them, shapes (k+1, n, d), (k+1, n', d).
     """
-    features, product = step1.features, step1.dynamics.product()
+    features = step1.features
     true = features(fit_path[-1])
     moments = Moments(true.shape[-1], fit_path.shape[-1], true.device)
     moments.update(true, fit_path[-1])
     readout = moments.solve(ridge).float()
-    alpha = decay_compensation(features(fit_path[0]) @ product.T, true)
     mapped = features(held_path)
     state, predicted = mapped[0], [float(mapped[0].norm(dim=-1).mean())]
     for matrix in step1.dynamics.matrices():

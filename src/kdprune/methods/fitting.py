@@ -151,10 +151,11 @@ def _step2(
 
     kernel_path = site.to_kernel(site.states.path.to(site.device))
     held_path = site.to_kernel(site.states.path_held.to(site.device))
-    norms = norm_decay(step1, kernel_path, held_path, settings.ridge)
     with torch.no_grad():
         predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
-        inverse.alpha.fill_(decay_compensation(predicted, true))
+        alpha = decay_compensation(predicted, true)
+        norms = norm_decay(step1, alpha, kernel_path, held_path, settings.ridge)
+        inverse.alpha.fill_(alpha)
         moments = Moments(shape.hidden or 2 * shape.features, shape.width, site.device)
         for rows in site.row_batches(_PROBE_ROWS):
             probe = site.probe(rows)

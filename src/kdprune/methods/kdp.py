@@ -15,7 +15,7 @@ from kdprune.methods.options import choices, option
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import PathRows, collect_block_states
 from kdprune.model.surgery import check_model
-from kdprune.runtime import Stages, generator, resolve_device
+from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule
 
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
@@ -155,7 +155,6 @@ class KDP:
         """
         self.check(model, tokens)
         stages = stages or Stages()
-        device = resolve_device(model.device)
         shape = self.shape(model.config.hidden_size)
         budget = Budget(model, shape, self.ratio)
         blocks = choose_blocks(self, scores, budget)
@@ -181,7 +180,7 @@ class KDP:
         edits, records = [], []
         for number, block_states in enumerate(states):
             edit, record = fit_block(
-                model, block_states, shape, settings, generator(seed, number + 1), device, stages)
+                model, block_states, shape, settings, generator(seed, number + 1), model.device, stages)
             edits.append(edit)
             records.append(record)
         return MethodResult(edits, records)
