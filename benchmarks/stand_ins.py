@@ -24,8 +24,8 @@ from kdprune.evaluation.perplexity import perplexity
 from kdprune.methods.kdp import KDP
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.model.surgery import Drop, apply_edits
-from kdprune.pipeline import BATCH, BUNDLED_MODEL, HELD_OUT_TOKENS, LONGEST_ROW
 from kdprune.runtime import Stages, generator
+from kdprune.session import BATCH, BUNDLED_MODEL, HELD_OUT_TOKENS, LONGEST_ROW
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 README = Path(__file__).parent.parent / "README.md"

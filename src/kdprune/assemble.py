@@ -78,8 +78,8 @@ def evaluate(
 
 
 def analysis_results(
-    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, scores: Scores, stages: Stages,
-    method: str = "analyze",
+    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, scores: Scores | None,
+    stages: Stages, method: str = "analyze",
 ) -> Results:
     """The record of a run that only looked: everything but what pruning adds."""
     return Results(
@@ -89,7 +89,8 @@ def analysis_results(
         layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
-        analysis=scores.record(), seconds=dict(stages.seconds), peak_memory_bytes=peak_memory_bytes(),
+        analysis=None if scores is None else scores.record(), seconds=dict(stages.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
         versions={"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in _SOFTWARE},
     )

@@ -10,26 +10,22 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdprune.analysis import Scores, score_layers
+from kdprune.analysis import Scores
 from kdprune.assemble import analysis_results, evaluate, pruning_results
-from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
-from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.data import TokenSet
 from kdprune.methods import METHODS
-from kdprune.methods.kdp import KDP
+from kdprune.methods.method import Method, RankedMethod
+from kdprune.methods.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
-from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.model.surgery import apply_edits
 from kdprune.output import check_output, staged_directory
 from kdprune.recipe import check_options, load_recipe, reject_unknown
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
-from kdprune.runtime import Stages, generator
+from kdprune.runtime import Stages
+from kdprune.session import BATCH, Session, plain_source
 
-BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
-BATCH = 16           # rows a forward pass
-LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
-HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
 
 
@@ -124,20 +120,19 @@ def prune(
     """
     if recipe is not None:
         return prune(**_with_recipe(recipe, {**locals(), "recipe": None}))
-    settings = _method(method, {"ratio": ratio, **method_options})
+    settings = make_method(method, {"ratio": ratio, **method_options})
     if output_dir is not None:
         check_output(output_dir, overwrite)
     stages = Stages(show=progress)
-    run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
     tokens = run.calibration(calibration, samples, length)
     settings.check(run.model, tokens)
-    scores = run.score(tokens, settings.protect)
-    outcome = settings(run.model, tokens, scores.tensors(), seed=seed, stages=stages, batch_size=BATCH)
-    pruned = apply_edits(run.model, outcome.edits)
+    scores = run.scores_for(settings, tokens)
+    outcome, pruned = run_method(run, settings, tokens, scores, seed)
     measured = evaluate(run.model, pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
     options = {
-        "model": None if run.bundled else run.name, "method": method, "seed": seed, "calibration": _plain(calibration),
-        "heldout": _plain(heldout), "samples": samples, "length": length, "dtype": dtype,
+        "model": None if run.bundled else run.name, "method": method, "seed": seed,
+        "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples, "length": length, "dtype": dtype,
         **dataclasses.asdict(settings),
     }
     base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
@@ -147,6 +142,15 @@ def prune(
         with stages.stage("save and verify"):
             result.save(output_dir, overwrite)
     return result
+
+
+def run_method(
+    run: Session, method: Method, tokens: TokenSet, scores: Scores | None, seed: int,
+) -> tuple[MethodResult, PreTrainedModel]:
+    """One method on the session's model: what it decided, and the pruned model, in which kept weights are shared."""
+    outcome = method(
+        run.model, tokens, None if scores is None else scores.tensors(), seed=seed, stages=run.stages, batch_size=BATCH)
+    return outcome, apply_edits(run.model, outcome.edits)
 
 
 def analyze(
@@ -160,7 +164,7 @@ def analyze(
     samples: int | None = None,
     length: int | None = None,
     dtype: str | None = None,
-    protect: float = KDP.protect,
+    protect: float = RankedMethod.protect,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: bool = False,
@@ -178,12 +182,12 @@ def analyze(
     if output_dir is not None:
         check_output(output_dir, overwrite)
     stages = Stages(show=progress)
-    run = _Run(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
     tokens = run.calibration(calibration, samples, length)
     scores = run.score(tokens, protect)
     if output_dir is not None:
         options = {
-            "model": None if run.bundled else run.name, "seed": seed, "calibration": _plain(calibration),
+            "model": None if run.bundled else run.name, "seed": seed, "calibration": plain_source(calibration),
             "samples": samples, "length": length, "dtype": dtype, "protect": protect,
         }
         results = analysis_results(run.name, run.model, options, tokens, scores, stages)
@@ -193,51 +197,8 @@ def analyze(
     return scores
 
 
-class _Run:
-    """The model, tokenizer and token sets a run works on."""
-
-    def __init__(
-        self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
-        trust_remote_code: bool, stages: Stages,
-    ):
-        model = BUNDLED_MODEL if model is None else model
-        self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
-        self.seed, self.stages = seed, stages
-        dtype = None if isinstance(model, PreTrainedModel) else dtype
-        with stages.stage("load model"):
-            self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-            self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
-        if isinstance(model, PreTrainedModel):
-            self.name = model.config.name_or_path or type(model).__name__
-        else:
-            self.name = "kdprune bundled reference model" if self.bundled else str(model)
-
-    def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
-        """Calibration tokens; the bundled text when no source is given."""
-        row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
-        with self.stages.stage("calibration text"):
-            return load_tokens(
-                bundled_calibration() if source is None else source, self.tokenizer,
-                samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
-                length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
-
-    def score(self, tokens: TokenSet, protect: float) -> Scores:
-        """The analysis of section 1."""
-        return score_layers(
-            self.model, tokens, protect=protect, generator=generator(self.seed), batch_size=BATCH,
-            stages=self.stages)
-
-    def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
-        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
-        if source is None and self.tokenizer is None:
-            rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
-            return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
-        return load_stream(
-            bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
-            vocabulary=vocabulary_size(self.model))
-
-
-def _method(name: str, options: Mapping[str, Any]) -> KDP:
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of this name with these options; raises KDPruneError for names and values that cannot be."""
     if name not in METHODS:
         reject_unknown([name], METHODS, "method")
     method = METHODS[name]
@@ -257,16 +218,3 @@ def _with_recipe(recipe: str | Path | Mapping[str, Any], given: dict[str, Any]) 
         if not (type(value) is type(parameters[name].default) and value == parameters[name].default)
     }
     return {**options, **changed, **method_options}
-
-
-def _plain(source: Any) -> Any:
-    """A text source as the recipe records it: its name, or what it was."""
-    if source is None or isinstance(source, str):
-        return source
-    if isinstance(source, Path):
-        return str(source)
-    if isinstance(source, Mapping) and "input_ids" not in source:
-        return {str(name): weight for name, weight in source.items()}
-    if isinstance(source, list) and source and all(isinstance(entry, list | tuple) for entry in source):
-        return [[str(name), weight] for name, weight in source]
-    return f"{type(source).__name__} given in Python"

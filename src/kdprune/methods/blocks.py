@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,31 +10,13 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.methods.fitting import Shape
+from kdprune.methods.method import RankedMethod
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.selection import candidate_blocks, open_layers, select_blocks
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
 # parameters bring a residual MLP from .192 to .177).
 WIDEST = 4
-
-
-class SelectionOptions(Protocol):
-    """The selection's part of a method's options."""
-
-    @property
-    def ratio(self) -> float: ...
-    @property
-    def blocks(self) -> tuple[tuple[int, int], ...] | None: ...
-    @property
-    def block_length(self) -> int | None: ...
-    @property
-    def max_block(self) -> int | None: ...
-    @property
-    def protect(self) -> float: ...
-    @property
-    def similarity(self) -> str: ...
-    @property
-    def endpoints(self) -> str | None: ...
 
 
 class Budget:
@@ -67,7 +48,7 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def possible_blocks(options: SelectionOptions, budget: Budget) -> list[range]:
+def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     """The explicit blocks, or every candidate of the selection; needs no scores, so mistakes show before any work.
 
     Raises:
@@ -90,7 +71,7 @@ def possible_blocks(options: SelectionOptions, budget: Budget) -> list[range]:
     return candidates
 
 
-def choose_blocks(options: SelectionOptions, scores: Mapping[str, Tensor] | None, budget: Budget) -> list[range]:
+def choose_blocks(options: RankedMethod, scores: Mapping[str, Tensor] | None, budget: Budget) -> list[range]:
     """The explicit blocks, or the selection of section 2. Raises KDPruneError as :func:`possible_blocks` does."""
     candidates = possible_blocks(options, budget)
     if options.blocks is not None:
@@ -119,6 +100,36 @@ def check_blocks(blocks: list[range], layers: int) -> list[range]:
     if not blocks or sum(map(len, blocks)) >= layers:
         raise KDPruneError(f"got blocks over {sum(map(len, blocks))} of {layers} layers, expected at least one kept")
     return blocks
+
+
+def shortest_blocks(model: PreTrainedModel, ratio: float, allowed: range, cost: int = 0) -> list[range]:
+    """For every start within ``allowed`` the shortest block whose removal meets the ratio from above.
+
+    For the methods that take out one run of layers. Where layers differ in size only the blocks of least removal stay.
+
+    Args:
+        ratio: share of all parameters to remove, net of ``cost``, the parameters put in the block's place.
+
+    Raises:
+        KDPruneError: no block inside ``allowed`` removes that much (says the largest ratio that can be reached).
+    """
+    total, sizes = model.num_parameters(), [_count(layer) for layer in decoder_layers(model)]
+    target = round(ratio * total)
+    found = {}
+    for start in allowed:
+        for stop in range(start + 1, allowed.stop + 1):
+            removed = sum(sizes[start:stop]) - cost
+            # At least one layer of the model has to stay.
+            if removed >= target and stop - start < len(sizes):
+                found[range(start, stop)] = removed
+                break
+    if not found:
+        largest = max((sum(sizes[index] for index in allowed) - cost) / total, 0.0)
+        raise KDPruneError(
+            f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest that the layers from "
+            f"{allowed.start} to {allowed.stop - 1} allow; lower the ratio or protect fewer layers (protect=…)")
+    least = min(found.values())
+    return [block for block, removed in found.items() if removed == least]
 
 
 def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:

@@ -1,8 +1,8 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +11,8 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
-from kdprune.methods.options import choices, option
+from kdprune.methods.method import RankedMethod
+from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import PathRows, collect_block_states
 from kdprune.model.surgery import check_model
@@ -33,7 +34,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class KDP:
+class KDP(RankedMethod):
     """Replaces blocks of layers by folded kernel stand-ins. Source: KDP, sections 2 to 6.
 
     Fields left at None are filled from the preset. Sizes left at None follow the model's width d:
@@ -43,40 +44,38 @@ class KDP:
         KDPruneError: a value is outside its range (says which and what is expected).
     """
 
-    ratio: float = option(0.25, "share of all parameters to remove, stand-ins counted (net)")
+    title: ClassVar[str] = "KDP"
+
     preset: Literal["default", "paper"] = option(
         "default", "fills options not given: the kernel's best form as measured, or the method as printed")
-    blocks: tuple[tuple[int, int], ...] | None = option(
-        None, "explicit half-open blocks instead of a selection: 4-7,9-12")
-    block_length: int | None = option(None, "use blocks of this many layers only")
-    max_block: int | None = option(None, "longest block considered, K_max (half the layers, at most 8)")
-    protect: float = option(0.1, "share of the layers kept at either end")
-    similarity: Literal["rbf_cka", "linear_cka", "cosine"] = option("rbf_cka", "score that ranks blocks")
     endpoints: Literal["input", "output"] | None = option(
-        None, "states a block is ranked by: h_s and h_e (input), or the outputs of its first and last layer (output)")
+        None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)")
     kernel: Literal["learned", "fixed", "isotropic", "mlp", "linear"] = option(
         "learned", "feature map: learned anisotropic kernel, the kernel as drawn, one width for all dimensions, "
         "or no kernel: a GELU layer, a linear map")
-    features: int | None = option(None, "m, number of random frequencies (the feature vector has 2m entries)")
-    rank: int = option(16, "r, rank of the learned part of the covariance")
-    bandwidth: float | None = option(None, "scale of the first frequencies in units of the median heuristic")
+    features: int | None = option(
+        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1)
+    rank: int = option(16, "r, rank of the learned part of the covariance", least=0)
+    bandwidth: float | None = option(
+        None, "scale of the first frequencies in units of the median heuristic", above=0)
     inverse: Literal["direct", "residual"] | None = option(
         None, "inverse network rebuilds the state from features alone, or its update on a normalised input")
-    hidden: int | None = option(None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width")
+    hidden: int | None = option(
+        None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1)
     context: Literal["none", "attention"] | None = option(
         None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first")
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
-    ridge: float = option(1e-4, "relative ridge of every least-squares solve")
-    kernel_epochs: int | None = option(None, "epochs of step 1")
-    kernel_tokens: int | None = option(None, "tokens of step 1 (8192, or 8 for every feature if that is more)")
-    kernel_rate: float | None = option(None, "peak learning rate of step 1 (0.384 / the width)")
-    inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer")
-    refine_epochs: int = option(15, "epochs of step 3")
-    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)")
-    batch: int = option(8, "rows (sequences) a step in steps 2 and 3")
-    held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
+    ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
+    kernel_epochs: int | None = option(None, "epochs of step 1", least=1)
+    kernel_tokens: int | None = option(
+        None, "tokens of step 1 (8192, or 8 for every feature if that is more)", least=1)
+    kernel_rate: float | None = option(None, "peak learning rate of step 1 (0.384 / the width)", above=0)
+    inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1)
+    refine_epochs: int = option(15, "epochs of step 3", least=1)
+    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0)
+    batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -89,36 +88,10 @@ class KDP:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple((int(start), int(end)) for start, end in self.blocks))
-        self._validate()
-
-    def _validate(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise KDPruneError(f"got ratio {self.ratio}, expected a number between 0 and 1 (0.25 removes a quarter)")
-        if not 0 <= self.protect < 0.5:
-            raise KDPruneError(f"got protect {self.protect}, expected a share from 0 up to 0.5")
-        if not 0 < self.held < 1:
-            raise KDPruneError(f"got held {self.held}, expected a share between 0 and 1")
-        for name in ("features", "block_length", "max_block", "batch", "kernel_epochs", "refine_epochs",
-                     "inverse_epochs", "kernel_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise KDPruneError(f"got {name} {value}, expected a whole number of at least 1")
-        for name, least in (("rank", 0), ("hidden", -1)):
-            if (getattr(self, name) or 0) < least:
-                raise KDPruneError(f"got {name} {getattr(self, name)}, expected a whole number of at least {least}")
-        for name in ("rate", "kernel_rate", "bandwidth", "ridge"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise KDPruneError(f"got {name} {getattr(self, name)}, expected a number above 0")
+        super().__post_init__()
         if self.inverse == "direct" and self.context == "attention":
             raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
                                "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
-        for item in fields(self):
-            allowed = choices(item.type)
-            if allowed and getattr(self, item.name) not in allowed:
-                raise KDPruneError(
-                    f"got {item.name} {getattr(self, item.name)!r}, expected one of {', '.join(map(str, allowed))}")
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
@@ -133,9 +106,8 @@ class KDP:
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
+        super().check(model, tokens)
         check_model(model, substitutes=True)
-        if len({parameter.device for parameter in model.parameters()}) > 1:
-            raise KDPruneError("got a model spread over several devices, expected one: load it without device_map")
         possible_blocks(self, Budget(model, self.shape(model.config.hidden_size), self.ratio))
         if len(tokens) < 2:
             raise KDPruneError(
@@ -146,13 +118,7 @@ class KDP:
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
         stages: Stages | None = None, batch_size: int = 16,
     ) -> MethodResult:
-        """Chooses the blocks, fits their stand-ins and returns the architecture change as data.
-
-        Args:
-            model: the dense model; not changed. tokens: calibration tokens, (N, T).
-            scores: arrays of ``LayerSimilarity.value``; may be None when ``blocks`` are given.
-            seed: of every draw. stages: times and shows the stages. batch_size: rows a forward pass.
-        """
+        """Chooses the blocks, fits their stand-ins and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
         stages = stages or Stages()
         shape = self.shape(model.config.hidden_size)

@@ -4,20 +4,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kdprune.model.surgery import Edit
+from kdprune.model.surgery import Drop, Edit, Substitute
 
 
 @dataclass(frozen=True)
 class MethodResult:
     """Edits to apply to the dense model and, for methods that fit something, one record a block.
 
-    ``fit`` holds plain dicts with the fields of ``results.json``'s ``fit``.
+    ``fit`` holds plain dicts with the fields of ``results.json``'s ``fit``; ``tokens`` is how many calibration tokens
+    the method looked at, None for all of them.
     """
 
     edits: Sequence[Edit]
-    fit: Sequence[dict[str, Any]]
+    fit: Sequence[dict[str, Any]] = ()
+    tokens: int | None = None
 
     @property
     def blocks(self) -> list[range]:
         """The removed blocks, in order."""
-        return sorted((edit.block for edit in self.edits), key=lambda block: block.start)
+        return sorted(
+            (edit.block for edit in self.edits if isinstance(edit, Drop | Substitute)), key=lambda block: block.start)

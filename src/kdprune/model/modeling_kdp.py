@@ -40,27 +40,42 @@ class Family:
     # Attributes of a layer that make up its MLP path, from that norm to the residual sum: where a stand-in is
     # the MLP of a layer, it replaces the first, and Identity the others.
     mlp: tuple[str, ...] = ("mlp",)
+    attention_norm: str = "input_layernorm"  # a layer's norm in front of its attention
+    # Paths within a layer: its attention module, the projections into it (one fused, or query, key, value) and out of
+    # it, those into its MLP (fused, or gate and up) and out of it.
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention_out: str = "self_attn.o_proj"
+    mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    mlp_out: str = "mlp.down_proj"
+    post_norms: tuple[str, ...] = ()  # norms between a sublayer and the residual sum it adds to (Gemma)
     numbered: str = ""  # config flag under which a layer's arithmetic depends on its number: refused
 
 
-_GEMMA: Any = {"mlp_norm": "pre_feedforward_layernorm", "mlp": ("mlp", "post_feedforward_layernorm")}
+_GEMMA: Any = {"mlp_norm": "pre_feedforward_layernorm", "mlp": ("mlp", "post_feedforward_layernorm"),
+               "post_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}
 # fmt: off
 _ROWS = (
     Family("llama", "Llama", "LlamaForCausalLM", "LlamaDecoderLayer", "llama"),
     Family("mistral", "Mistral", "MistralForCausalLM", "MistralDecoderLayer", "mistral"),
     Family("qwen2", "Qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", "qwen2"),
     Family("qwen3", "Qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer", "qwen3"),
-    Family("phi3", "Phi3", "Phi3ForCausalLM", "Phi3DecoderLayer", "phi3"),
+    Family("phi3", "Phi3", "Phi3ForCausalLM", "Phi3DecoderLayer", "phi3",
+           qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
     Family("gemma2", "Gemma2", "Gemma2ForCausalLM", "Gemma2DecoderLayer", "gemma2", **_GEMMA),
     Family("gemma3_text", "Gemma3Text", "Gemma3ForCausalLM", "Gemma3DecoderLayer", "gemma3", **_GEMMA),
     Family("gpt_neox", "GPTNeoX", "GPTNeoXForCausalLM", "GPTNeoXLayer", "gpt_neox",
-           layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm"),
+           layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm", attention="attention",
+           qkv=("attention.query_key_value",), attention_out="attention.dense",
+           mlp_in=("mlp.dense_h_to_4h",), mlp_out="mlp.dense_4h_to_h"),
     Family("opt", "OPT", "OPTForCausalLM", "OPTDecoderLayer", "opt",
            layers="model.decoder.layers", norm="model.decoder.final_layer_norm",
-           mlp_norm="final_layer_norm", mlp=("fc1", "activation_fn", "fc2")),
+           mlp_norm="final_layer_norm", mlp=("fc1", "activation_fn", "fc2"), attention_norm="self_attn_layer_norm",
+           attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2"),
     Family("gpt2", "GPT2", "GPT2LMHeadModel", "GPT2Block", "gpt2",
            layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_2",
-           numbered="scale_attn_by_inverse_layer_idx"),
+           attention_norm="ln_1", attention="attn", qkv=("attn.c_attn",), attention_out="attn.c_proj",
+           mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", numbered="scale_attn_by_inverse_layer_idx"),
 )
 # fmt: on
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}

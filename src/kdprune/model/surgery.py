@@ -7,12 +7,12 @@ A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` bui
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
@@ -49,7 +49,18 @@ class Substitute:
     context: nn.Module | None = None
 
 
-Edit: TypeAlias = Drop | Substitute
+@dataclass(frozen=True)
+class Rewrite:
+    """Give the kept layer ``layer`` (its index in the dense model) new weights; the architecture stays.
+
+    ``weights`` are tensors by the name of a parameter within the layer ("mlp.down_proj.weight"), of its shape.
+    """
+
+    layer: int
+    weights: Mapping[str, Tensor]
+
+
+Edit: TypeAlias = Drop | Substitute | Rewrite
 
 
 @dataclass
@@ -66,24 +77,28 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     stays as it was. Stand-ins and context layers are copied, to the model's dtype and the device of the
     layers around them.
 
-    With Drops alone the result is of the stock class, else of the family's ``KDP<X>ForCausalLM``.
+    With Drops and Rewrites alone the result is of the stock class, else of the family's ``KDP<X>ForCausalLM``.
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
-    two token-wise stand-ins without a layer between them, and for models that cannot be edited.
+    two token-wise stand-ins without a layer between them, for weights that do not fit, and for models that cannot be
+    edited.
     """
     family = family_of(model)
-    edits = sorted(edits, key=lambda edit: edit.block.start)
+    cuts = sorted((edit for edit in edits if isinstance(edit, Drop | Substitute)), key=lambda cut: cut.block.start)
     substitutes = any(isinstance(edit, Substitute) for edit in edits)
     check_model(model, substitutes)
-    _check_blocks([edit.block for edit in edits], len(decoder_layers(model)))
+    _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = _sharing_copy(model)
     config: Any = pruned.config
-    slots = _slots(pruned, edits, family)
+    for edit in edits:
+        if isinstance(edit, Rewrite):
+            _rewrite(decoder_layers(pruned), edit, cuts)
+    slots = _slots(pruned, cuts, family)
     _shorten_config(config, [slot.source for slot in slots])
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
     if substitutes:
-        _become_kdp(pruned, family, [edit.block for edit in edits], layers)
+        _become_kdp(pruned, family, [cut.block for cut in cuts], layers)
     config.architectures = [type(pruned).__name__]
     restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
@@ -196,7 +211,22 @@ def _check_blocks(blocks: Sequence[range], count: int) -> None:
         end = block.stop
 
 
-def _slots(pruned: PreTrainedModel, edits: Sequence[Edit], family: Family) -> list[_Slot]:
+def _rewrite(layers: nn.ModuleList, edit: Rewrite, cuts: Sequence[Drop | Substitute]) -> None:
+    """Give one of ``layers``, of a sharing copy, weights of its own. Raises KDPruneError where they do not fit."""
+    if not 0 <= edit.layer < len(layers) or any(edit.layer in cut.block for cut in cuts):
+        raise KDPruneError(f"got new weights for layer {edit.layer}, expected one of the layers that stay")
+    known = dict(layers[edit.layer].named_parameters())
+    for name, weight in edit.weights.items():
+        if name not in known or known[name].shape != weight.shape:
+            shape = list(known[name].shape) if name in known else "no such parameter"
+            raise KDPruneError(f"got {name} of shape {list(weight.shape)} for layer {edit.layer}, expected {shape}")
+        owner, _, leaf = name.rpartition(".")
+        old = known[name]
+        weight = weight.detach().to(device=old.device, dtype=old.dtype).clone()
+        setattr(layers[edit.layer].get_submodule(owner), leaf, nn.Parameter(weight, old.requires_grad))
+
+
+def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: Family) -> list[_Slot]:
     """The layers that ``pruned``, still of full depth, is to have: token-wise stand-ins folded, context in
     place."""
     layers = list(decoder_layers(pruned))

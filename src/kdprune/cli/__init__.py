@@ -1,0 +1,102 @@
+"""The command line: prune, analyze, eval, report.
+
+Bad input is one line on stderr and exit status 2, never a traceback.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import kdprune
+from kdprune.cli.evaluate import eval_command, report_command
+from kdprune.cli.options import with_method_options
+from kdprune.cli.prune import analyze_command, prune_command
+from kdprune.errors import KDPruneError, one_line
+from kdprune.methods import METHODS
+from kdprune.recipe import load_recipe, reject_unknown
+from kdprune.runtime import quiet_libraries
+
+
+def build_app(method: str) -> typer.Typer:
+    """The program; ``prune`` has the options of this method."""
+    app = typer.Typer(
+        name="kdprune", help="Replace runs of transformer layers with one small trained module.",
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback()(_common)
+    app.command("prune")(with_method_options(prune_command, METHODS[method]))
+    app.command("analyze")(analyze_command)
+    app.command("eval")(eval_command)
+    app.command("report")(report_command)
+    return app
+
+
+def _chosen_method(arguments: Sequence[str]) -> str:
+    """The method that the arguments, or the recipe they name, ask for: its options are the ones that exist."""
+    given = _value(arguments, "--method")
+    if given is None and (recipe := _value(arguments, "--recipe")) is not None:
+        given = load_recipe(recipe).get("method")
+    given = given or "kdp"
+    reject_unknown([given], METHODS, "method")
+    return given
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    """What follows option ``name``, as in ``--method sleb`` or ``--method=sleb``; None if it is absent."""
+    for index, argument in enumerate(arguments):
+        if argument == name and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"kdprune {kdprune.__version__}")
+        raise typer.Exit
+
+
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+# typer carries click along under changing names; its usage errors share this base.
+_UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    try:
+        with quiet_libraries():
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            status = build_app(_chosen_method(given))(args=given or ["--help"], standalone_mode=False)
+    except KDPruneError as error:
+        return _fail(str(error))
+    except _UsageError as error:
+        return _fail(_usage(error))
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"out of memory on the device ({one_line(error)}); lower --batch, --samples or --length")
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}")
+    return status if isinstance(status, int) else 0
+
+
+def _usage(error: Any) -> str:
+    """The message of a usage error; of an unknown option's alternatives the nearest alone."""
+    near = difflib.get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], n=1, cutoff=0.0)
+    return f"{error.message}; did you mean {near[0]}?" if near else str(error.format_message())
+
+
+def _fail(message: str, status: int = 2) -> int:
+    print(f"kdprune: error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,88 @@
+"""What every method has: a ratio, checks before any work, and a call that returns edits."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.options import check_values, option
+from kdprune.methods.result import MethodResult
+from kdprune.model.surgery import check_model
+from kdprune.runtime import Stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A pruning method: its fields are its hyperparameters, at its paper's defaults.
+
+    Raises:
+        KDPruneError: a value is outside its range (says which and what is expected).
+    """
+
+    title: ClassVar[str]  # as it stands in tables: "ShortGPT"
+
+    ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)")
+    held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise KDPruneError(f"got ratio {self.ratio}, expected a number between 0 and 1 (0.25 removes a quarter)")
+        if not 0 < self.held < 1:
+            raise KDPruneError(f"got held {self.held}, expected a share between 0 and 1")
+        check_values(self)
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
+        check_model(model, substitutes=False)
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise KDPruneError("got a model spread over several devices, expected one: load it without device_map")
+
+    @abstractmethod
+    def __call__(
+        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
+        stages: Stages | None = None, batch_size: int = 16,
+    ) -> MethodResult:
+        """Returns the architecture change as data.
+
+        Args:
+            model: the dense model; not changed. tokens: calibration tokens, (N, T).
+            scores: arrays of ``LayerSimilarity.value``; only a :class:`RankedMethod` without ``blocks`` needs them.
+            seed: of every draw. stages: times and shows the stages. batch_size: rows a forward pass.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthMethod(Method):
+    """A method that takes whole layers out.
+
+    ``blocks`` chosen by one method can be given to any other, so that what they put in their place is compared on the
+    same blocks.
+    """
+
+    blocks: tuple[tuple[int, int], ...] | None = option(
+        None, "explicit half-open blocks instead of a selection: 4-7,9-12")
+    protect: float = option(0.0, "share of the layers kept at either end")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.protect < 0.5:
+            raise KDPruneError(f"got protect {self.protect}, expected a share from 0 up to 0.5")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple((int(start), int(end)) for start, end in self.blocks))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedMethod(DepthMethod):
+    """A method whose blocks the similarity analysis ranks (KDP, section 2); the analysis then runs before it."""
+
+    protect: float = option(0.1, "share of the layers kept at either end")
+    block_length: int | None = option(None, "use blocks of this many layers only", least=1)
+    max_block: int | None = option(None, "longest block considered, K_max (half the layers, at most 8)", least=1)
+    similarity: Literal["rbf_cka", "linear_cka", "cosine"] = option("rbf_cka", "score that ranks blocks")
+    endpoints: Literal["input", "output"] | None = option(
+        "input", "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)")

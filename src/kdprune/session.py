@@ -1,0 +1,85 @@
+"""What a run works on: the dense model, its tokenizer and its texts, loaded as the user named them."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kdprune.analysis import Scores, score_layers
+from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
+from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.methods.method import Method, RankedMethod
+from kdprune.model.loading import load_model, load_tokenizer
+from kdprune.runtime import Stages, generator
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
+BATCH = 16           # rows a forward pass
+LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
+HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
+
+
+class Session:
+    """The model, tokenizer and token sets a run works on.
+
+    Arguments as of :func:`kdprune.prune`. Attributes: ``model``, ``tokenizer``, ``name`` (the model as shown),
+    ``bundled``, ``seed``, ``stages``.
+    """
+
+    def __init__(
+        self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
+        trust_remote_code: bool, stages: Stages,
+    ):
+        model = BUNDLED_MODEL if model is None else model
+        self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
+        self.seed, self.stages = seed, stages
+        dtype = None if isinstance(model, PreTrainedModel) else dtype
+        with stages.stage("load model"):
+            self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+        if isinstance(model, PreTrainedModel):
+            self.name = model.config.name_or_path or type(model).__name__
+        else:
+            self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
+        """Calibration tokens; the bundled text when no source is given."""
+        row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
+        with self.stages.stage("calibration text"):
+            return load_tokens(
+                bundled_calibration() if source is None else source, self.tokenizer,
+                samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
+                length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
+
+    def score(self, tokens: TokenSet, protect: float) -> Scores:
+        """The analysis of section 1."""
+        return score_layers(
+            self.model, tokens, protect=protect, generator=generator(self.seed), batch_size=BATCH,
+            stages=self.stages)
+
+    def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
+        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
+        if source is None and self.tokenizer is None:
+            rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
+            return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
+        return load_stream(
+            bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
+            vocabulary=vocabulary_size(self.model))
+
+    def scores_for(self, method: Method, tokens: TokenSet) -> Scores | None:
+        """The analysis, if the method ranks its blocks by it."""
+        return self.score(tokens, method.protect) if isinstance(method, RankedMethod) else None
+
+
+def plain_source(source: Any) -> Any:
+    """A text source as the recipe records it: its name, or what it was."""
+    if source is None or isinstance(source, str):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, Mapping) and "input_ids" not in source:
+        return {str(name): weight for name, weight in source.items()}
+    if isinstance(source, list) and source and all(isinstance(entry, list | tuple) for entry in source):
+        return [[str(name), weight] for name, weight in source]
+    return f"{type(source).__name__} given in Python"
