@@ -132,8 +132,8 @@ def prune(
     measured = evaluate(run.model, pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
     options = {
         "model": None if run.bundled else run.name, "method": method, "seed": seed,
-        "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples, "length": length,
-        "dtype": dtype,
+        "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples,
+        "length": length, "dtype": dtype,
         **dataclasses.asdict(settings),
     }
     base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
