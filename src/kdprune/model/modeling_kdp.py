@@ -1,15 +1,18 @@
-"""Pruned causal language models: the family table, the stand-in and the generated ``KDP<X>`` classes.
+"""Pruned causal language models: the family table, the stand-in, narrowed layers and the ``KDP<X>`` classes.
 
 A pruned model is the stock transformer of its family with fewer layers. Where a run of layers was taken out,
 a small trained module, the :class:`StandIn`, takes its place. It is either folded into a kept layer (it runs
 after that layer, or before it where the run began at layer 0) or it is the MLP of an ordinary decoder layer
 in a slot of its own. ``config.kdp`` says where each stand-in lives; the native weights keep their names.
+A model can be narrowed instead: fewer heads and MLP channels a layer, or a residual stream whose width changes
+from cut to cut. ``config.kdp["widths"]`` then says how wide each layer is.
 
 This file needs torch and transformers alone. It is also shipped beside the weights, so that a pruned model
 loads with ``trust_remote_code=True`` where kdprune is not installed; therefore it raises ``ValueError``,
 holds the table of families, and imports nothing of the package.
 """
 
+import inspect
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 VERSION = 1  # of the record in config.kdp
+NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1 alone must refuse
 PREFIX = "kdp_"  # of the model_type
 KINDS = ("fourier", "mlp", "linear")
 PLACES = ("after", "before", "mlp")
@@ -49,6 +54,18 @@ class Family:
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: str = "mlp.down_proj"
     post_norms: tuple[str, ...] = ()  # norms between a sublayer and the residual sum it adds to (Gemma)
+    pre_norm: str = ""  # config flag; where it is False, a layer normalises behind each residual sum (OPT-350m)
+    fused: str = "blocks"  # rows of one fused q-k-v projection: "blocks" [q; k; v], or "heads", q, k, v of each in turn
+    # Attributes of the attention module that count its heads ("config.x": it reads x from its config), each with what
+    # it counts: "queries", "keys", or "columns", the queries times the width of a head.
+    counts: tuple[tuple[str, str], ...] = ()
+    parallel: str = ""  # attribute of a layer; where it is true, attention and MLP read the same state
+    dropouts: tuple[str, ...] = ()  # attributes of a layer, modules or rates, for the outputs of attention and MLP
+    norm_eps: str = "variance_epsilon"  # attribute of its norms
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)  # paths to the tables whose sum enters layer 0
+    # Path to the module behind that sum from whose output the model takes the width of its result (GPT-2): a narrower
+    # sum is filled up with zeros there.
+    embedded: str = ""
     numbered: str = ""  # config flag under which a layer's arithmetic depends on its number: refused
 
 
@@ -61,21 +78,29 @@ _ROWS = (
     Family("qwen2", "Qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", "qwen2"),
     Family("qwen3", "Qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer", "qwen3"),
     Family("phi3", "Phi3", "Phi3ForCausalLM", "Phi3DecoderLayer", "phi3",
-           qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",)),
+           qkv=("self_attn.qkv_proj",), mlp_in=("mlp.gate_up_proj",),
+           counts=(("num_key_value_heads", "keys"), ("config.num_attention_heads", "queries")),
+           dropouts=("resid_attn_dropout", "resid_mlp_dropout")),
     Family("gemma2", "Gemma2", "Gemma2ForCausalLM", "Gemma2DecoderLayer", "gemma2", **_GEMMA),
     Family("gemma3_text", "Gemma3Text", "Gemma3ForCausalLM", "Gemma3DecoderLayer", "gemma3", **_GEMMA),
     Family("gpt_neox", "GPTNeoX", "GPTNeoXForCausalLM", "GPTNeoXLayer", "gpt_neox",
            layers="gpt_neox.layers", norm="gpt_neox.final_layer_norm", attention="attention",
            qkv=("attention.query_key_value",), attention_out="attention.dense",
-           mlp_in=("mlp.dense_h_to_4h",), mlp_out="mlp.dense_4h_to_h"),
+           mlp_in=("mlp.dense_h_to_4h",), mlp_out="mlp.dense_4h_to_h", fused="heads",
+           parallel="use_parallel_residual", dropouts=("post_attention_dropout", "post_mlp_dropout"),
+           norm_eps="eps", embeddings=("gpt_neox.embed_in",)),
     Family("opt", "OPT", "OPTForCausalLM", "OPTDecoderLayer", "opt",
            layers="model.decoder.layers", norm="model.decoder.final_layer_norm",
            mlp_norm="final_layer_norm", mlp=("fc1", "activation_fn", "fc2"), attention_norm="self_attn_layer_norm",
-           attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2"),
+           attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2",
+           pre_norm="do_layer_norm_before", counts=(("num_heads", "queries"),), dropouts=("dropout", "dropout"),
+           norm_eps="eps", embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions")),
     Family("gpt2", "GPT2", "GPT2LMHeadModel", "GPT2Block", "gpt2",
            layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_2",
            attention_norm="ln_1", attention="attn", qkv=("attn.c_attn",), attention_out="attn.c_proj",
-           mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", numbered="scale_attn_by_inverse_layer_idx"),
+           mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", numbered="scale_attn_by_inverse_layer_idx",
+           counts=(("num_heads", "queries"), ("split_size", "columns")), norm_eps="eps",
+           embeddings=("transformer.wte", "transformer.wpe"), embedded="transformer.drop"),
 )
 # fmt: on
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
@@ -178,6 +203,83 @@ class FoldedLayer(nn.Module):
         return self.kdp(output)
 
 
+class ScaleFreeNorm(nn.Module):
+    """x / sqrt(Σ x² / d + eps) over the last axis, with d = ``divisor`` whatever the width of x; in float32.
+
+    On Qᵀx with orthonormal Q (d, d) it is Qᵀ times the RMS norm of x without its scale; with fewer columns in Q it is
+    what SliceGPT (ICLR 2024) puts in the place of every norm. No parameters.
+    """
+
+    def __init__(self, divisor: int, eps: float) -> None:
+        super().__init__()
+        self.divisor, self.eps = divisor, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, d') → (…, d'), in the dtype of x."""
+        y = x.float()
+        return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) / self.divisor + self.eps)).to(x.dtype)
+
+
+class SlicedLayer(nn.Module):
+    """Mixed into a family's decoder layer: its own parts, on a residual stream whose width changes within the layer.
+
+        h (…, a) → u = S₁ h + attention(norm(h)) (…, b) → out = S₂ u + mlp(norm(u)) (…, c)
+        parallel:  out = S₂ h + attention(norm(h)) + mlp(norm(h)), (…, a) → (…, c)
+
+    S₁, S₂ are the shortcut matrices of SliceGPT. A wider input is zero behind its first a entries. Arguments and
+    result are those of the stock layer; layers become sliced by :func:`slice_layer`.
+    """
+
+    kdp_family: Family
+    kdp_arguments: tuple[str, ...]  # names of what the stock forward takes behind the hidden states
+    kdp_width: int  # a
+    kdp_attention_shortcut: nn.Linear  # S₁, absent where the layer is parallel
+    kdp_mlp_shortcut: nn.Linear  # S₂
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's own arguments and result."""
+        state = hidden_states[..., : self.kdp_width]
+        attended = self.attend(state, *args, **kwargs)
+        if getattr(self, self.kdp_family.parallel or "", False):
+            return self.kdp_mlp_shortcut(state) + attended + self.transform(state)
+        state = self.kdp_attention_shortcut(state) + attended
+        return self.kdp_mlp_shortcut(state) + self.transform(state)
+
+    def attend(self, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What attention adds, (B, T, a) → (B, T, b)."""
+        family, arguments = self.kdp_family, dict(zip(self.kdp_arguments, args, strict=False))
+        state = getattr(self, family.attention_norm)(state)
+        return self._drop(getattr(self, family.attention)(state, **arguments, **kwargs)[0], 0)
+
+    def transform(self, state: Tensor) -> Tensor:
+        """What the MLP adds, (B, T, b) → (B, T, c)."""
+        state = getattr(self, self.kdp_family.mlp_norm)(state)
+        for name in self.kdp_family.mlp:
+            state = getattr(self, name)(state)
+        return self._drop(state, 1)
+
+    def _drop(self, state: Tensor, which: int) -> Tensor:
+        """The layer's own dropout behind attention (0) or MLP (1)."""
+        if not self.kdp_family.dropouts:
+            return state
+        part = getattr(self, self.kdp_family.dropouts[which])
+        if isinstance(part, nn.Module):
+            return part(state)
+        return nn.functional.dropout(state, part, self.training)
+
+
+class OwnConfig:
+    """The model's config as one attention module sees it: what is set here hides ``base``, all else is read there."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "base" not in self.__dict__:  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+
 class PrunedConfig:
     """Mixed into a family's config: the record of its stand-ins, and where the code beside the weights is
     found."""
@@ -186,15 +288,15 @@ class PrunedConfig:
     _auto_class = "AutoConfig"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Takes ``kdp``, the record ``{"version", "blocks", "stand_ins"}``, out of the further arguments."""
+        """Takes ``kdp``, the record ``{"version", "blocks", "stand_ins"[, "widths"]}``, out of further arguments."""
         self.kdp: dict[str, Any] | None = kwargs.pop("kdp", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.auto_map = auto_map(self.model_type)
 
 
 class PrunedModel(PreTrainedModel):
-    """Mixed into a family's base model and causal LM: the stock model, then its stand-ins as the config has
-    them."""
+    """Mixed into a family's base model and causal LM: the stock model, then its stand-ins and widths as the config
+    has them."""
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)
@@ -229,7 +331,7 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
     config: Any = model.config
     family = FAMILIES[config.model_type.removeprefix(PREFIX)]
     record = config.kdp or {"version": VERSION, "stand_ins": []}
-    if record.get("version") != VERSION:
+    if record.get("version") not in (VERSION, NARROWED_VERSION):
         raise ValueError(
             f"config.kdp has version {record.get('version')!r}, this code reads version {VERSION}"
         )
@@ -240,10 +342,141 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
         options = {key: value for key, value in item.items() if key not in ("layer", "place")}
         stand_in = StandIn(config.hidden_size, **options)
         place_stand_in(layers[item["layer"]], stand_in, item["place"], family)
+    if record.get("widths"):
+        narrow(model, record["widths"], family)
+
+
+def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family) -> None:
+    """Cut the layers of ``model``, in place, to ``widths``, one record a layer: an empty one for a layer that stays.
+
+    ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner).
+    ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
+    behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied.
+    What is cut keeps its first rows and columns: the right weights are loaded, or set, afterwards.
+
+    Raises ValueError for a record that does not fit the model.
+    """
+    layers: Any = model.base_model.get_submodule(family.layers.partition(".")[2])
+    if len(widths) != len(layers):
+        raise ValueError(f"config.kdp gives the widths of {len(widths)} layers of {len(layers)}")
+    if "states" in widths[0]:
+        _slice_outside(model, widths[0]["states"][0], family)
+    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
+        if set(width) not in (set(), {"groups", "channels"}, {"states"}):
+            raise ValueError(f"config.kdp gives layer {index} widths {sorted(width)}, which this code does not know")
+        if ("states" in width) != ("states" in widths[0]):
+            raise ValueError("config.kdp gives stream widths to some layers only")
+        if "states" in width:
+            slice_layer(layer, width["states"], family, model.config.hidden_size)
+        elif width:
+            _thin_layer(layer, width["groups"], width["channels"], family, model.config)
+
+
+def key_value_heads(config: Any) -> int:
+    """How many key-value heads the dense layers of a model have: its queries where it does not group them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+# Attributes that say how many outputs and inputs a projection or an embedding table has.
+_SIZES: tuple[tuple[type[nn.Module], str, str], ...] = (
+    (nn.Linear, "out_features", "in_features"), (Conv1D, "nf", "nx"), (nn.Embedding, "embedding_dim", "num_embeddings"),
+)  # fmt: skip
+
+
+def resize(module: nn.Module, *, outputs: int | None = None, inputs: int | None = None, bias: bool = False) -> None:
+    """Cut a projection or an embedding table, in place, to its first ``outputs`` and ``inputs``; its parameters are
+    new. With ``bias`` it gets one, of zeros, if it has none."""
+    _, out_name, in_name = next(row for row in _SIZES if isinstance(module, row[0]))
+    outputs, inputs = outputs or getattr(module, out_name), inputs or getattr(module, in_name)
+    setattr(module, out_name, outputs)
+    setattr(module, in_name, inputs)
+    weight: Any = module.weight
+    rows, columns = (outputs, inputs) if isinstance(module, nn.Linear) else (inputs, outputs)
+    module.weight = nn.Parameter(weight.detach()[:rows, :columns].clone(), weight.requires_grad)
+    old: Any = getattr(module, "bias", None)
+    if old is not None:
+        module.bias = nn.Parameter(old.detach()[:outputs].clone(), old.requires_grad)
+    elif bias:
+        module.bias = nn.Parameter(weight.new_zeros(outputs), weight.requires_grad)
+
+
+def _thin_layer(layer: nn.Module, groups: int, channels: int, family: Family, config: Any) -> None:
+    """Leave ``groups`` key-value heads and ``channels`` MLP channels in ``layer``, in place."""
+    all_groups, out, down = key_value_heads(config), *map(layer.get_submodule, (family.attention_out, family.mlp_out))
+    columns, all_channels = _inputs(out) * groups // all_groups, _inputs(down)
+    if not (1 <= groups <= all_groups and 1 <= channels <= all_channels):
+        raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads and {channels}/{all_channels} channels")
+    for paths, kept, whole in ((family.qkv, groups, all_groups), (family.mlp_in, channels, all_channels)):
+        for module in map(layer.get_submodule, paths):
+            resize(module, outputs=_outputs(module) * kept // whole)
+    resize(out, inputs=columns)
+    resize(down, inputs=channels)
+    attention: Any = layer.get_submodule(family.attention)
+    sizes = {"queries": config.num_attention_heads * groups // all_groups, "keys": groups, "columns": columns}
+    for name, what in family.counts:
+        owner, _, leaf = name.rpartition(".")
+        if owner == "config":  # an attention of its own number of heads; all else stays with the model's config
+            attention.config = OwnConfig(attention.config)
+        setattr(attention.config if owner else attention, leaf, sizes[what])
+
+
+def _outputs(module: Any) -> int:
+    """Rows of what a projection puts out."""
+    return module.out_features if isinstance(module, nn.Linear) else module.nf
+
+
+def _inputs(module: Any) -> int:
+    """Columns of what a projection takes in."""
+    return module.in_features if isinstance(module, nn.Linear) else module.nx
+
+
+def slice_layer(layer: nn.Module, states: list[int], family: Family, width: int) -> None:
+    """Make ``layer``, of a model of this ``width``, a sliced one in place: ``states`` [a, b, c] as in :func:`narrow`.
+
+    What reads a norm with a bias gets a bias. Where attention and MLP are parallel b must be a.
+    """
+    entering, middle, leaving = states
+    parallel = getattr(layer, family.parallel or "", False)
+    if not all(1 <= size <= width for size in states) or (parallel and middle != entering):
+        raise ValueError(f"config.kdp gives a layer of a model {width} wide the states {states}")
+    for norm, paths, size in ((family.attention_norm, family.qkv, entering), (family.mlp_norm, family.mlp_in, middle)):
+        old: Any = getattr(layer, norm)
+        for path in paths:
+            resize(layer.get_submodule(path), inputs=size, bias=getattr(old, "bias", None) is not None)
+        setattr(layer, norm, ScaleFreeNorm(width, getattr(old, family.norm_eps)))
+    resize(layer.get_submodule(family.attention_out), outputs=leaving if parallel else middle)
+    resize(layer.get_submodule(family.mlp_out), outputs=leaving)
+    layer.__class__ = generated(family, "SlicedLayer")
+    layer.kdp_width = entering  # type: ignore[assignment]
+    like: Any = layer.get_submodule(family.mlp_out).weight
+    options: Any = {"bias": False, "device": like.device, "dtype": like.dtype}
+    if not parallel:
+        layer.kdp_attention_shortcut = nn.Linear(entering, middle, **options)
+    layer.kdp_mlp_shortcut = nn.Linear(middle, leaving, **options)
+
+
+def _slice_outside(model: PreTrainedModel, width: int, family: Family) -> None:
+    """Embeddings of this ``width``, a final norm without scale, and a head with a bias if that norm had one."""
+    inner: Any = model.base_model
+
+    def below(path: str) -> str:
+        return path.partition(".")[2]
+
+    for path in family.embeddings:
+        resize(inner.get_submodule(below(path)), outputs=width)
+    if family.embedded:
+        pad = nn.ConstantPad1d((0, model.config.hidden_size - width), 0.0)
+        inner.set_submodule(below(family.embedded), nn.Sequential(inner.get_submodule(below(family.embedded)), pad))
+    norm: Any = inner.get_submodule(below(family.norm))
+    head = model.get_output_embeddings()
+    if head is not None:
+        resize(head, bias=getattr(norm, "bias", None) is not None)
+    inner.set_submodule(below(family.norm), ScaleFreeNorm(model.config.hidden_size, getattr(norm, family.norm_eps)))
 
 
 def generated(family: Family, role: str) -> type:
-    """The generated class of ``family`` for role "Config", "Model", "ForCausalLM" or "Layer"."""
+    """The generated class of ``family`` for role "Config", "Model", "ForCausalLM", "Layer" or
+    "SlicedLayer"."""
     return globals()[f"KDP{family.name}{role}"]
 
 
@@ -259,7 +492,7 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def _generate(family: Family) -> dict[str, type]:
-    """The four classes of ``family`` by name. They are attributes of this module, so that they pickle."""
+    """The classes of ``family`` by name. They are attributes of this module, so that they pickle."""
     path = f"transformers.models.{family.package}"
     modeling = import_module(f"{path}.modeling_{family.package}")
     stock_config = getattr(import_module(f"{path}.configuration_{family.package}"), f"{family.name}Config")
@@ -267,16 +500,19 @@ def _generate(family: Family) -> dict[str, type]:
     config = type(
         f"{stem}Config", (PrunedConfig, stock_config), {**common, "model_type": PREFIX + family.model_type}
     )
+    layer = getattr(modeling, family.layer)
+    sliced = {**common, "kdp_family": family, "kdp_arguments": tuple(inspect.signature(layer.forward).parameters)[2:]}
     classes: dict[str, type] = {
         f"{stem}Config": config,
-        f"{stem}Layer": type(f"{stem}Layer", (FoldedLayer, getattr(modeling, family.layer)), common),
+        f"{stem}Layer": type(f"{stem}Layer", (FoldedLayer, layer), common),
+        f"{stem}SlicedLayer": type(f"{stem}SlicedLayer", (SlicedLayer, layer), sliced),
     }
     for role, stock_name, auto_class in (
         ("Model", f"{family.name}Model", "AutoModel"),
         ("ForCausalLM", family.causal_lm, "AutoModelForCausalLM"),
     ):
         stock = getattr(modeling, stock_name)
-        no_split = [*(stock._no_split_modules or ()), f"{stem}Layer"]
+        no_split = [*(stock._no_split_modules or ()), f"{stem}Layer", f"{stem}SlicedLayer"]
         body = {**common, "config_class": config, "_auto_class": auto_class, "_no_split_modules": no_split}
         classes[stem + role] = type(stem + role, (PrunedModel, stock), body)
     return classes

@@ -1,4 +1,4 @@
-"""Edits of a model's depth as data, and their application.
+"""Application of edits to a model.
 
 A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` builds a new model;
 :func:`layers_replaced` and :func:`bypassed` change one for a while. None of them copies a weight that stays.
@@ -7,15 +7,16 @@ A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` bui
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
+from .edits import Drop, Edit, Resize, Rewrite, Substitute
 from .families import (
     decoder_layers,
     family_of,
@@ -25,42 +26,23 @@ from .families import (
     restore_rotations,
     set_depth,
 )
-from .modeling_kdp import PREFIX, VERSION, Family, FoldedLayer, StandIn, auto_map, generated, place_stand_in
+from .modeling_kdp import (
+    NARROWED_VERSION,
+    PREFIX,
+    VERSION,
+    Family,
+    FoldedLayer,
+    StandIn,
+    auto_map,
+    generated,
+    place_stand_in,
+)
+from .widths import resize_layers, rewrite
 
-
-@dataclass(frozen=True)
-class Drop:
-    """Take the layers of ``block`` out and put nothing in their place."""
-
-    block: range
-
-
-@dataclass(frozen=True)
-class Substitute:
-    """Put ``stand_in`` in the place of the layers of ``block``.
-
-    Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
-    ``context`` is an ordinary decoder layer (made by :func:`context_layer` from layer ``block.start``) that
-    holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own.
-    """
-
-    block: range
-    stand_in: StandIn
-    context: nn.Module | None = None
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """Give the kept layer ``layer`` (its index in the dense model) new weights; the architecture stays.
-
-    ``weights`` are tensors by the name of a parameter within the layer ("mlp.down_proj.weight"), of its shape.
-    """
-
-    layer: int
-    weights: Mapping[str, Tensor]
-
-
-Edit: TypeAlias = Drop | Substitute | Rewrite
+__all__ = [
+    "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
+    "folded", "layers_replaced",
+]  # fmt: skip
 
 
 @dataclass
@@ -74,31 +56,35 @@ class _Slot:
 
 def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedModel:
     """A new model with ``edits`` applied. It shares every kept parameter and buffer with ``model``, which
-    stays as it was. Stand-ins and context layers are copied, to the model's dtype and the device of the
+    stays as it was. Stand-ins, context layers and new weights are copied, to the model's dtype and the device of the
     layers around them.
 
     With Drops and Rewrites alone the result is of the stock class, else of the family's ``KDP<X>ForCausalLM``.
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
-    two token-wise stand-ins without a layer between them, for weights that do not fit, and for models that cannot be
-    edited.
+    two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside edits that
+    take layers out, and for models that cannot be edited.
     """
     family = family_of(model)
     cuts = sorted((edit for edit in edits if isinstance(edit, Drop | Substitute)), key=lambda cut: cut.block.start)
     substitutes = any(isinstance(edit, Substitute) for edit in edits)
-    check_model(model, substitutes)
+    resizes = [edit for edit in edits if isinstance(edit, Resize)]
+    if resizes and cuts:
+        raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
+    check_model(model, substitutes or bool(resizes))
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = _sharing_copy(model)
     config: Any = pruned.config
     for edit in edits:
         if isinstance(edit, Rewrite):
-            _rewrite(decoder_layers(pruned), edit, cuts)
+            rewrite(decoder_layers(pruned), edit, cuts)
     slots = _slots(pruned, cuts, family)
     _shorten_config(config, [slot.source for slot in slots])
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
-    if substitutes:
-        _become_kdp(pruned, family, [cut.block for cut in cuts], layers)
+    if substitutes or resizes:
+        widths = resize_layers(pruned, resizes) if resizes else []
+        _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
     restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
@@ -187,7 +173,8 @@ def check_model(model: PreTrainedModel, substitutes: bool) -> None:
     """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
     family = family_of(model)
     if model.config.model_type.startswith(PREFIX):
-        raise KDPruneError("the model holds stand-ins already; prune the dense model, with all blocks at once")
+        held = "is narrowed" if (model.config.kdp or {}).get("widths") else "holds stand-ins"
+        raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once")
     if family.numbered and getattr(model.config, family.numbered, False):
         raise KDPruneError(
             f"config.{family.numbered} makes every layer depend on its number: "
@@ -209,21 +196,6 @@ def _check_blocks(blocks: Sequence[range], count: int) -> None:
         if block.start < end:
             raise KDPruneError(f"block {shown} overlaps the block before it, which ends at {end}")
         end = block.stop
-
-
-def _rewrite(layers: nn.ModuleList, edit: Rewrite, cuts: Sequence[Drop | Substitute]) -> None:
-    """Give one of ``layers``, of a sharing copy, weights of its own. Raises KDPruneError where they do not fit."""
-    if not 0 <= edit.layer < len(layers) or any(edit.layer in cut.block for cut in cuts):
-        raise KDPruneError(f"got new weights for layer {edit.layer}, expected one of the layers that stay")
-    known = dict(layers[edit.layer].named_parameters())
-    for name, weight in edit.weights.items():
-        if name not in known or known[name].shape != weight.shape:
-            shape = list(known[name].shape) if name in known else "no such parameter"
-            raise KDPruneError(f"got {name} of shape {list(weight.shape)} for layer {edit.layer}, expected {shape}")
-        owner, _, leaf = name.rpartition(".")
-        old = known[name]
-        weight = weight.detach().to(device=old.device, dtype=old.dtype).clone()
-        setattr(layers[edit.layer].get_submodule(owner), leaf, nn.Parameter(weight, old.requires_grad))
 
 
 def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: Family) -> list[_Slot]:
@@ -296,9 +268,12 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module,
     return result
 
 
-def _become_kdp(model: PreTrainedModel, family: Family, blocks: Sequence[range], layers: Iterable[nn.Module]) -> None:
-    """Turn ``model`` and its config, in place, into the generated classes, with the record of its
-    stand-ins."""
+def _become_kdp(
+    model: PreTrainedModel, family: Family, blocks: Sequence[range], layers: Iterable[nn.Module],
+    widths: Sequence[dict[str, Any]],
+) -> None:
+    """Turn ``model`` and its config, in place, into the generated classes, with the record of its stand-ins and
+    widths."""
     found: list[dict[str, Any]] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, FoldedLayer):
@@ -308,9 +283,12 @@ def _become_kdp(model: PreTrainedModel, family: Family, blocks: Sequence[range],
     config: Any = model.config
     object.__setattr__(config, "__class__", generated(family, "Config"))
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
+    if widths:
+        config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
     config.auto_map = auto_map(config.model_type)
     model.__class__ = generated(family, "ForCausalLM")
-    model._no_split_modules = {*(model._no_split_modules or ()), generated(family, "Layer").__name__}
+    own = (generated(family, role).__name__ for role in ("Layer", "SlicedLayer"))
+    model._no_split_modules = {*(model._no_split_modules or ()), *own}
 
 
 def _shorten_config(config: Any, sources: Sequence[int]) -> None:

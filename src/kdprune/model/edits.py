@@ -1,0 +1,63 @@
+"""Edits of a model as data: methods return them, :func:`kdprune.model.surgery.apply_edits` applies them.
+
+A block is a half-open ``range(s, e)`` of layer indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from .modeling_kdp import StandIn
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Take the layers of ``block`` out and put nothing in their place."""
+
+    block: range
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """Put ``stand_in`` in the place of the layers of ``block``.
+
+    Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
+    ``context`` is an ordinary decoder layer (made by :func:`context_layer` from layer ``block.start``) that
+    holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own.
+    """
+
+    block: range
+    stand_in: StandIn
+    context: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Give the kept layer ``layer`` (its index in the dense model) new weights; the architecture stays.
+
+    ``weights`` are tensors by the name of a parameter within the layer ("mlp.down_proj.weight"), of its shape.
+    """
+
+    layer: int
+    weights: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Make layer ``layer`` narrower, or with ``layer`` None what stands around the layers.
+
+    ``width`` is the layer's entry of ``config.kdp["widths"]`` (:func:`kdprune.model.modeling_kdp.narrow`); ``weights``
+    are tensors by the name of a parameter within the layer, or within the causal LM, in their new shapes: every
+    parameter that the new width cuts or adds. Stream widths go to all layers and the parts around them together.
+    """
+
+    layer: int | None
+    width: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+
+Edit: TypeAlias = Drop | Substitute | Rewrite | Resize

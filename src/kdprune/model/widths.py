@@ -1,0 +1,79 @@
+"""Makes the layers of a model narrower, as Resize edits say, and gives parts of it new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import KDPruneError
+from .edits import Drop, Resize, Rewrite, Substitute
+from .families import decoder_layers, family_of
+from .modeling_kdp import narrow
+
+
+def resize_layers(model: PreTrainedModel, edits: Sequence[Resize]) -> list[dict[str, Any]]:
+    """Apply ``edits`` to ``model``, a sharing copy, in place; returns its entry of ``config.kdp["widths"]``.
+
+    Raises KDPruneError for layers that do not exist or are given twice, for widths that the model cannot have, and
+    for weights that do not fit them or are missing.
+    """
+    layers = decoder_layers(model)
+    targets = [edit.layer for edit in edits]
+    if len(set(targets)) < len(targets) or any(not 0 <= t < len(layers) for t in targets if t is not None):
+        raise KDPruneError(f"got widths for layers {targets}, expected each of 0 to {len(layers) - 1} once at most")
+    by_layer = {edit.layer: dict(edit.width) for edit in edits if edit.layer is not None}
+    widths = [by_layer.get(index, {}) for index in range(len(layers))]
+    sliced = sum("states" in width for width in widths)
+    if sliced not in (0, len(layers)) or (None in targets) != bool(sliced):
+        raise KDPruneError("got stream widths for a part of the model, expected them for all layers and what is around")
+    before = {id(parameter) for parameter in model.parameters()}
+    if sliced:  # the table and the head part ways: the table is narrower
+        _untie(model)
+    try:
+        narrow(model, widths, family_of(model))
+    except ValueError as error:
+        raise KDPruneError(str(error)) from error
+    for edit in edits:
+        place = "the model" if edit.layer is None else f"layer {edit.layer}"
+        set_weights(model if edit.layer is None else layers[edit.layer], edit.weights, place)
+        before |= {id(p) for name, p in _part(model, edit).named_parameters() if name in edit.weights}
+    missing = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
+    if missing:
+        raise KDPruneError(f"got new widths without weights for {', '.join(missing[:3])}, expected all that change")
+    return widths
+
+
+def set_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:
+    """Give ``module`` new parameters by name, in the dtype and on the device of the old ones, which stay as they are.
+
+    Raises KDPruneError for a name that it does not have and for another shape; ``place`` says where.
+    """
+    known = dict(module.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        if name not in known or known[name].shape != weight.shape:
+            shape = list(known[name].shape) if name in known else "no such parameter"
+            raise KDPruneError(f"got {name} of shape {list(weight.shape)} for {place}, expected {shape}")
+        owner, _, leaf = name.rpartition(".")
+        old = known[name]
+        weight = weight.detach().to(device=old.device, dtype=old.dtype).clone()
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, old.requires_grad))
+
+
+def rewrite(layers: nn.ModuleList, edit: Rewrite, cuts: Sequence[Drop | Substitute]) -> None:
+    """Give one of ``layers``, of a sharing copy, weights of its own. Raises KDPruneError where they do not fit."""
+    if not 0 <= edit.layer < len(layers) or any(edit.layer in cut.block for cut in cuts):
+        raise KDPruneError(f"got new weights for layer {edit.layer}, expected one of the layers that stay")
+    set_weights(layers[edit.layer], edit.weights, f"layer {edit.layer}")
+
+
+def _part(model: PreTrainedModel, edit: Resize) -> nn.Module:
+    return model if edit.layer is None else decoder_layers(model)[edit.layer]
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Config and bookkeeping of a model whose head has a weight of its own."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
