@@ -17,14 +17,18 @@ class Schedule:
     """How long and how fast to train.
 
     Args:
-        epochs: passes over the rows. batch: rows a step. rate: peak learning rate of AdamW (no weight decay),
-        reached after ``warmup`` of the steps and annealed to zero by a cosine.
+        epochs: passes over the rows. batch: rows a step. rate: peak learning rate of AdamW, reached after ``warmup``
+        of the steps and annealed to zero by a cosine.
+        clip: largest norm of a step's gradient, all parameters together; None: as it comes.
+        weight_decay: share, times the rate, by which a step shrinks the weights.
     """
 
     epochs: int
     batch: int
     rate: float
     warmup: float = 0.05
+    clip: float | None = None
+    weight_decay: float = 0.0
 
 
 def fit(
@@ -54,7 +58,8 @@ def fit(
     """
     parameters = list(parameters)
     steps = -(-rows // schedule.batch)
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
     annealing = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, schedule.rate, total_steps=schedule.epochs * steps + 1, pct_start=schedule.warmup,
         cycle_momentum=False, final_div_factor=1e4,
@@ -75,6 +80,8 @@ def fit(
             gradients = torch.autograd.grad(measured["loss"], parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+            if schedule.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, schedule.clip)
             optimizer.step()
             annealing.step()
             for key, value in measured.items():

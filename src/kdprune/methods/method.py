@@ -42,6 +42,11 @@ class Method(ABC):
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise KDPruneError("got a model spread over several devices, expected one: load it without device_map")
 
+    @property
+    def puts_in(self) -> bool:
+        """Whether Substitute or Rewrite edits bring weights that healing can train alone."""
+        return False
+
     @abstractmethod
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
@@ -74,6 +79,11 @@ class DepthMethod(Method):
             raise KDPruneError(f"got protect {self.protect}, expected a share from 0 up to 0.5")
         if self.blocks is not None:
             object.__setattr__(self, "blocks", tuple((int(start), int(end)) for start, end in self.blocks))
+
+    @property
+    def puts_in(self) -> bool:
+        """Most of these put something in the place of a block; those that only drop layers say so."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

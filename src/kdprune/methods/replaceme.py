@@ -1,0 +1,181 @@
+"""ReplaceMe: one run of layers, replaced by a linear map that the down projection in front of it takes in."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.kernel.operators import Moments
+from kdprune.methods.block_data import candidates, check_rows, nearest
+from kdprune.methods.distance import measure_distances
+from kdprune.methods.method import DepthMethod
+from kdprune.methods.options import option
+from kdprune.methods.result import MethodResult
+from kdprune.model.activations import recorded, run
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
+from kdprune.runtime import Stages, generator
+from kdprune.training import Schedule, fit
+
+# From a batch to (M, h_s − M, h_e) of its real tokens, each (n, d).
+Interface = Callable[[TokenSet], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaceMe(DepthMethod):
+    """Drops one run of layers [s, e) and maps the MLP output M of layer s−1 linearly, so that the stream matches h_e.
+
+        h_s = r + M;   behind the cut stands  r + T M,   T of shape (d, d)
+        solver "least_squares":  T = argmin Σ ‖T M − (h_e − r)‖² + ρ‖T‖²,   ρ = ridge · tr(Σ M Mᵀ)/d,   float64
+        solver "cosine":         T = argmin Σ 1 − cos(r + T M, h_e),   by Adam from T = I
+
+    over real calibration tokens. T goes into the down projection of layer s−1 (W ← T W, b ← T b), so the result is a
+    stock architecture with fewer layers. The run has the least length that meets the ratio and, of those with s ≥ 1,
+    the least cosine distance of h_s and h_e.
+
+    Source: Shopkhoev et al., "ReplaceMe: Network Simplification via Depth Pruning and Linear Transformations", 2025.
+    Its better solver, the cosine, is the default (the code's readme recommends least squares). Differences from the
+    published code: it lets padding tokens into the fit and holds all activations in memory for the cosine; here
+    padding stays out, and every epoch runs the model again. Its cosine example compares T M with h_e − r instead of
+    r + T M with h_e, and it chooses the run by the angle at the last token. Its regularisation α is absolute and 0;
+    ``ridge`` is relative to the mean power of M. Its Adam runs at 1e-4 throughout, 1,024 tokens a step; here that is
+    the peak at d = 4096, goes as 1/d, and is annealed.
+
+    Raises:
+        KDPruneError: a value is outside its range (says which and what is expected).
+    """
+
+    title: ClassVar[str] = "ReplaceMe"
+
+    solver: Literal["cosine", "least_squares"] = option(
+        "cosine", "how the map is found: cosine distance by Adam, or least squares in closed form")
+    ridge: float = option(1e-6, "relative ridge of least squares", least=0)
+    epochs: int = option(10, "epochs of the cosine solver", least=1)
+    rate: float | None = option(None, "peak learning rate of the cosine solver (0.41 / the width)", above=0)
+    batch: int = option(2, "rows (sequences) a step of the cosine solver", least=1)
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
+        super().check(model, tokens)
+        family = family_of(model)
+        if family.post_norms or (family.pre_norm and not getattr(model.config, family.pre_norm)):
+            raise KDPruneError(
+                f"got a {family.model_type} model that normalises behind its MLP, expected one that adds the down "
+                f"projection's output to the stream: prune it with another method, such as linear")
+        for block in candidates(self, model, first=1):
+            if block.start == 0:
+                raise KDPruneError(
+                    f"got block [0, {block.stop}), expected one that starts at layer 1 or later: the layer in front of "
+                    f"it takes the map in")
+        check_rows(tokens)
+
+    def __call__(
+        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
+        stages: Stages | None = None, batch_size: int = 16,
+    ) -> MethodResult:
+        """Chooses the run, finds its map and returns the edits; arguments as in :class:`Method`."""
+        self.check(model, tokens)
+        stages = stages or Stages()
+        blocks = candidates(self, model, first=1)
+        if self.blocks is None:
+            distances = measure_distances(model, tokens, batch_size=batch_size, stages=stages)
+            blocks = [nearest(blocks, 1 - distances.cosine)]
+        fitted = tokens.select(slice(0, len(tokens) - tokens.held_out(self.held)))
+        edits: list[Edit] = []
+        for number, block in enumerate(blocks):
+            if self.solver == "cosine":
+                matrix = self._cosine(model, fitted, block, generator(seed, number + 1), stages)
+            else:
+                with stages.stage("least squares", len(fitted)) as advance:
+                    matrix = least_squares(model, fitted, block, self.ridge, batch_size, advance)
+            edits += [Rewrite(block.start - 1, folded_weights(model, block.start - 1, matrix)), Drop(block)]
+        return MethodResult(edits)
+
+    def _cosine(
+        self, model: PreTrainedModel, tokens: TokenSet, block: range, draw: torch.Generator, stages: Stages
+    ) -> Tensor:
+        """T of the cosine distance, shape (d, d)."""
+        width, name = model.config.hidden_size, f"block [{block.start}, {block.stop})"
+        schedule = Schedule(self.epochs, self.batch, self.rate or 1e-4 * 4096 / width)
+        matrix = nn.Parameter(torch.eye(width, device=model.device))
+        with interface(model, block) as states, stages.stage(f"cosine {name}", self.epochs) as advance:
+            def measure(rows: Tensor) -> dict[str, Tensor]:
+                output, rest, target = states(tokens.select(rows))
+                return {"loss": 1 - cosine_similarity(rest + output @ matrix.T, target, dim=-1).mean()}
+
+            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=lambda _: advance(1))
+        return matrix.detach()
+
+
+@contextlib.contextmanager
+def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
+    """While active, a function that runs a batch up to h_e and returns (M, h_s − M, h_e), real tokens only, (n, d).
+
+    M is what the down projection of layer s−1 puts out. Float32; nothing is kept beyond a batch.
+    """
+    layers = list(decoder_layers(model))
+    outputs: list[Tensor] = []
+    projection = layers[block.start - 1].get_submodule(family_of(model).mlp_out)
+    hook = projection.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+
+    @torch.no_grad()
+    def states(batch: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
+        outputs.clear()
+        run(model, batch)
+        mask = batch.mask.to(outputs[0].device)
+        # Some families flatten (B, T, d) to (B·T, d) before their MLP.
+        output = outputs[0].reshape(*mask.shape, -1)[mask].float()
+        return output, seen[block.start][mask].float() - output, seen[block.stop][mask].float()
+
+    try:
+        with layers_replaced(model, layers[: block.stop + 1]), recorded(model, [block.start, block.stop]) as seen:
+            yield states
+    finally:
+        hook.remove()
+
+
+def least_squares(
+    model: PreTrainedModel, tokens: TokenSet, block: range, ridge: float, batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """T = argmin Σ ‖T M − (h_e − (h_s − M))‖² + ρ‖T‖² from streamed float64 moments, shape (d, d).
+
+    Raises:
+        KDPruneError: the moments are not finite, or M does not span R^d and there is no ridge.
+    """
+    moments = Moments(model.config.hidden_size, model.config.hidden_size, model.device)
+    with interface(model, block) as states:
+        for batch in tokens.batches(batch_size):
+            output, rest, target = states(batch)
+            moments.update(output, target - rest)
+            advance(len(batch))
+    try:
+        matrix = moments.solve(ridge)
+    except torch.linalg.LinAlgError:
+        matrix = torch.full_like(moments.xx, torch.nan)
+    if not torch.isfinite(matrix).all():
+        raise KDPruneError(
+            f"got a least-squares map of block [{block.start}, {block.stop}) that is not finite, expected one: give "
+            f"more calibration text or a larger ridge (now {ridge:g}), or check the checkpoint")
+    return matrix
+
+
+def folded_weights(model: PreTrainedModel, index: int, matrix: Tensor) -> dict[str, Tensor]:
+    """The down projection of layer ``index`` with T = ``matrix``, shape (d, d), behind it: its parameters by name."""
+    path = family_of(model).mlp_out
+    projection = decoder_layers(model)[index].get_submodule(path)
+    assert isinstance(projection, nn.Linear | Conv1D)
+    weight, matrix = projection.weight.detach().double(), matrix.double()
+    # Conv1D (GPT-2) stores its weight as (in, out).
+    weights = {f"{path}.weight": weight @ matrix.T if isinstance(projection, Conv1D) else matrix @ weight}
+    if projection.bias is not None:
+        weights[f"{path}.bias"] = matrix @ projection.bias.detach().double()
+    return weights
