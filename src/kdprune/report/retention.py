@@ -1,0 +1,136 @@
+"""Retained performance: what a pruned model keeps of the dense one's scores.
+
+With score p_i of the pruned and d_i of the dense model, chance c_i, i = 1 … n:
+
+    mean        = Σ p_i / Σ d_i                                     all accuracy-like rows (the paper's measure)
+    above chance = mean over S of (p_i − c_i) / (d_i − c_i),  S = {i : d_i − c_i > 2 · stderr(d_i)}
+
+Perplexities enter neither. A row of a suite counts once, however many tasks it is the mean of. Standard errors
+take the two models' errors as independent; both answer the same items, so the true ones are smaller as a rule.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kdprune.errors import KDPruneError
+
+SIGNAL = 2.0  # standard errors above chance from which a task says something
+
+
+class Score(Protocol):
+    """What is needed of a score; :class:`kdprune.report.task_records.TaskScore` and evaluation's both have it."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def group(self) -> str: ...
+    @property
+    def metric(self) -> str: ...
+    @property
+    def value(self) -> float | None: ...
+    @property
+    def stderr(self) -> float | None: ...
+    @property
+    def chance(self) -> float | None: ...
+    @property
+    def items(self) -> int: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Shares of the dense model's performance, 1 = nothing lost.
+
+    above_chance: None where no row carries signal; signal: the rows that do; left_out: the accuracy-like rows that
+    do not, and enter `mean` alone; mean_stderr, above_chance_stderr: None where a row has no standard error.
+    """
+
+    mean: float
+    above_chance: float | None
+    signal: list[str]
+    left_out: list[str]
+    mean_stderr: float | None = None
+    above_chance_stderr: float | None = None
+
+
+def carries_signal(score: Score) -> bool:
+    """Whether a score is above chance by more than two standard errors."""
+    if score.value is None or score.chance is None or score.stderr is None:
+        return False
+    return score.value - score.chance > SIGNAL * score.stderr
+
+
+def row_name(score: Score) -> str:
+    """"sciq", "blimp: binding"."""
+    return score.task if score.group in ("", score.task) else f"{score.task}: {score.group}"
+
+
+def retention(dense: Sequence[Score], pruned: Sequence[Score]) -> Retention:
+    """Retained performance of `pruned` against `dense`, scores of the same rows in any order.
+
+    Raises KDPruneError where the rows or their items differ, and where no row is accuracy-like or all dense
+    scores are 0.
+    """
+    pairs = _pairs(dense, pruned)
+    total = sum(_number(d.value) for d, _ in pairs)
+    if not total:
+        raise KDPruneError("got no score above 0 that is not a perplexity, expected one; give a suite with tasks")
+    mean = sum(_number(p.value) for _, p in pairs) / total
+    variances = [
+        None if d.stderr is None or p.stderr is None else (p.stderr**2 + (mean * d.stderr) ** 2) / total**2
+        for d, p in pairs
+    ]
+    kept = [(d, p) for d, p in pairs if carries_signal(d)]
+    shares = [_above(d, p) for d, p in kept]
+    return Retention(
+        mean,
+        sum(share for share, _ in shares) / len(shares) if shares else None,
+        [row_name(d) for d, _ in kept],
+        [row_name(d) for d, _ in pairs if not carries_signal(d)],
+        _root(variances),
+        _root([None if error is None else (error / len(shares)) ** 2 for _, error in shares]) if shares else None,
+    )
+
+
+def _pairs(dense: Sequence[Score], pruned: Sequence[Score]) -> list[tuple[Score, Score]]:
+    """Accuracy-like rows of both models, in the dense model's order."""
+    left = {(s.task, s.group, s.metric): s for s in dense if _enters(s)}
+    right = {(s.task, s.group, s.metric): s for s in pruned if _enters(s)}
+    if differing := left.keys() ^ right.keys():
+        raise KDPruneError(
+            f"got {', '.join(sorted(differing)[0])} of one model alone, expected the same tasks of both; "
+            "evaluate both with the same suite")
+    for key, score in left.items():
+        if score.items != right[key].items:
+            raise KDPruneError(
+                f"got {score.items} and {right[key].items} items of {row_name(score)}, expected the same; "
+                "evaluate both with the same limit and data")
+    return [(score, right[key]) for key, score in left.items()]
+
+
+def _enters(score: Score) -> bool:
+    return score.higher_is_better and "perplexity" not in score.metric
+
+
+def _number(value: float | None) -> float:
+    """A score that was measured; one that was not counts as nothing."""
+    return 0.0 if value is None else value
+
+
+def _above(dense: Score, pruned: Score) -> tuple[float, float | None]:
+    """(p − c) / (d − c) and its standard error."""
+    chance = _number(dense.chance)
+    span = _number(dense.value) - chance
+    share = (_number(pruned.value) - chance) / span
+    if dense.stderr is None or pruned.stderr is None:
+        return share, None
+    return share, math.hypot(pruned.stderr, share * dense.stderr) / span
+
+
+def _root(variances: Sequence[float | None]) -> float | None:
+    """√Σ, or None where a term is missing."""
+    known = [variance for variance in variances if variance is not None]
+    return math.sqrt(sum(known)) if len(known) == len(variances) else None

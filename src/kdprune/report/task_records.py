@@ -1,0 +1,18 @@
+"""The record of one row of a task table."""
+
+from pydantic import Field
+
+from kdprune.report.records import Number, Record
+
+
+class TaskScore(Record):
+    """What a model scored on a task; fields as of :class:`kdprune.evaluation.tasks.TaskScore`."""
+
+    task: str = Field(description="task or benchmark, lm-eval's name where it has one")
+    group: str = Field(description="row of the table within the task; the task's own name where it is one row")
+    metric: str = Field(description="lm-eval's name of the metric")
+    value: Number = Field(description="the score; accuracies and ROUGE from 0 to 1")
+    stderr: Number = Field(None, description="its standard error over the items")
+    chance: Number = Field(None, description="the score of guessing; null for perplexities")
+    items: int = Field(description="items scored; tokens for the perplexity of a text")
+    higher_is_better: bool = Field(description="false for perplexities")
