@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -18,7 +18,8 @@ from kdprune.text import parse_weighted
 RUN_OPTIONS: Mapping[str, Any] = {
     "model": Any, "output_dir": str | Path, "method": str, "calibration": Any, "tokenizer": Any, "seed": int,
     "device": str, "heldout": Any, "samples": int, "length": int, "dtype": str, "overwrite": bool,
-    "trust_remote_code": bool,
+    "trust_remote_code": bool, "heal": Literal["lm", "kl"], "heal_what": Literal["stand-ins", "lora"],
+    "heal_tokens": int, "heal_rate": float, "heal_batch": int, "heal_rank": int, "heal_alpha": float,
 }
 
 

@@ -108,6 +108,13 @@ class LinearDynamics(nn.Module):
         self.direction.copy_(update / gamma[:, None, None])
 
     @torch.no_grad()
+    def start_random(self, generator: torch.Generator) -> None:
+        """Sets γ_i to 0, hence A_i to I, and B_i to Gaussian draws with ‖B_i‖₂ = 1."""
+        draw = torch.randn(self.direction.shape, generator=generator).to(self.direction)
+        self.gamma.zero_()
+        self.direction.copy_(draw / spectral_norm(draw)[:, None, None])
+
+    @torch.no_grad()
     def spectral_norms(self) -> Tensor:
         """‖A_i‖₂, shape (k,); their maximum is Theorem 1's B_A."""
         return spectral_norm(self.matrices())

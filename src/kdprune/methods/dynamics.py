@@ -31,6 +31,17 @@ class Step1:
     effective_rank: float
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of the method are there; names as in ``KDP``, and all of them by default."""
+
+    ols_start: bool = True
+    cosine_term: bool = True
+    position_weights: bool = True
+    operators: bool = True
+    alpha: bool = True
+
+
 @torch.no_grad()
 def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> Tensor:
     """Least-squares operators in the current kernel space, from streamed float64 moments: (k+1, n, d) → (k, D, D).
@@ -75,6 +86,7 @@ def fit_dynamics(
     ridge: float,
     name: str,
     learn_kernel: bool = True,
+    parts: Parts = Parts(),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Step1:
     """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
@@ -87,13 +99,20 @@ def fit_dynamics(
     Args:
         path: the block's states at the same tokens, shape (k+1, n, d). weights: w_t, shape (n,).
         ridge: relative ridge of the restarts. learn_kernel: False keeps θ as drawn (only restarts and B learn).
+        parts: without ``ols_start`` A_i starts at I (γ_i = 0, B_i random) and gradients alone teach it; without
+            ``cosine_term`` the loss ends after the first sum; without ``operators`` A_i stays I, and θ as drawn, since
+            the loss would then only ask φ to be constant.
     """
     steps = len(path) - 1
     dynamics = LinearDynamics(steps, 2 * features.features).to(path.device)
     curves: dict[str, list[float]] = {"spectral_norm": [], "feature_norm": [], "unexplained": []}
 
+    if parts.operators and not parts.ols_start:
+        dynamics.start_random(generator)
+
     def restart() -> None:
-        dynamics.start(solve_operators(features, path, ridge))
+        if parts.operators and parts.ols_start:
+            dynamics.start(solve_operators(features, path, ridge))
         curves["spectral_norm"].append(float(dynamics.spectral_norms().max()))
         for key, value in endpoint_statistics(features, dynamics.product().detach(), path).items():
             curves[key].append(value)
@@ -107,12 +126,16 @@ def fit_dynamics(
         predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
         cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
         squared = (predicted - mapped[1:]).square().sum(-1)
-        loss = (squared + 1 - weights[tokens].to(path.device) * cosine).mean()
-        return {"loss": loss, "cosine": cosine.mean()}
+        loss = squared + 1 - weights[tokens].to(path.device) * cosine if parts.cosine_term else squared
+        return {"loss": loss.mean(), "cosine": cosine.mean()}
 
     kernel = list(features.parameters()) if learn_kernel else []
-    curves |= fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
-                  on_epoch=on_epoch)
+    if parts.operators:
+        curves |= fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
+                      on_epoch=on_epoch)
+    else:
+        with torch.no_grad():
+            curves |= {key: [float(value)] for key, value in measure(torch.arange(path.shape[1])).items()}
     restart()
     return Step1(features, dynamics, curves, _feature_rank(features, path[0]))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
-from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights
+from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.site import Probe, Site, state_errors
 from kdprune.model.activations import BlockStates
@@ -77,6 +77,7 @@ class FitSettings:
     step1: Schedule
     step2: Schedule
     step3: Schedule
+    parts: Parts = Parts()  # noqa: RUF009 (frozen)
 
 
 def fit_block(
@@ -126,10 +127,12 @@ def _step1(
     features = features.to(site.device)
     features.init_median(path.flatten(0, 1), generator, settings.bandwidth)
     weights = position_weights(site.states.path_position, site.states.tokens.ids.shape[1])
+    if not settings.parts.position_weights:
+        weights = torch.ones_like(weights)
     with stages.stage(f"kernel {name}", settings.step1.epochs) as advance:
         return fit_dynamics(
             features, path, weights, settings.step1, generator, ridge=settings.ridge, name=name,
-            learn_kernel=settings.kernel != "fixed", advance=advance)
+            learn_kernel=settings.kernel != "fixed", parts=settings.parts, advance=advance)
 
 
 def _step2(
@@ -155,7 +158,10 @@ def _step2(
         predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
         alpha = decay_compensation(predicted, true)
         norms = norm_decay(step1, alpha, kernel_path, held_path, settings.ridge)
-        inverse.alpha.fill_(alpha)
+        if settings.parts.alpha:
+            inverse.alpha.fill_(alpha)
+        else:
+            inverse.alpha.requires_grad_(False)
         moments = Moments(shape.hidden or 2 * shape.features, shape.width, site.device)
         for rows in site.row_batches(_PROBE_ROWS):
             probe = site.probe(rows)
@@ -168,7 +174,8 @@ def _step2(
 
     if shape.hidden:
         with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
-            curves = fit(inverse.parameters(), measure, site.fit_rows, settings.step2, generator, name=name,
+            parameters = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
+            curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
                          on_epoch=lambda _: advance(1))
     else:
         curves = _average(measure, site)

@@ -1,7 +1,7 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.dynamics import Parts
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
@@ -76,6 +77,15 @@ class KDP(RankedMethod):
     refine_epochs: int = option(15, "epochs of step 3", least=1)
     rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0)
     batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1)
+    # Parts of the method, each of which can be left out to see what it brings.
+    ols_start: bool = option(
+        True, "operators restart at the least-squares solution every epoch; without: from I, by gradient alone")
+    cosine_term: bool = option(True, "the term 1 - w cos of step 1")
+    position_weights: bool = option(True, "w grows with a token's position; without: 1")
+    operators: bool = option(
+        True, "linear operators in kernel space; without: the inverse reads the features of the block's input, and the "
+        "kernel stays as drawn until step 3")
+    alpha: bool = option(True, "the inverse makes up for the operators' norm decay; without: alpha is 1")
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -142,6 +152,7 @@ class KDP(RankedMethod):
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, self.batch, rate),
             step3=Schedule(self.refine_epochs, self.batch, rate),
+            parts=Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)}),
         )
         edits, records = [], []
         for number, block_states in enumerate(states):

@@ -1,0 +1,298 @@
+"""Healing: training a pruned model on the calibration text (the variants marked † in tables)."""
+
+import copy
+import dataclasses
+import importlib.util
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import BoolTensor, Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.models import evaluating
+from kdprune.methods.method import Method
+from kdprune.methods.options import check_values, option
+from kdprune.model.families import decoder_layers
+from kdprune.model.losses import batch_logits, language_loss, mean_loss
+from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute
+from kdprune.runtime import Stages, generator
+from kdprune.training import Schedule, fit
+
+_PURPOSE = 1_000  # of the generator: its draws disturb no method's
+_POINTS = 20  # of the curve
+
+RATE = 0.25  # of what was put in, times 1/width
+LORA_RATE = 1e-3
+CLIP = 1.0  # largest norm of a step's gradient
+
+Objective = Callable[[PreTrainedModel, TokenSet], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal:
+    """What is trained after pruning, on what, for how long.
+
+    As arguments of :func:`kdprune.prune` and on the command line the names begin with ``heal_``; ``loss`` is ``heal``.
+
+    Raises:
+        KDPruneError: a value is outside its range.
+    """
+
+    loss: Literal["lm", "kl"] = option(
+        "lm", "train the pruned model on the calibration text: language-model loss, or KL against the dense model")
+    what: Literal["stand-ins", "lora"] = option(
+        "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer")
+    tokens: int = option(1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1)
+    rate: float | None = option(None, "peak learning rate of healing (0.25 / the width; LoRA 1e-3)", above=0)
+    batch: int = option(8, "rows (sequences) a step of healing", least=1)
+    rank: int = option(8, "rank of LoRA's updates", least=1)
+    alpha: float = option(16.0, "LoRA's updates are scaled by this over the rank", above=0)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.what == "lora" and importlib.util.find_spec("peft") is None:
+            raise KDPruneError("got heal_what 'lora' without PEFT, expected it installed: pip install 'kdprune[heal]'")
+
+    def check(self, method: Method, tokens: TokenSet | None = None) -> None:
+        """Raises KDPruneError where ``method`` puts nothing in that could be trained, or no row of tokens could watch.
+        """
+        if self.what == "stand-ins" and not method.puts_in:
+            raise KDPruneError(f"got heal_what 'stand-ins' for {method.title}, which puts nothing in the place of what "
+                               f"it takes out; expected something to train: use --heal-what lora")
+        if tokens is not None and len(tokens) < 2:
+            raise KDPruneError("got one row of calibration text, expected 2 or more: a held-out one watches healing. "
+                               "Give more text, or shorter rows (length=…)")
+
+    def options(self) -> dict[str, Any]:
+        """These options by the names that ``kdprune.prune`` and recipes know."""
+        return {argument(name): value for name, value in dataclasses.asdict(self).items()}
+
+
+def argument(name: str) -> str:
+    """The name a field of :class:`Heal` has outside: ``loss`` → ``heal``, ``rate`` → ``heal_rate``."""
+    return "heal" if name == "loss" else f"heal_{name}"
+
+
+HEAL_OPTIONS = tuple(argument(field.name) for field in dataclasses.fields(Heal))
+
+
+def make_heal(given: Mapping[str, Any]) -> Heal | None:
+    """The healing that arguments named ``heal``, ``heal_rate``, … ask for; None where ``heal`` is None.
+
+    Raises:
+        KDPruneError: one of the others is given without ``heal``, or a value cannot be.
+    """
+    if (stray := [name for name, value in given.items() if value is not None]) and given.get("heal") is None:
+        raise KDPruneError(f"got {stray[0]} without heal, expected heal 'lm' or 'kl' beside it: name the loss")
+    names = {argument(field.name): field.name for field in dataclasses.fields(Heal)}
+    return Heal(**{names[name]: value for name, value in given.items() if value is not None}) if stray else None
+
+
+def heal(
+    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal,
+    seed: int, stages: Stages, *, held: int,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Trains what ``settings`` names, in float32, on all but the last ``held`` rows of the calibration tokens.
+
+    ``lm``: mean next-token cross-entropy −log q(x_{t+1} | x_{≤t}), in nats.
+    ``kl``: mean over positions of KL(p‖q) = Σ_v p(v) (log p(v) − log q(v)), with p the dense model's distribution of
+    the next token and q the pruned one's. Padding enters neither. Dropout is off.
+
+    Args:
+        pruned: what ``edits`` made of ``dense``; neither is changed. seed: of the order of rows and of LoRA's start.
+
+    Returns:
+        A model that shares with ``pruned`` every weight that was not trained, or ``pruned`` itself where its held-out
+        loss is the better one; and the fields of ``results.json``'s ``heal``.
+
+    Raises:
+        KDPruneError: the edits put nothing in that could be trained, or the loss became NaN or infinite.
+    """
+    names = put_in(pruned, dense, edits) if settings.what == "stand-ins" else linear_weights(pruned)
+    watched = tokens.select(slice(len(tokens) - held, None))
+    rows = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
+    objective = language_loss if settings.loss == "lm" else divergence(dense)
+    tuned = _sharing_copy(pruned, names) if pruned.dtype == torch.float32 else copy.deepcopy(pruned).float()
+    train = _train_lora if settings.what == "lora" else _train_put_in
+    with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense), evaluating(tuned):
+        with stages.stage("heal", len(rows)) as advance:
+            course = _Course(tuned, objective, rows, advance)
+            count = train(tuned, names, settings, seed, course)
+        healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
+        record = {"loss": settings.loss, "what": settings.what, "tokens": rows.tokens, "parameters": count,
+                  "curve": course.curve()}
+        return _better(pruned, healed, watched, objective, settings, record)
+
+
+def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
+    """Names of what Substitute and Rewrite edits brought: the parameters ``pruned`` does not share with ``dense``.
+
+    Raises:
+        KDPruneError: there are none, or edits of another kind made every weight anew.
+    """
+    kept = {id(parameter) for parameter in dense.parameters()}
+    names = [name for name, parameter in pruned.named_parameters() if id(parameter) not in kept]
+    if not names or not all(isinstance(edit, Drop | Substitute | Rewrite) for edit in edits):
+        raise KDPruneError("got heal_what 'stand-ins' for a model without any, expected something that was put in: "
+                           "use --heal-what lora")
+    return names
+
+
+def linear_weights(model: PreTrainedModel) -> list[str]:
+    """Names of the weights of all linear maps in the decoder layers, stand-ins' and GPT-2's Conv1D among them."""
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
+    return [f"{name}.weight" for name, module in model.named_modules()
+            if id(module) in inside and isinstance(module, nn.Linear | Conv1D)]
+
+
+def budgeted(tokens: TokenSet, budget: int) -> TokenSet:
+    """Rows with exactly ``budget`` real tokens: in order, again from the first when all are used, the last one cut."""
+    counts = tokens.mask.sum(1)
+    total = max(int(counts.sum()), 1)
+    numbers = torch.arange(-(-budget // total) * len(tokens)) % len(tokens)
+    ends = counts[numbers].cumsum(0)
+    chosen = tokens.select(numbers[: int(torch.searchsorted(ends, budget)) + 1])
+    mask = chosen.mask.clone()
+    mask[-1] &= mask[-1].cumsum(0) <= int(counts[numbers[len(chosen) - 1]] - ends[len(chosen) - 1]) + budget
+    return dataclasses.replace(chosen, mask=cast(BoolTensor, mask))
+
+
+def divergence(dense: PreTrainedModel) -> Objective:
+    """Summed KL(dense‖model) of the next-token distributions at a batch's real tokens, float32, and their number."""
+
+    def objective(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, int]:
+        with torch.no_grad():
+            logits = batch_logits(dense, batch)
+            mask = batch.mask.to(logits.device)
+            target = functional.log_softmax(logits[mask].float(), dim=-1)
+        found = functional.log_softmax(batch_logits(model, batch)[mask].float(), dim=-1)
+        return functional.kl_div(found, target, log_target=True, reduction="sum"), int(mask.sum())
+
+    return objective
+
+
+@dataclass
+class _Course:
+    """The steps of one training: what is measured, and what was seen so far."""
+
+    model: PreTrainedModel
+    objective: Objective
+    rows: TokenSet
+    advance: Callable[[int], None]
+    steps: list[tuple[float, int]] = field(default_factory=list)
+
+    def measure(self, numbers: Tensor) -> dict[str, Tensor]:
+        """The mean loss of these rows, for :func:`kdprune.training.fit`."""
+        total, count = self.objective(self.model, self.rows.select(numbers))
+        loss = total / max(count, 1)
+        self.steps.append((float(loss.detach()), count))
+        self.advance(len(numbers))
+        return {"loss": loss}
+
+    def curve(self) -> list[float]:
+        """The mean loss of at most ``_POINTS`` successive stretches."""
+        size = -(-len(self.steps) // _POINTS)
+        parts = [self.steps[start : start + size] for start in range(0, len(self.steps), size)]
+        return [sum(loss * count for loss, count in part) / max(sum(count for _, count in part), 1) for part in parts]
+
+
+def _fit(parameters: list[nn.Parameter], settings: Heal, rate: float, seed: int, course: _Course) -> int:
+    """Trains these parameters over the course's rows, once each; returns how many numbers they hold."""
+    schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP)
+    fit(parameters, course.measure, len(course.rows), schedule, generator(seed, _PURPOSE), name="healing")
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _train_put_in(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> int:
+    """Trains the named parameters in place."""
+    model.requires_grad_(False)
+    parameters = [model.get_parameter(name) for name in names]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    return _fit(parameters, settings, RATE / model.config.hidden_size, seed, course)
+
+
+def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> int:
+    """Trains W + (α/r)·BA with A (r, in), B (out, r) for every named weight W, and adds the update to W in place.
+
+    Source: Hu et al., "LoRA", ICLR 2022. B starts at 0, A uniform as PEFT has it but drawn from the seed.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0,  # type: ignore[arg-type]
+        target_modules=[name.removesuffix(".weight") for name in names])
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        # PEFT finds out by itself which weights are stored transposed (Conv1D), and says so; and it asks transformers
+        # for a name that is going away.
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(model, config)
+    draw = generator(seed, _PURPOSE + 1)
+    parameters = []
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            parameters.append(parameter)
+            if ".lora_A." in name:
+                bound = parameter.shape[1] ** -0.5
+                start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw)
+                parameter.data.copy_(start)
+    count = _fit(parameters, settings, LORA_RATE, seed, course)
+    wrapped.merge_and_unload()
+    return count
+
+
+@torch.no_grad()
+def _better(
+    pruned: PreTrainedModel, healed: PreTrainedModel, watched: TokenSet, objective: Objective, settings: Heal,
+    record: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model whose loss on the watched rows is the smaller one, in the dtype in which it will be used."""
+
+    def mean(model: PreTrainedModel) -> float:
+        parts = [objective(model, batch) for batch in watched.batches(settings.batch)]
+        return sum(float(total) for total, _ in parts) / max(sum(count for _, count in parts), 1)
+
+    before, after = mean(pruned), mean(healed)
+    kept = after <= before
+    if settings.loss == "lm":
+        language = {"language_before": before, "language_after": after}
+    else:
+        language = {f"language_{when}": mean_loss(model, watched, settings.batch)
+                    for when, model in (("before", pruned), ("after", healed))}
+    return healed if kept else pruned, {**record, "before": before, "after": after, **language, "kept": kept}
+
+
+def _sharing_copy(model: PreTrainedModel, names: Collection[str]) -> PreTrainedModel:
+    """A copy of ``model`` with weights of its own for ``names``; all others, and the buffers, are shared."""
+    shared: dict[int, Any] = {
+        id(parameter): parameter for name, parameter in model.named_parameters() if name not in names}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+@torch.no_grad()
+def _with_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of ``model`` with these weights by name, cast to its dtype; all others are shared."""
+    result = _sharing_copy(model, weights.keys())
+    for name, weight in weights.items():
+        result.get_parameter(name).copy_(weight)
+    return result
+
+
+@contextmanager
+def gradients_as_before(*models: nn.Module) -> Iterator[None]:
+    """Which parameters of ``models`` want gradients is afterwards as it was: they are shared with what is trained."""
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,22 @@
+"""The part of results.json on healing."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from kdprune.report.records import Number, Numbers, Record
+
+
+class Heal(Record):
+    """Training of the pruned model after pruning. Losses before and after are taken on held-out calibration rows."""
+
+    loss: Literal["lm", "kl"] = Field(description="next-token loss, or KL(dense‖pruned) of next-token distributions")
+    what: Literal["stand-ins", "lora"] = Field(description="what was trained")
+    tokens: int = Field(description="calibration tokens seen, repeats counted")
+    parameters: int = Field(description="parameters trained")
+    curve: Numbers = Field(default_factory=list, description="training loss, means over successive stretches")
+    before: Number = Field(None, description="the loss trained on, before healing, nats")
+    after: Number = Field(None, description="the same after healing")
+    language_before: Number = Field(None, description="next-token loss before healing, nats")
+    language_after: Number = Field(None, description="next-token loss after healing")
+    kept: bool = Field(description="false: held-out rows got worse and healing was undone")

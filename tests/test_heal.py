@@ -1,0 +1,244 @@
+"""Healing: its losses, its budget, what it may change, and what it refuses."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import build
+from pruned import in_context, stand_in
+from tiny_checkpoint import Bench, command
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import kdprune
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.heal import Heal, budgeted, divergence, heal, linear_weights, make_heal, put_in
+from kdprune.methods import METHODS
+from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.losses import language_loss
+from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits
+from kdprune.report.results import Heal as HealRecord
+from kdprune.runtime import Stages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FAMILIES = ("llama3", "gpt2", "gemma3", "opt", "gpt_neox", "phi3")
+BLOCK = range(2, 4)
+
+
+def tokens(rows: int = 8, length: int = 12, padded: bool = False) -> TokenSet:
+    """Rows that count on from a random number, so that what is learned on some holds for others."""
+    start = torch.randint(20, (rows, 1), generator=torch.Generator().manual_seed(0))
+    ids = 3 + (start + torch.arange(length)) % 20
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    if padded:
+        mask[1, 7:], mask[3, 4:] = False, False
+    return TokenSet(ids, mask, "test")
+
+
+def values(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def healed(
+    model: PreTrainedModel, edits: list[Edit], seed: int = 0, **options: object
+) -> tuple[PreTrainedModel, PreTrainedModel, dict]:
+    settings = Heal(**{"tokens": 192, "batch": 4, "rank": 2, **options})  # type: ignore[arg-type]
+    pruned = apply_edits(model, edits)
+    found, record = heal(pruned, model, edits, tokens(), settings, seed, Stages(), held=2)
+    return pruned, found, record
+
+
+@torch.no_grad()
+def test_language_loss_is_the_formula_without_padding(tiny_model) -> None:
+    model, batch = tiny_model("llama3"), tokens(4, padded=True)
+    total, count = language_loss(model, batch)
+    expected = 0.0
+    for ids, mask in zip(batch.ids, batch.mask, strict=True):
+        logits = model(ids[mask][None]).logits[0].double()
+        expected -= sum(float(logits[t].log_softmax(-1)[ids[t + 1]]) for t in range(int(mask.sum()) - 1))
+    assert count == batch.tokens - 4
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_divergence_is_the_formula_without_padding(tiny_model) -> None:
+    dense, model, batch = tiny_model("llama3"), tiny_model("llama3", seed=1), tokens(4, padded=True)
+    total, count = divergence(dense)(model, batch)
+    expected = 0.0
+    for ids, mask in zip(batch.ids, batch.mask, strict=True):
+        p = dense(ids[mask][None]).logits[0].double().softmax(-1)
+        q = model(ids[mask][None]).logits[0].double().softmax(-1)
+        expected += float((p * (p / q).log()).sum())
+    assert count == batch.tokens
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 13, 85, 86, 200])
+def test_the_budget_is_met_exactly_in_the_order_of_rows(budget: int) -> None:
+    text = tokens(padded=True)  # 83 real tokens
+    found = budgeted(text, budget)
+    assert found.tokens == budget
+    stream = torch.cat([text.ids[text.mask]] * 3)
+    assert torch.equal(found.ids[found.mask], stream[:budget])
+
+
+@pytest.mark.parametrize("loss", ["lm", "kl"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_was_put_in_changes(name: str, loss: str) -> None:
+    model = build(name)
+    before = values(model)
+    pruned, found, record = healed(model, [in_context(model, BLOCK)], loss=loss, rate=1e-3)
+    assert record["kept"]
+    assert record["after"] < record["before"]
+    old, new = values(pruned), values(found)
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed <= set(put_in(pruned, model, [in_context(model, BLOCK)]))
+    assert any(".readout." in key for key in changed)
+    assert all(".layers.2." in f".{key}" or ".h.2." in f".{key}" for key in changed)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.named_parameters())
+    assert all(weight.requires_grad for weight in (*model.parameters(), *found.parameters()))
+    shared = {weight.data_ptr() for weight in model.parameters()}
+    assert sum(weight.data_ptr() not in shared for weight in found.parameters()) == len(put_in(
+        pruned, model, [Substitute(BLOCK, stand_in())]))
+    HealRecord(**record)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_keeps_the_architecture_and_the_dense_model(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    before = values(model)
+    state = torch.random.get_rng_state()
+    pruned, found, record = healed(model, [Drop(BLOCK)], what="lora", rate=1e-3)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert record["kept"]
+    assert type(found) is type(model)
+    old, new = values(pruned), values(found)
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    assert changed == set(linear_weights(pruned))
+    layers = 4 * (4 if name in ("gpt2", "gpt_neox", "phi3") else 6 if name == "opt" else 7)
+    assert len(changed) == layers
+    # The update W' − W is of the rank asked for.
+    assert all(int(torch.linalg.matrix_rank((new[key] - old[key]).double(), rtol=1e-3)) <= 2 for key in changed)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.named_parameters())
+    assert all(weight.requires_grad for weight in (*model.parameters(), *found.parameters()))
+    save_model(found, tmp_path)
+    verify(tmp_path, found, tokens().ids)
+
+
+def test_lora_reaches_stand_ins_too_and_the_result_saves(tmp_path: Path) -> None:
+    model = build("gpt2")
+    pruned, found, _ = healed(model, [Substitute(BLOCK, stand_in(hidden=8))], what="lora")
+    assert sum(".kdp." in key for key in linear_weights(pruned)) == 3
+    save_model(found, tmp_path)
+    verify(tmp_path, found, tokens().ids)
+
+
+def test_a_disturbed_stand_in_is_healed_towards_the_dense_model() -> None:
+    model = build("llama3")
+    disturbed = stand_in(3, scale=0.5)
+    _, _, record = healed(model, [Substitute(BLOCK, disturbed)], loss="kl", tokens=1200, rate=1e-2)
+    assert record["kept"]
+    assert record["after"] < 0.9 * record["before"]
+    assert record["curve"][-1] < record["curve"][0]
+    assert record["tokens"] == 1200
+
+
+def test_rewritten_weights_alone_are_trained() -> None:
+    model = build("llama3")
+    weight = model.model.layers[1].mlp.down_proj.weight.detach() * 1.5
+    edits: list[Edit] = [Rewrite(1, {"mlp.down_proj.weight": weight}), Drop(BLOCK)]
+    pruned, found, record = healed(model, edits)
+    assert put_in(pruned, model, edits) == ["model.layers.1.mlp.down_proj.weight"]
+    assert record["parameters"] == weight.numel()
+    assert not torch.equal(found.model.layers[1].mlp.down_proj.weight, weight)
+    assert found.model.layers[0].mlp.down_proj.weight is model.model.layers[0].mlp.down_proj.weight
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "lora"])
+def test_same_seed_same_bits_and_another_seed_others(what: str) -> None:
+    model = build("llama3")
+    edits: list[Edit] = [Substitute(BLOCK, stand_in())]
+    first, second, third = (values(healed(model, edits, seed, what=what)[1]) for seed in (0, 0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], third[key]) for key in first)
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "lora"])
+def test_healing_that_harms_is_undone(what: str) -> None:
+    model = build("llama3")
+    pruned, found, record = healed(model, [Substitute(BLOCK, stand_in())], what=what, loss="kl", rate=5.0)
+    assert found is pruned
+    assert not record["kept"]
+    assert record["after"] > record["before"]
+
+
+@pytest.mark.parametrize("what", ["stand-ins", "lora"])
+def test_half_precision_is_healed_in_float32_and_cast_back(what: str) -> None:
+    model = build("llama3").bfloat16()
+    before = values(model)
+    _, found, record = healed(model, [Substitute(BLOCK, stand_in())], what=what, rate=3e-3, tokens=600)
+    assert record["kept"]
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(weight, before[key]) for key, weight in model.named_parameters())
+
+
+def test_drops_are_refused_at_once_and_after_the_fact() -> None:
+    for name in ("shortgpt", "sleb", "uidl"):
+        if name in METHODS:
+            with pytest.raises(KDPruneError, match="use --heal-what lora"):
+                Heal().check(METHODS[name]())
+    Heal(what="lora").check(METHODS["shortgpt"]())
+    model = build("llama3")
+    with pytest.raises(KDPruneError, match="use --heal-what lora"):
+        healed(model, [Drop(BLOCK)])
+    with pytest.raises(KDPruneError, match="one row"):
+        Heal().check(METHODS["kdp"](), tokens(1))
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"heal_rate": 1e-3}, "got heal_rate without heal"),
+    ({"heal": "mse"}, "expected one of lm, kl"),
+    ({"heal": "lm", "heal_tokens": 0}, "at least 1"),
+    ({"heal": "lm", "heal_rate": 0.0}, "above 0"),
+])
+def test_impossible_options_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(KDPruneError, match=message):
+        make_heal(given)
+    assert make_heal({"heal": None}) is None
+
+
+def test_missing_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(KDPruneError, match=r"pip install 'kdprune\[heal\]'"):
+        Heal(what="lora")
+
+
+def test_prune_heals_records_and_saves(bench: Bench, tmp_path: Path) -> None:
+    result = kdprune.prune(
+        bench.model, tmp_path / "out", "shortgpt", calibration=bench.calibration, heldout=bench.heldout, samples=12,
+        length=32, heal="kl", heal_what="lora", heal_tokens=500, heal_batch=4, heal_rank=2)
+    record = result.results.heal
+    assert record is not None
+    assert (record.loss, record.what, record.tokens) == ("kl", "lora", 500)
+    assert math.isfinite(record.before or math.nan)
+    assert "heal" in result.results.seconds
+    recipe = result.results.recipe
+    assert {key: recipe[key] for key in ("heal", "heal_what", "heal_tokens")} == {
+        "heal": "kl", "heal_what": "lora", "heal_tokens": 500}
+    assert "Healed: LoRA on the KL against the dense model, 500 tokens" in (tmp_path / "out/report.html").read_text()
+
+
+def test_the_command_line_has_the_options_and_refuses_before_work(bench: Bench, tmp_path: Path) -> None:
+    recipe = command("prune", "--heal", "kl", "--heal-tokens", "4096", "--dump-recipe").out
+    assert "heal: kl" in recipe
+    assert "heal_tokens: 4096" in recipe
+    assert "heal_what: stand-ins" in recipe
+    done = command("prune", bench.model, "--method", "shortgpt", "--heal", "lm", "-o", tmp_path / "x",
+                   "--calibration", bench.calibration, "--samples", "12", "--length", "32")
+    assert done.status == 2
+    assert "--heal-what lora" in done.err
+    assert not (tmp_path / "x").exists()
+
+
