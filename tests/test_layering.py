@@ -12,7 +12,7 @@ ROOT = Path(kdprune.__file__).parent
 RANKS = (
     ("errors",), ("runtime", "output"), ("text",), ("data",), ("kernel", "training", "selection"), ("model",),
     ("evaluation", "methods"), ("report",), ("analysis",), ("assemble",), ("recipe",), ("session",), ("heal",),
-    ("pipeline",), ("comparison",), ("cli",), ("__main__",),
+    ("pipeline",), ("variants",), ("units",), ("comparison",), ("cli",), ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.

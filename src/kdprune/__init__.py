@@ -4,6 +4,7 @@
 
     result = kdprune.prune(model, output_dir=None, ratio=0.25, …)
     scores = kdprune.analyze(model, …)
+    table = kdprune.compare(model, ["kdp", "sleb"], ratio=0.25, seeds=3); kdprune.ablate(model)
     kdprune.KDP(ratio=0.25, context="attention", …)
 """
 
@@ -14,16 +15,17 @@ from kdprune.model import modeling_kdp
 
 if TYPE_CHECKING:
     from kdprune.analysis import Scores
+    from kdprune.comparison import ablate, compare
     from kdprune.errors import KDPruneError
     from kdprune.methods.kdp import KDP
     from kdprune.pipeline import PruneResult, analyze, prune
 
 __version__ = "0.1.0"
-__all__ = ["KDP", "KDPruneError", "PruneResult", "Scores", "analyze", "prune"]
+__all__ = ["KDP", "KDPruneError", "PruneResult", "Scores", "ablate", "analyze", "compare", "prune"]
 
 _HOMES = {
     "prune": "pipeline", "analyze": "pipeline", "PruneResult": "pipeline", "KDP": "methods.kdp", "Scores": "analysis",
-    "KDPruneError": "errors",
+    "KDPruneError": "errors", "compare": "comparison", "ablate": "comparison",
 }
 
 modeling_kdp.register()  # from here on the Auto classes of transformers load pruned models

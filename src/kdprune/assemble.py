@@ -16,11 +16,14 @@ from kdprune.evaluation.samples import compare_samples
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
 from kdprune.methods.result import MethodResult
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.surgery import Resize
 from kdprune.report.results import (
     Calibration,
     Fit,
+    Heal,
     KVCache,
     Layers,
+    LayerWidth,
     Pace,
     Parameters,
     Perplexity,
@@ -56,7 +59,7 @@ def evaluate(
     with stages.stage("evaluate", 3) as advance:
         before, after = perplexity(dense, text), perplexity(pruned, text)
         advance(1)
-        pace = compare_speed(dense, pruned)
+        pace = measured_speed(dense, pruned)
         advance(1)
         samples = []
         if tokenizer is not None:
@@ -69,12 +72,25 @@ def evaluate(
     return Evaluation(
         Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
                    stride=before.stride, tokens=before.tokens),
-        Speed(batch=pace.batch, prompt=pace.prompt, new_tokens=pace.new_tokens, device=pace.device,
-              prefill=Pace(dense=pace.dense.prefill, pruned=pace.pruned.prefill),
-              decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode)),
+        pace,
         KVCache(dense=kv_cache_bytes_per_token(dense), pruned=kv_cache_bytes_per_token(pruned)),
         samples,
     )
+
+
+def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
+    """Speed of both models, measured in turns."""
+    pace = compare_speed(dense, pruned)
+    return Speed(
+        batch=pace.batch, prompt=pace.prompt, new_tokens=pace.new_tokens, device=pace.device,
+        prefill=Pace(dense=pace.dense.prefill, pruned=pace.pruned.prefill),
+        decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode))
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run rests on."""
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in _SOFTWARE}
 
 
 def analysis_results(
@@ -91,19 +107,22 @@ def analysis_results(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
         analysis=None if scores is None else scores.record(), seconds=dict(stages.seconds),
         peak_memory_bytes=peak_memory_bytes(),
-        versions={"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in _SOFTWARE},
+        versions=software_versions(),
     )
 
 
 def pruning_results(
     base: Results, dense: PreTrainedModel, pruned: PreTrainedModel, outcome: MethodResult, measured: Evaluation,
+    healed: dict[str, Any] | None = None,
 ) -> Results:
     """What pruning adds to the record of the analysis."""
     base.blocks = [(block.start, block.stop) for block in outcome.blocks]
     base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
     base.parameters = Parameters(dense=dense.num_parameters(), pruned=pruned.num_parameters())
     base.fit = [Fit(**record) for record in outcome.fit]
+    base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
+                   if isinstance(edit, Resize) and edit.layer is not None]
+    base.heal = None if healed is None else Heal(**healed)
     base.perplexity, base.speed = measured.perplexity, measured.speed
     base.kv_cache_bytes_per_token, base.samples = measured.cache, measured.samples
     return base

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdprune.analysis import Scores
 from kdprune.assemble import analysis_results, evaluate, pruning_results
 from kdprune.data import TokenSet
+from kdprune.heal import Heal, make_heal
+from kdprune.heal import heal as heal_model
 from kdprune.methods import METHODS
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.methods.result import MethodResult
@@ -92,6 +94,13 @@ def prune(
     dtype: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    heal: str | None = None,
+    heal_what: str | None = None,
+    heal_tokens: int | None = None,
+    heal_rate: float | None = None,
+    heal_batch: int | None = None,
+    heal_rank: int | None = None,
+    heal_alpha: float | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     progress: bool = False,
     **method_options: Any,
@@ -111,6 +120,8 @@ def prune(
             fit when there is no tokenizer. samples, length: rows, and tokens a row, of calibration text.
         dtype: of the loaded model ("float32", …); None: the checkpoint's. A loaded model keeps its own.
         overwrite: replace a non-empty ``output_dir``. trust_remote_code: as in transformers.
+        heal: train the pruned model on the calibration text afterwards: "lm" (language-model loss) or "kl" (against
+            the dense model's logits). heal_what, …: the fields of :class:`kdprune.heal.Heal`.
         recipe: a YAML file or mapping of any of these options; arguments that differ from their default win.
         progress: show a progress bar a stage, on stderr if that is a terminal.
         method_options: fields of the method's dataclass: ``preset``, ``context``, ``features``, ….
@@ -121,37 +132,61 @@ def prune(
     if recipe is not None:
         return prune(**_with_recipe(recipe, {**locals(), "recipe": None}))
     settings = make_method(method, {"ratio": ratio, **method_options})
+    healing = make_heal({
+        "heal": heal, "heal_what": heal_what, "heal_tokens": heal_tokens, "heal_rate": heal_rate,
+        "heal_batch": heal_batch, "heal_rank": heal_rank, "heal_alpha": heal_alpha})
     if output_dir is not None:
         check_output(output_dir, overwrite)
     stages = Stages(show=progress)
     run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
     tokens = run.calibration(calibration, samples, length)
-    settings.check(run.model, tokens)
+    check_run(run, settings, tokens, healing)
     scores = run.scores_for(settings, tokens)
-    outcome, pruned = run_method(run, settings, tokens, scores, seed)
-    measured = evaluate(run.model, pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
+    made = run_method(run, settings, tokens, scores, seed, healing)
+    measured = evaluate(run.model, made.pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
     options = {
         "model": None if run.bundled else run.name, "method": method, "seed": seed,
         "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples,
         "length": length, "dtype": dtype,
-        **dataclasses.asdict(settings),
+        **({} if healing is None else healing.options()), **dataclasses.asdict(settings),
     }
     base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
-    results = pruning_results(base, run.model, pruned, outcome, measured)
-    result = PruneResult(pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
+    results = pruning_results(base, run.model, made.pruned, made.outcome, measured, made.healed)
+    result = PruneResult(made.pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
     if output_dir is not None:
         with stages.stage("save and verify"):
             result.save(output_dir, overwrite)
     return result
 
 
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a method decided, the pruned (and healed) model, and the fields of ``results.json``'s ``heal`` or None."""
+
+    outcome: MethodResult
+    pruned: PreTrainedModel
+    healed: dict[str, Any] | None = None
+
+
+def check_run(run: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
+    """Raises KDPruneError if the session's model cannot be pruned, or healed, so: before any work."""
+    if heal is not None:
+        heal.check(method, tokens)
+    method.check(run.model, tokens)
+
+
 def run_method(
-    run: Session, method: Method, tokens: TokenSet, scores: Scores | None, seed: int,
-) -> tuple[MethodResult, PreTrainedModel]:
-    """One method on the session's model: what it decided, and the pruned model, in which kept weights are shared."""
+    run: Session, method: Method, tokens: TokenSet, scores: Scores | None, seed: int, heal: Heal | None = None,
+) -> RunOutcome:
+    """One method on the session's model, healed if asked for; in the pruned model kept weights are shared."""
     outcome = method(
         run.model, tokens, None if scores is None else scores.tensors(), seed=seed, stages=run.stages, batch_size=BATCH)
-    return outcome, apply_edits(run.model, outcome.edits)
+    pruned = apply_edits(run.model, outcome.edits)
+    if heal is None:
+        return RunOutcome(outcome, pruned)
+    held = tokens.held_out(method.held)
+    return RunOutcome(
+        outcome, *heal_model(pruned, run.model, outcome.edits, tokens, heal, seed, run.stages, held=held))
 
 
 def analyze(

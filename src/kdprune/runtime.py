@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -50,9 +51,50 @@ def generator(seed: int, purpose: int = 0) -> torch.Generator:
 
 def peak_memory_bytes() -> int:
     """High-water mark of this process: resident set on the host plus allocations on the accelerator."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return _host_peak() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def _host_peak() -> int:
+    """Largest resident set, in bytes; Linux's own mark can be reset, which the one of getrusage may survive."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> bool:
+    """Starts the high-water mark anew; False where the system cannot, and the mark stays the process's."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+@dataclass
+class Meter:
+    """Cost of a stretch of work: wall seconds, peak memory in bytes, and whether that peak is the stretch's own."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    own_peak: bool = False
+
+
+@contextlib.contextmanager
+def metered() -> Iterator[Meter]:
+    """``with metered() as cost: …``; the work queued on an accelerator is waited for. Stretches do not nest."""
+    meter = Meter(own_peak=reset_peak_memory())
+    start = time.perf_counter()
+    yield meter
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    meter.seconds = time.perf_counter() - start
+    meter.peak_memory_bytes = peak_memory_bytes()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What a run works on: the dense model, its tokenizer and its texts, loaded as the user named them."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,12 @@ class Session:
             self.name = model.config.name_or_path or type(model).__name__
         else:
             self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def again(self, seed: int, stages: Stages) -> "Session":
+        """The same model and tokenizer for a run with another seed and stages of its own."""
+        run = copy.copy(self)
+        run.seed, run.stages = seed, stages
+        return run
 
     def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
         """Calibration tokens; the bundled text when no source is given."""

@@ -1,4 +1,4 @@
-"""The command line: prune, analyze, eval, report.
+"""The command line: prune, compare, ablate, analyze, eval, report.
 
 Bad input is one line on stderr and exit status 2, never a traceback.
 """
@@ -12,6 +12,7 @@ import torch
 import typer
 
 import kdprune
+from kdprune.cli.compare import ablate_command, compare_command
 from kdprune.cli.evaluate import eval_command, report_command
 from kdprune.cli.options import with_method_options
 from kdprune.cli.prune import analyze_command, prune_command
@@ -28,6 +29,8 @@ def build_app(method: str) -> typer.Typer:
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_common)
     app.command("prune")(with_method_options(prune_command, METHODS[method]))
+    app.command("compare")(compare_command)
+    app.command("ablate")(ablate_command)
     app.command("analyze")(analyze_command)
     app.command("eval")(eval_command)
     app.command("report")(report_command)

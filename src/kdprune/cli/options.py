@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from kdprune.heal import Heal, argument
 from kdprune.methods.method import Method
 from kdprune.methods.options import choices
 
@@ -26,23 +27,31 @@ Dtype = Annotated[str | None, typer.Option(help="of the loaded model: float32, b
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a directory that is not empty")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
 
+
 def method_parameters(method: type[Method]) -> list[inspect.Parameter]:
     """One option for every field of the method's dataclass, all None until given."""
-    found = []
-    for field in dataclasses.fields(method):
-        default = getattr(method(), field.name) if field.default is None else field.default
-        shown = "" if default is None else f" ({default})"
-        if allowed := choices(field.type):
-            shown = f" [{'|'.join(allowed)}]{shown}"
-        flag = "--" + field.name.replace("_", "-")
-        names = [f"{flag}/--no-{flag[2:]}"] if _plain_type(field.type) is bool else [flag]
-        option = typer.Option(
-            *names, help=field.metadata["help"] + shown, show_default=False,
-            rich_help_panel=f"Options of {method.title}")
-        found.append(inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=Annotated[_plain_type(field.type) | None, option]))
-    return found
+    panel = f"Options of {method.title}"
+    return [_parameter(field, field.name, method(), panel) for field in dataclasses.fields(method)]
+
+
+def heal_parameters() -> list[inspect.Parameter]:
+    """The same for healing: ``--heal``, ``--heal-what``, …."""
+    fields = dataclasses.fields(Heal)
+    return [_parameter(field, argument(field.name), None if field.name == "loss" else Heal(), "Healing")
+            for field in fields]
+
+
+def _parameter(field: dataclasses.Field[Any], name: str, filled: Any, panel: str) -> inspect.Parameter:
+    """An option for a field, called ``name``; its default shown as ``filled`` has it where the field says None."""
+    default = getattr(filled, field.name, None) if field.default is None or filled is None else field.default
+    shown = "" if default is None else f" ({default})"
+    if allowed := choices(field.type):
+        shown = f" [{'|'.join(allowed)}]{shown}"
+    flag = "--" + name.replace("_", "-")
+    names = [f"{flag}/--no-{flag[2:]}"] if _plain_type(field.type) is bool else [flag]
+    option = typer.Option(*names, help=field.metadata["help"] + shown, show_default=False, rich_help_panel=panel)
+    kind: Any = Annotated[_plain_type(field.type) | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
 def _plain_type(annotation: Any) -> type:
@@ -57,7 +66,8 @@ def with_method_options(command: Callable[..., None], method: type[Method]) -> C
     """``command``, which takes ``**method_options``, with a signature that spells them out for typer to read."""
     signature = inspect.signature(command)
     own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own] + method_parameters(method)
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]
+    parameters += heal_parameters() + method_parameters(method)
 
     @functools.wraps(command)
     def spelled(**options: Any) -> None:

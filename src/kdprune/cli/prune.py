@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdprune.cli.options import Calibration, Device, Dtype, Heldout, Length, Model, Overwrite, Samples, Seed, Trust
 from kdprune.errors import KDPruneError, one_line
+from kdprune.heal import HEAL_OPTIONS, make_heal
 from kdprune.methods import METHODS
 from kdprune.pipeline import analyze, prune
 from kdprune.recipe import check_options, dump_recipe, load_recipe
@@ -53,7 +54,9 @@ def prune_command(
         names = {field.name for field in dataclasses.fields(chosen)}
         filled = dataclasses.asdict(chosen(**{name: value for name, value in options.items() if name in names}))
         kept = {name: value for name, value in options.items() if name not in ("overwrite", "output_dir")}
-        typer.echo(dump_recipe({**kept, **filled}), nl=False)
+        healing = make_heal({name: value for name, value in options.items() if name in HEAL_OPTIONS})
+        healed = {} if healing is None else healing.options()
+        typer.echo(dump_recipe({**kept, **healed, **filled}), nl=False)
         return
     options.setdefault("output_dir", DEFAULT_OUTPUT)
     client = _hub(push_to_hub) if push_to_hub else None

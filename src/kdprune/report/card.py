@@ -22,6 +22,7 @@ def render_card(results: Results, license: str | None = None) -> str:
         stand_ins=[(fit, stand_in(fit)) for fit in results.fit],
         perplexity_setting=summary.perplexity_setting(results),
         speed_setting=summary.speed_setting(results),
+        healing=summary.healing(results),
     )
 
 

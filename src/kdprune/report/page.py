@@ -79,6 +79,7 @@ def render_page(results: Results) -> str:
             rows=summary.comparison(results),
             perplexity_setting=summary.perplexity_setting(results),
             speed_setting=summary.speed_setting(results),
+            healing=summary.healing(results),
             analysis=gallery.analysis_pictures(results),
             overview=gallery.overview_pictures(results),
             blocks=blocks,
@@ -99,10 +100,11 @@ def write_analysis(results: Results, path: str | Path) -> Path:
 
 
 def layer_strip(results: Results) -> list[Cell]:
-    """The pruned model layer by layer: kept ones, and a wide cell for every block."""
+    """The pruned model layer by layer: kept and narrowed ones, and a wide cell for every block."""
     stand_ins = {fit.block: summary.count(fit.parameters) for fit in results.fit}
     pruned = results.layers.pruned is not None
     first, last = results.analysis.protected if results.analysis else (0, 0)
+    narrowed = {width.layer for width in results.widths}
     cells, layer, starts = [], 0, dict(results.blocks)
     while layer < results.layers.dense:
         if layer in starts:
@@ -113,6 +115,6 @@ def layer_strip(results: Results) -> list[Cell]:
             layer = block[1]
         else:
             kind = "kept" if first <= layer < results.layers.dense - last else "protected"
-            cells.append(Cell(layer, 1, kind, str(layer)))
+            cells.append(Cell(layer, 1, "narrowed" if layer in narrowed else kind, str(layer)))
             layer += 1
     return cells

@@ -278,6 +278,17 @@ class Fit(Record):
     linear_error: Number = Field(None, description="the same for the least-squares linear map of h_s")
 
 
+class LayerWidth(Record):
+    """A layer that was made narrower: what is left of it."""
+
+    layer: int = Field(description="index of the layer")
+    groups: int | None = Field(None, description="key-value heads, with the queries that read them")
+    channels: int | None = Field(None, description="MLP channels")
+    states: tuple[int, int, int] | None = Field(
+        None, description="width of the residual stream entering the layer, behind its attention and leaving it"
+    )
+
+
 class Sample(Record):
     """One prompt, continued by both models."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdprune.errors import KDPruneError
+from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
     Analysis,
     Block,
@@ -22,6 +23,7 @@ from kdprune.report.records import (
     KernelTraining,
     KVCache,
     Layers,
+    LayerWidth,
     Norms,
     Number,
     Outliers,
@@ -39,8 +41,10 @@ __all__ = [
     "Calibration",
     "Curve",
     "Fit",
+    "Heal",
     "KVCache",
     "KernelTraining",
+    "LayerWidth",
     "Layers",
     "Norms",
     "Outliers",
@@ -74,6 +78,8 @@ class Results(Record):
     calibration: Calibration | None = Field(None, description="calibration text")
     analysis: Analysis | None = Field(None, description="similarity of layer states")
     fit: list[Fit] = Field(default_factory=list, description="one entry per stand-in, in the order of blocks")
+    heal: Heal | None = Field(None, description="training of the pruned model after pruning")
+    widths: list[LayerWidth] = Field(default_factory=list, description="the layers that were made narrower")
     samples: list[Sample] = Field(default_factory=list, description="text from both models")
     seconds: dict[str, Number] = Field(default_factory=dict, description="wall-clock seconds per stage")
     peak_memory_bytes: int | None = Field(None, description="largest memory in use, bytes")
@@ -108,11 +114,11 @@ class Results(Record):
         try:
             return cls.model_validate(record)
         except ValidationError as error:
-            raise KDPruneError(f"{source} does not follow the schema: {_first(error)}") from error
+            raise KDPruneError(f"{source} does not follow the schema: {first_problem(error)}") from error
 
     def to_json(self) -> str:
         """Strictly valid JSON (no NaN), one line per list of numbers."""
-        return _encode(self.model_dump(mode="json")) + "\n"
+        return encode(self.model_dump(mode="json")) + "\n"
 
     def save(self, path: str | Path) -> Path:
         """Write results.json atomically: readers see the old file or the whole new one."""
@@ -138,7 +144,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     return file
 
 
-def _first(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first mistake and how many more there are, on one line."""
     details = error.errors(include_url=False)
     where = ".".join(str(part) for part in details[0]["loc"]) or "record"
@@ -146,12 +152,12 @@ def _first(error: ValidationError) -> str:
     return f"{where}: {details[0]['msg']}{more}"
 
 
-def _encode(value: Any, indent: int = 0) -> str:
+def encode(value: Any, indent: int = 0) -> str:
     """JSON with objects and lists of objects spread over lines, lists of scalars kept on one."""
     pad, end = "  " * (indent + 1), "\n" + "  " * indent
     if isinstance(value, dict) and value:
-        items = (f"{json.dumps(k, ensure_ascii=False)}: {_encode(v, indent + 1)}" for k, v in value.items())
+        items = (f"{json.dumps(k, ensure_ascii=False)}: {encode(v, indent + 1)}" for k, v in value.items())
         return "{\n" + ",\n".join(pad + item for item in items) + end + "}"
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return "[\n" + ",\n".join(pad + _encode(item, indent + 1) for item in value) + end + "]"
+        return "[\n" + ",\n".join(pad + encode(item, indent + 1) for item in value) + end + "]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -171,6 +171,17 @@ def tiles(results: Results) -> list[Tile]:
     return found
 
 
+def healing(results: Results) -> str:
+    """What training after pruning brought, in one line; empty where there was none."""
+    if (found := results.heal) is None:
+        return ""
+    what = "the stand-ins" if found.what == "stand-ins" else "LoRA"
+    loss = "next-token loss" if found.loss == "lm" else "KL against the dense model"
+    figures = f"{decimals(found.before, 3)} → {decimals(found.after, 3)} nats on held-out calibration rows"
+    deed = f"{what} on the {loss}, {whole(found.tokens)} tokens, {count(found.parameters)} parameters"
+    return f"{deed}: {figures}{'' if found.kept else '; worse, so undone'}"
+
+
 def is_hub_id(model: str) -> bool:
     """Whether a name has the form owner/model."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
@@ -184,6 +195,10 @@ def model_name(model: str) -> str:
 def headline(results: Results) -> str:
     """The run in one sentence."""
     model = model_name(results.model)
+    cost = _ratio_of_perplexity(results)
+    gain = f"{percent(results.parameters.net_ratio, 1)} fewer parameters{f' at {cost} the perplexity' if cost else ''}."
+    if results.widths:
+        return f"{len(results.widths)} of {results.layers.dense} layers of {model} narrowed: {gain}"
     if not results.blocks:
         return f"The {results.layers.dense} layers of {model}, compared with each other."
     blocks = block_list(results)
@@ -191,9 +206,7 @@ def headline(results: Results) -> str:
         return f"{blocks[0].upper()}{blocks[1:]} of {model} would be replaced."
     deed = "replaced by " + ("one stand-in" if len(results.fit) == 1 else f"{len(results.fit)} stand-ins")
     text = f"{blocks[0].upper()}{blocks[1:]} of {model} {deed if results.fit else 'removed'}"
-    cost = _ratio_of_perplexity(results)
-    gain = f"{percent(results.parameters.net_ratio, 1)} fewer parameters"
-    return f"{text}: {gain}{f' at {cost} the perplexity' if cost else ''}."
+    return f"{text}: {gain}"
 
 
 def _ratio_of_perplexity(results: Results) -> str:

@@ -29,6 +29,7 @@ def print_summary(results: Results, console: Console, where: Iterable[str | Path
     settings = (
         ("perplexity", summary.perplexity_setting(results)),
         ("speed", summary.speed_setting(results)),
+        ("healing", summary.healing(results)),
     )
     for name, setting in settings:
         if setting:

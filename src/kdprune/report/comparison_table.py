@@ -1,0 +1,190 @@
+"""A comparison as a table: the cells, ``table.md``, and what the terminal shows at the end."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdprune.report import summary
+from kdprune.report.comparison_records import Comparison, Row, Stat, task_name
+from kdprune.report.summary import MISSING, SPACE
+
+Format = Callable[[float], str]
+# title: (field of the row, how a number is written, whether its spread over seeds is shown)
+COLUMNS: dict[str, tuple[str, Format, bool]] = {
+    "net ratio": ("net_ratio", lambda x: f"{100 * x:.2f}", True),
+    "perplexity": ("perplexity", lambda x: summary.decimals(x), True),
+    "excess loss": ("excess_loss", lambda x: f"{x:.3f}", True),
+    "retained": ("retained", lambda x: f"{100 * x:.1f}", True),
+    "above chance": ("above_chance", lambda x: f"{100 * x:.1f}", True),
+    "prefill": ("prefill", lambda x: f"{x:.2f}", True),
+    "decode": ("decode", lambda x: f"{x:.2f}", True),
+    "KV cache saved": ("kv_cache_saving", lambda x: f"{100 * x:.1f}", True),
+    "time": ("seconds", lambda x: summary.duration(x), False),
+    "peak memory": ("peak_memory_bytes", lambda x: summary.size(x), False),
+    "tokens used": ("tokens", lambda x: summary.count(x), False),
+}
+UNITS = {"net_ratio": f"{SPACE}%", "retained": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
+         "kv_cache_saving": f"{SPACE}%"}
+TASK_COLUMNS = ("retained", "above chance")
+
+
+def columns(comparison: Comparison) -> list[str]:
+    """The titles that have something to show."""
+    shown = [title for title, (name, *_) in COLUMNS.items() if any(getattr(row, name) for row in comparison.rows)]
+    return shown or ["net ratio", "perplexity", "excess loss"]
+
+
+def stat(found: Stat | None, form: Format, spread: bool = True, unit: str = "") -> str:
+    """.103 ± .002; without its spread where there is one seed alone, or where every seed gave the same."""
+    if found is None or found.mean is None:
+        return MISSING
+    text = form(found.mean)
+    if spread and found.sd is not None and form(found.sd) != form(0.0):
+        text += f"{SPACE}±{SPACE}{form(found.sd)}"
+    return text + unit
+
+
+def cells(row: Row, titles: Iterable[str]) -> list[str]:
+    """The row's figures, as text."""
+    found = []
+    for title in titles:
+        name, form, spread = COLUMNS[title]
+        found.append(stat(getattr(row, name), form, spread, UNITS.get(name, "")))
+    return found
+
+
+def dense_cells(comparison: Comparison, titles: Iterable[str]) -> list[str]:
+    """The dense model's figures under the same titles."""
+    known = {
+        "net ratio": f"0{SPACE}%", "perplexity": summary.decimals(comparison.dense.perplexity), "excess loss": "0",
+        "retained": f"100{SPACE}%", "above chance": f"100{SPACE}%", "prefill": "1×", "decode": "1×",
+        "KV cache saved": f"0{SPACE}%",
+    }
+    return [known.get(title, "") for title in titles]
+
+
+def failure(row: Row) -> str:
+    """Why a row is empty, or lacks seeds; empty where it lacks none. One reason of several seeds is said once."""
+    reasons: dict[str, list[int]] = {}
+    for found in row.failures:
+        reasons.setdefault(found.reason, []).append(found.seed)
+    parts = []
+    for reason, seeds in reasons.items():
+        which = "" if not row.seeds and len(reasons) == 1 else f" (seed {', '.join(map(str, seeds))})"
+        parts.append(f"failed{which}: {reason}")
+    return "; ".join(parts)
+
+
+def protocol(comparison: Comparison) -> list[str]:
+    """What the figures are of, sentence by sentence."""
+    dense, calibration, count = comparison.dense, comparison.calibration, len(comparison.seeds)
+    pace = comparison.units[0].speed if comparison.units else None
+    scopes = {unit.peak_memory_scope for unit in comparison.units}
+    found = [
+        f"{summary.model_name(comparison.model)}, {summary.count(dense.parameters)} parameters, {dense.layers} layers; "
+        f"at least {summary.percent(comparison.ratio, 1)} of the parameters are to go, net (less or more where a "
+        "variant names its blocks); the table shows the exact ratio.",
+        f"Mean ± standard deviation over {count} {'seed' if count == 1 else 'seeds'}; a seed sets the order of the "
+        "calibration text and every draw.",
+        f"Calibration: {calibration.source}, {calibration.tokens:,} tokens in {calibration.samples:,} rows.",
+        f"Perplexity on {dense.dataset}: {dense.tokens:,} tokens, window {dense.window}, stride {dense.stride}; "
+        "excess loss is ln(pruned / dense), nats per token.",
+    ]
+    if pace is not None:
+        found.append(
+            f"Speed against the dense model, in turns on {pace.device}: batch {pace.batch}, prompt {pace.prompt}, "
+            f"{pace.new_tokens} new tokens.")
+        since = "pruning began" if scopes == {"unit"} else "the process began, as this system cannot reset its mark"
+        found.append("Time is that of pruning, with the similarity analysis where a method needs it (shared by a "
+                     f"seed's methods, counted in each); peak memory is the process's, model included, since {since}.")
+    if comparison.signal or comparison.left_out:
+        found.append(
+            "Retained: sum of scores over the dense model's. Above chance: mean of (score − chance) / (dense − chance) "
+            "over the tasks where the dense model is above chance by two standard errors: "
+            f"{', '.join(comparison.signal) or 'none'}. "
+            f"Without such signal: {', '.join(comparison.left_out) or 'none'}.")
+    return found
+
+
+def render_markdown(comparison: Comparison) -> str:
+    """``table.md``: the table, failures in their rows, tasks, and what the figures are of."""
+    titles = columns(comparison)
+    lines = [_line(["", *titles]), "|---" + "|---:" * len(titles) + "|",
+             _line(["dense", *dense_cells(comparison, titles)])]
+    group = ""
+    for row in comparison.rows:
+        if row.variant.group != group:
+            group = row.variant.group
+            lines.append(_line([f"*{group}*", *([""] * len(titles))]))
+        lines.append(_line([_name(row), *_body(row, titles)]))
+    notes = [f"- {_name(row)}: {failure(row)}" for row in comparison.rows if row.seeds and row.failures]
+    text = "\n".join(lines) + "\n"
+    if notes:
+        text += "\n" + "\n".join(notes) + "\n"
+    return text + _task_markdown(comparison) + "\n" + "\n".join(f"- {line}" for line in protocol(comparison)) + "\n"
+
+
+def task_rows(comparison: Comparison) -> list[list[str]]:
+    """One row a task: its name, the dense score, and the score of every variant that ended; a header row first."""
+    rows = [row for row in comparison.rows if row.tasks]
+    if not rows:
+        return []
+    table = [["", "dense", *(row.variant.title for row in rows)]]
+    for score in comparison.dense.tasks:
+        name = task_name(score)
+        form: Format = (lambda x: f"{100 * x:.1f}") if score.higher_is_better else (lambda x: summary.decimals(x))
+        dense = MISSING if score.value is None else form(score.value)
+        if score.stderr is not None:
+            dense += f" ({form(score.stderr)})"
+        table.append([name, dense, *(stat(row.tasks.get(name), form) for row in rows)])
+    return table
+
+
+def _task_markdown(comparison: Comparison) -> str:
+    table = task_rows(comparison)
+    if not table:
+        return ""
+    head, *body = table
+    lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(row) for row in body)]
+    return "\nScores, in percent, the dense model's with standard errors over items; perplexities as they are.\n\n" + (
+        "\n".join(lines) + "\n")
+
+
+def _body(row: Row, titles: Sequence[str]) -> list[str]:
+    return cells(row, titles) if row.seeds else [failure(row), *([""] * (len(titles) - 1))]
+
+
+def _name(row: Row) -> str:
+    label = row.variant.title
+    return label if row.variant.name in (label, label.lower()) else f"{label} `{row.variant.name}`"
+
+
+def _line(parts: Sequence[str]) -> str:
+    return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |"
+
+
+def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
+    """The table in the terminal, failures below it, and the paths written."""
+    titles = [title for title in columns(comparison) if title not in ("tokens used", "KV cache saved", "prefill")]
+    table = Table(title=Text(f"{summary.model_name(comparison.model)}, {comparison.kind}"), title_justify="left",
+                  title_style="bold")
+    table.add_column("")
+    for title in titles:
+        table.add_column(title, justify="right")
+    table.add_row("dense", *dense_cells(comparison, titles), style="dim")
+    group = ""
+    for row in comparison.rows:
+        if row.variant.group != group:
+            group = row.variant.group
+            table.add_section()
+        shown = cells(row, titles) if row.seeds else ["failed", *([""] * (len(titles) - 1))]
+        table.add_row(Text(row.variant.title), *shown)
+    console.print(table)
+    for row in comparison.rows:
+        if row.failures:
+            console.print(Text(f"{row.variant.title}: {failure(row)}"), soft_wrap=True)
+    for path in where:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)

@@ -1,0 +1,203 @@
+"""``kdprune.compare`` and ``kdprune.ablate``: one model, many variants, one protocol."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
+
+import kdprune
+from kdprune.errors import KDPruneError
+from kdprune.methods import METHODS
+from kdprune.report.comparison_page import render_comparison
+from kdprune.report.comparison_records import Comparison, Stat
+from kdprune.report.comparison_table import render_markdown
+from kdprune.units import Bench as UnitBench
+from kdprune.variants import ablation_variants, parse_variant, split_methods
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAST = ":".join(f"{name}={value}" for name, value in QUICK.items())
+KDP_FAST = f"kdp:{FAST}"
+LINEAR = "kdp:kernel=linear:context=none:refine=no:protect=0"
+TOO_LONG = "kdp:blocks=1-40"
+METHODS_USED = [LINEAR, KDP_FAST, TOO_LONG]
+
+
+def options(bench: Bench) -> dict[str, Any]:
+    return {"calibration": bench.calibration, "heldout": bench.heldout, "samples": 12, "length": 32}
+
+
+def figures(result: Comparison) -> dict[str, Any]:
+    """All that does not depend on the machine's speed."""
+    left_out = {"seconds", "analysis_seconds", "stages", "speed", "peak_memory_bytes"}
+    return {f"{unit.variant} {unit.seed}": unit.model_dump(exclude=left_out) for unit in result.units}
+
+
+@pytest.fixture(scope="module")
+def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    """Three variants with two seeds, one of which cannot be. Shared: do not change it."""
+    folder = tmp_path_factory.mktemp("comparison") / "out"
+    return kdprune.compare(str(bench.model), METHODS_USED, seeds=2, output_dir=folder, **options(bench)), folder
+
+
+def test_every_variant_has_a_row(done: tuple[Comparison, Path], bench: Bench) -> None:
+    result, _ = done
+    assert [row.variant.name for row in result.rows] == METHODS_USED
+    alone = kdprune.prune(str(bench.model), seed=1, **{**QUICK, **options(bench)}).results
+    unit = next(unit for unit in result.units if (unit.variant, unit.seed) == (KDP_FAST, 1))
+    assert alone.perplexity is not None
+    assert (unit.blocks, unit.parameters, unit.perplexity) == (alone.blocks, alone.parameters, alone.perplexity)
+    assert all(found.parameters.net_ratio >= 0.25 for found in result.units)
+    assert (unit.tokens, unit.peak_memory_bytes > 10**7, unit.analysis_seconds > 0) == (12 * 32, True, True)
+    assert unit.seconds > unit.analysis_seconds
+
+
+def test_failures_say_why_and_the_rest_goes_on(done: tuple[Comparison, Path]) -> None:
+    result, _ = done
+    failed = result.row(TOO_LONG)
+    assert (failed.seeds, failed.excess_loss, len(failed.failures)) == ([], None, 2)
+    assert "got block [1, 40)" in failed.failures[0].reason
+    assert [row.seeds for row in result.rows] == [[0, 1], [0, 1], []]
+
+
+def test_rows_are_numpy_s_mean_and_deviation(done: tuple[Comparison, Path]) -> None:
+    result, _ = done
+    for row in result.rows[:2]:
+        units = [unit for unit in result.units if unit.variant == row.variant.name]
+        for found, values in (
+            (row.excess_loss, [unit.perplexity.excess_loss for unit in units]),
+            (row.net_ratio, [unit.parameters.net_ratio for unit in units]),
+            (row.decode, [unit.speed.decode.ratio for unit in units]),
+            (row.seconds, [unit.seconds for unit in units]),
+        ):
+            assert found is not None
+            np.testing.assert_allclose(found.mean, np.mean(values))
+            np.testing.assert_allclose(found.sd, np.std(values, ddof=1), atol=1e-12)
+    assert Stat.of([None, 2.0]) == Stat(mean=2.0, sd=None, count=1)
+    assert Stat.of([None]) is None
+
+
+def test_files_are_made_from_the_record_alone(done: tuple[Comparison, Path], tmp_path: Path) -> None:
+    result, folder = done
+    loaded = Comparison.load(folder)
+    assert loaded == result
+    table, page = ((folder / name).read_text(encoding="utf-8") for name in ("table.md", "report.html"))
+    assert (render_markdown(loaded), render_comparison(loaded)) == (table, page)
+    for name in METHODS_USED:
+        assert f"`{name}`" in table
+        assert name in page
+    assert "got block [1, 40)" in table
+    assert "got block [1, 40)" in page
+    assert page.count("<svg") == 4
+    assert "<script" not in page
+    (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
+    assert command("report", tmp_path).status == 0
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_an_interrupted_comparison_continues(
+    done: tuple[Comparison, Path], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure = UnitBench.measure
+    measured: list[tuple[str, int]] = []
+
+    def counted(self: UnitBench, variant: Any, seed: int, dense: Any) -> Any:
+        if interrupt and len(measured) == 1:
+            raise KeyboardInterrupt
+        unit = measure(self, variant, seed, dense)
+        measured.append((variant.name, seed))
+        return unit
+
+    monkeypatch.setattr(UnitBench, "measure", counted)
+    interrupt = True
+    folder, arguments = tmp_path / "out", options(bench)
+    with pytest.raises(KeyboardInterrupt):
+        kdprune.compare(str(bench.model), METHODS_USED, seeds=2, output_dir=folder, **arguments)
+    assert measured == [(LINEAR, 0)]
+    interrupt = False
+    again = kdprune.compare(str(bench.model), METHODS_USED, seeds=2, output_dir=folder, **arguments)
+    assert measured == [(LINEAR, 0), (KDP_FAST, 0), (LINEAR, 1), (KDP_FAST, 1)]
+    assert figures(again) == figures(done[0])
+    # Another ratio finds nothing to reuse; a damaged file is no finished unit.
+    for file in (folder / "runs").glob("kdp-seed1-*"):
+        file.write_text("{", encoding="utf-8")
+    kdprune.compare(str(bench.model), [LINEAR], seeds=2, output_dir=folder, **arguments)
+    kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=folder, **arguments)
+    assert measured[4:] == [(LINEAR, 1), (LINEAR, 0)]
+    kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, overwrite=True, **arguments)
+    assert measured[6:] == [(LINEAR, 0)]
+
+
+def test_blocks_from_one_variant() -> None:
+    result = kdprune.compare(
+        tiny_llama(), [LINEAR, "kdp:blocks=1-3:context=none:refine=no"], blocks_from=KDP_FAST, seeds=[3],
+        calibration=random_ids(), heldout=random_ids(3, 20, seed=3))
+    first, linear, own = result.rows
+    assert first.variant.name == KDP_FAST
+    assert linear.blocks == first.blocks
+    assert own.blocks == [[(1, 3)]]
+
+
+def test_a_failed_source_of_blocks_fails_those_that_wait() -> None:
+    result = kdprune.compare(
+        tiny_llama(), [LINEAR], blocks_from=TOO_LONG, seeds=1, calibration=random_ids(), heldout=random_ids(3, 20))
+    assert ["got block" in row.failures[0].reason or "no blocks to take" in row.failures[0].reason
+            for row in result.rows] == [True, True]
+    assert "none came to an end" in render_comparison(result)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"methods": "kpd"}, "unknown method 'kpd'; did you mean 'kdp'"),
+    ({"methods": "kdp:rnk=8"}, "unknown option of kdp 'rnk'; did you mean 'rank'"),
+    ({"methods": "kdp:rank"}, "expected option=value"),
+    ({"methods": "kdp:rank=many"}, "got rank 'many'"),
+    ({"methods": ""}, "got no methods"),
+    ({"seeds": 0}, "got seeds 0"),
+    ({"ratio": 2.0}, "got ratio 2.0"),
+])
+def test_mistakes_are_told_before_any_work(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(KDPruneError, match=message):
+        kdprune.compare("nowhere", **{"methods": "kdp", "output_dir": tmp_path / "out", **arguments})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("old")
+    outcome = command("compare", "--methods", "kdp", "-o", tmp_path, "--overwrite")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1)
+    assert "holds no comparison" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_variants_by_name() -> None:
+    assert split_methods("kdp:blocks=4-7,9-12:rank=2, sleb") == ["kdp:blocks=4-7,9-12:rank=2", "sleb"]
+    variant = parse_variant("kdp:kernel=fixed:samples=8:heal=lm:heal-tokens=100", 0.3, {"heal": "kl"})
+    assert variant.heal is not None
+    assert (variant.method.ratio, variant.samples, variant.heal.loss, variant.heal.tokens) == (0.3, 8, "lm", 100)
+    assert variant.options["kernel"] == "fixed"
+    assert set(METHODS) >= {name.partition(":")[0] for name in METHODS_USED}
+
+
+def test_ablation_of_two_parts(bench: Bench, tmp_path: Path) -> None:
+    outcome = command(
+        "ablate", bench.model, "--base", KDP_FAST, "--only", "rank,kernel", "--seeds", "1", "-o", tmp_path / "out",
+        "--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", "12", "--length", "32")
+    assert outcome.status == 0, outcome.err
+    record = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert record["kind"] == "ablation"
+    groups = [row["variant"]["group"] for row in record["rows"]]
+    assert list(dict.fromkeys(groups)) == ["Base", "The kernel", "Rank r"]
+    assert [row["variant"]["value"] for row in record["rows"] if row["variant"]["group"] == "Rank r"] == [0, 4, 16]
+    assert not record["failures"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+
+
+def test_every_predefined_variant_is_one() -> None:
+    names = [variant.name for variant in ablation_variants("kdp:refine=no", 0.25, 128, 16, 256)]
+    assert len(names) == len(set(names)) > 25
+    assert all(name.startswith("kdp:refine=no") for name in names)
