@@ -1,0 +1,100 @@
+"""Puts a finished comparison or ablation into docs/results, and its short table into the README.
+
+    kdprune compare --methods … --seeds 3 -o comparison && python benchmarks/publish.py comparison peers
+    python benchmarks/publish.py --render peers          # page, pictures and README again, from docs/results/peers.json
+
+Every figure of the page comes from the record; ``docs/results/NAME-notes.md``, if there is one, is appended to it.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from kdprune.report import comparison_plots as plots
+from kdprune.report.comparison_page import groups, headline, ranked
+from kdprune.report.comparison_records import Comparison
+from kdprune.report.comparison_table import cells, dense_cells, render_markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+SHORT = ["net ratio", "perplexity", "excess loss", "above chance", "prefill", "KV cache saved", "time"]
+# Keys of the record's recipe that are options of the command, in this order.
+OPTIONS = ("base", "only", "methods", "blocks_from", "ratio", "heal", "heal_what", "heal_tokens", "calibration",
+           "heldout", "samples", "length", "suite", "suite_data", "limit")
+
+
+def command(found: Comparison) -> str:
+    """The command that repeats the run."""
+    words = ["kdprune", "ablate" if found.kind == "ablation" else "compare"]
+    for name in OPTIONS:
+        value: Any = found.recipe.get(name)
+        if value in (None, [], ""):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name == "suite_data":
+            words += [word for folder in value for word in (flag, str(folder))]
+        else:
+            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    whole = found.seeds == list(range(len(found.seeds)))
+    seeds = str(len(found.seeds)) if whole else "".join(f"{seed}," for seed in found.seeds)
+    return shlex.join([*words, "--seeds", seeds])
+
+
+def pictures(found: Comparison) -> dict[str, tuple[str, str]]:
+    """Name of the file → what it shows, and the picture."""
+    if found.kind == "comparison":
+        return {"size": ("quality against size", plots.quality_against_size(found)),
+                "cost": ("quality against cost", plots.quality_against_cost(found)),
+                "excess": ("excess loss", plots.excess_by_variant(ranked(found), "Excess loss"))}
+    base = found.rows[0]
+    switched = [row for row in ranked(found) if row.variant.value is None]
+    made = {"parts": ("one part changed", plots.excess_by_variant(switched, "Parts", base))}
+    for title, rows in groups(found):
+        known = [row for row in rows if row.variant.value is not None and row.excess_loss is not None]
+        if known:
+            made[title.lower().replace(" ", "-")] = (title, plots.sweep(known, title, base))
+    return made
+
+
+def short_table(found: Comparison) -> str:
+    """The README's table, least excess loss first."""
+    head = "| " + " | ".join(["method", *SHORT]) + " |\n|---" + "|---:" * len(SHORT) + "|"
+    lines = ["| dense | " + " | ".join(dense_cells(found, SHORT)) + " |"]
+    lines += [f"| {row.variant.title} | " + " | ".join(cells(row, SHORT)) + " |" for row in ranked(found)]
+    return "\n".join([head, *lines])
+
+
+def render(name: str) -> None:
+    """Writes NAME.md, its pictures, and the README's block of this name if it has one."""
+    found = Comparison.load(RESULTS / f"{name}.json")
+    drawn = pictures(found)
+    for key, (_, svg) in drawn.items():
+        (RESULTS / f"{name}-{key}.svg").write_text(svg, encoding="utf-8")
+    images = "\n\n".join(f"![{what}]({name}-{key}.svg)" for key, (what, _) in drawn.items())
+    notes = RESULTS / f"{name}-notes.md"
+    title = notes.read_text(encoding="utf-8").split("\n", 1) if notes.is_file() else [f"# {name}", ""]
+    (RESULTS / f"{name}.md").write_text(
+        f"{title[0]}\n\n{headline(found)}\n\n    {command(found)} -o {name}\n    "
+        f"python benchmarks/publish.py {name} {name}\n\n{images}\n\n{render_markdown(found)}\n{title[1].strip()}\n",
+        encoding="utf-8")
+    readme, start, end = (ROOT / "README.md").read_text(encoding="utf-8"), f"<!-- table: {name} -->\n", "<!-- end -->"
+    if start in readme:
+        head, rest = readme.split(start, 1)
+        (ROOT / "README.md").write_text(
+            f"{head}{start}{short_table(found)}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="what the command wrote (results.json in it)")
+    parser.add_argument("name", help="name of the page in docs/results")
+    parser.add_argument("--render", action="store_true", help="only write the page again")
+    options = parser.parse_args()
+    if not options.render:
+        Comparison.load(options.folder).save(RESULTS / f"{options.name}.json")
+    render(options.name)
+
+
+if __name__ == "__main__":
+    main()
