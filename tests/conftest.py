@@ -16,6 +16,8 @@ from transformers.utils import logging
 import kdprune
 
 logging.disable_progress_bar()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one core a worker
 
 BUNDLED = Path(kdprune.__file__).parent / "bundled" / "model"
 

@@ -231,6 +231,7 @@ def test_an_unknown_hub_id_without_a_network(bench: Bench, tmp_path: Path) -> No
     (["--ratio", "0.9"], r"ratio 0\.9, expected at most 0\.\d+, the largest"),
     (["--ratoi", "0.2"], "No such option: --ratoi; did you mean --ratio[?]"),
     (["--featuers", "8"], "No such option: --featuers; did you mean --features[?]"),
+    (["--method", "sleb", "--features", "8"], "got option --features, which belongs to kdp; choose that with --method"),
     (["--method", "kdb"], "unknown method 'kdb'; did you mean 'kdp'[?]"),
     (["--preset", "papre"], "unknown preset 'papre'; did you mean 'paper'[?]"),
     (["--context", "atention"], "unknown context 'atention'; did you mean 'attention'[?]"),

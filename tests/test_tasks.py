@@ -1,6 +1,7 @@
-"""Tasks through lm-eval against the model's own log-likelihoods; retention against figures by hand.
+"""Tasks through lm-eval against the model's own log-likelihoods.
 
-With the environment variable KDPRUNE_BENCH, a directory with sciq.jsonl and blimp/*.jsonl, real rows are used too.
+Where KDPRUNE_BENCH, or else ``shared/data/bench`` beside the repository, holds sciq.jsonl and blimp/*.jsonl, real rows
+are used too.
 """
 
 import json
@@ -23,12 +24,10 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation import task_loading
 from kdprune.evaluation.suites import PHENOMENA, SUITES, Row, Text, local_files, suite_rows
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
-from kdprune.report import task_records
-from kdprune.report.retention import carries_signal, retention, row_name
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("one_thread")
-BENCH = os.environ.get("KDPRUNE_BENCH")
+BENCH = Path(os.environ.get("KDPRUNE_BENCH", Path(__file__).parents[2] / "shared" / "data" / "bench"))
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +56,12 @@ def sciq_rows(count: int = 40) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module", params=["made", pytest.param("real", marks=pytest.mark.skipif(
-    BENCH is None, reason="KDPRUNE_BENCH is not set"))])
+    not BENCH.is_dir(), reason="no benchmark data here"))])
 def sciq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A folder with sciq.jsonl, and its rows."""
     rows = sciq_rows()
     if request.param == "real":
-        rows = [json.loads(line) for line in (Path(str(BENCH)) / "sciq.jsonl").read_text().splitlines()[:40]]
+        rows = [json.loads(line) for line in (BENCH / "sciq.jsonl").read_text().splitlines()[:40]]
     return write(tmp_path_factory.mktemp("sciq"), "sciq", rows), rows
 
 
@@ -247,12 +246,12 @@ def test_the_twelve_phenomena_hold_every_paradigm_once() -> None:
     assert len(stock) == 67
 
 
-@pytest.mark.skipif(BENCH is None, reason="KDPRUNE_BENCH is not set")
+@pytest.mark.skipif(not BENCH.is_dir(), reason="no benchmark data here")
 def test_the_data_group_the_paradigms_alike() -> None:
     for phenomenon, paradigms in PHENOMENA.items():
         terms = set()
         for name in paradigms:
-            with (Path(str(BENCH)) / "blimp" / f"{name}.jsonl").open(encoding="utf-8") as file:
+            with (BENCH / "blimp" / f"{name}.jsonl").open(encoding="utf-8") as file:
                 terms.add(json.loads(file.readline())["linguistics_term"])
         assert len(terms - {"s-selection"}) == 1, phenomenon
 
@@ -322,68 +321,6 @@ def test_counts_and_models_that_cannot_be(bundled: PreTrainedModel, tokenizer: A
         run_suite(bundled, tokenizer, "sciq", data=[tmp_path], batch_size=0)
     with pytest.raises(KDPruneError, match="without a tokenizer"):
         run_suite(bundled, None, "sciq", data=[tmp_path])
-
-
-# ------------------------------------------------------------------------------------------ retention
-
-
-def score(
-    task: str, value: float, stderr: float | None, chance: float | None, **changes: Any
-) -> task_records.TaskScore:
-    given = {"group": task, "metric": "acc", "items": 100, "higher_is_better": True, **changes}
-    return task_records.TaskScore(task=task, value=value, stderr=stderr, chance=chance, **given)
-
-
-DENSE = [
-    score("a", 0.8, 0.05, 0.5), score("b", 0.3, 0.1, 0.25), score("blimp", 0.9, 0.02, 0.5, group="binding"),
-    score("text", 40.0, None, None, metric="perplexity", higher_is_better=False),
-]
-PRUNED = [
-    score("text", 400.0, None, None, metric="perplexity", higher_is_better=False),
-    score("blimp", 0.8, 0.03, 0.5, group="binding"), score("b", 0.35, 0.1, 0.25), score("a", 0.65, 0.04, 0.5),
-]
-
-
-def test_retention_by_hand() -> None:
-    found = retention(DENSE, PRUNED)
-    assert found.mean == pytest.approx(1.8 / 2.0)
-    assert found.above_chance == pytest.approx((0.15 / 0.3 + 0.3 / 0.4) / 2)
-    assert found.signal == ["a", "blimp: binding"]
-    assert found.left_out == ["b"]
-    first = (0.04**2 + (0.5 * 0.05) ** 2) / 0.3**2
-    second = (0.03**2 + (0.75 * 0.02) ** 2) / 0.4**2
-    assert found.above_chance_stderr == pytest.approx(math.sqrt(first + second) / 2)
-    whole = 0.04**2 + 0.1**2 + 0.03**2 + 0.81 * (0.05**2 + 0.1**2 + 0.02**2)
-    assert found.mean_stderr == pytest.approx(math.sqrt(whole) / 2.0)
-    same = retention(DENSE, DENSE)
-    assert (same.mean, same.above_chance) == (1.0, 1.0)
-
-
-def test_signal_is_two_standard_errors_above_chance() -> None:
-    assert carries_signal(score("a", 0.61, 0.05, 0.5))
-    assert not carries_signal(score("a", 0.6, 0.05, 0.5))
-    assert not carries_signal(score("a", 0.9, None, 0.5))
-    assert not carries_signal(score("a", 0.9, 0.01, None))
-    nothing = retention([score("a", 0.5, 0.1, 0.5)], [score("a", 0.4, 0.1, 0.5)])
-    assert (nothing.above_chance, nothing.signal, nothing.left_out) == (None, [], ["a"])
-    unknown = retention([score("a", 0.9, 0.1, 0.5)], [score("a", 0.7, None, 0.5)])
-    assert (unknown.above_chance, unknown.above_chance_stderr) == (pytest.approx(0.5), None)
-
-
-@pytest.mark.parametrize(("dense", "pruned", "message"), [
-    (DENSE, PRUNED[1:3], "got a, a, acc of one model alone"),
-    ([score("a", 0.5, 0.1, 0.0)], [score("a", 0.5, 0.1, 0.0, items=50)], "got 100 and 50 items of a"),
-    (DENSE[3:], PRUNED[:1], "got no score above 0"),
-])
-def test_scores_that_do_not_compare(dense: list[Any], pruned: list[Any], message: str) -> None:
-    with pytest.raises(KDPruneError, match=message):
-        retention(dense, pruned)
-
-
-def test_both_kinds_of_scores_serve() -> None:
-    plain = [TaskScore(**item.model_dump()) for item in DENSE]
-    assert retention(plain, plain).mean == 1.0
-    assert row_name(plain[2]) == "blimp: binding"
 
 
 # ------------------------------------------------------------------------------------------ the command

@@ -94,9 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage(error: Any) -> str:
-    """The message of a usage error; of an unknown option's alternatives the nearest alone."""
-    near = difflib.get_close_matches(
-        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or [], n=1, cutoff=0.0)
+    """The message of a usage error; of an unknown option the methods that have it, or the nearest one there is."""
+    name = getattr(error, "option_name", "")
+    owners = [key for key, method in METHODS.items() if name[2:].replace("-", "_") in method.__dataclass_fields__]
+    if name and owners:
+        return f"got option {name}, which belongs to {', '.join(owners)}; choose that with --method"
+    near = difflib.get_close_matches(name, getattr(error, "possibilities", None) or [], n=1, cutoff=0.7)
     return f"{error.message}; did you mean {near[0]}?" if near else str(error.format_message())
 
 

@@ -1,0 +1,70 @@
+"""Retained performance against figures by hand."""
+
+import math
+from typing import Any
+
+import pytest
+
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.tasks import TaskScore
+from kdprune.report import task_records
+from kdprune.report.retention import carries_signal, retention, row_name
+
+
+def score(
+    task: str, value: float, stderr: float | None, chance: float | None, **changes: Any
+) -> task_records.TaskScore:
+    given = {"group": task, "metric": "acc", "items": 100, "higher_is_better": True, **changes}
+    return task_records.TaskScore(task=task, value=value, stderr=stderr, chance=chance, **given)
+
+
+DENSE = [
+    score("a", 0.8, 0.05, 0.5), score("b", 0.3, 0.1, 0.25), score("blimp", 0.9, 0.02, 0.5, group="binding"),
+    score("text", 40.0, None, None, metric="perplexity", higher_is_better=False),
+]
+PRUNED = [
+    score("text", 400.0, None, None, metric="perplexity", higher_is_better=False),
+    score("blimp", 0.8, 0.03, 0.5, group="binding"), score("b", 0.35, 0.1, 0.25), score("a", 0.65, 0.04, 0.5),
+]
+
+
+def test_retention_by_hand() -> None:
+    found = retention(DENSE, PRUNED)
+    assert found.mean == pytest.approx(1.8 / 2.0)
+    assert found.above_chance == pytest.approx((0.15 / 0.3 + 0.3 / 0.4) / 2)
+    assert found.signal == ["a", "blimp: binding"]
+    assert found.left_out == ["b"]
+    first = (0.04**2 + (0.5 * 0.05) ** 2) / 0.3**2
+    second = (0.03**2 + (0.75 * 0.02) ** 2) / 0.4**2
+    assert found.above_chance_stderr == pytest.approx(math.sqrt(first + second) / 2)
+    whole = 0.04**2 + 0.1**2 + 0.03**2 + 0.81 * (0.05**2 + 0.1**2 + 0.02**2)
+    assert found.mean_stderr == pytest.approx(math.sqrt(whole) / 2.0)
+    same = retention(DENSE, DENSE)
+    assert (same.mean, same.above_chance) == (1.0, 1.0)
+
+
+def test_signal_is_two_standard_errors_above_chance() -> None:
+    assert carries_signal(score("a", 0.61, 0.05, 0.5))
+    assert not carries_signal(score("a", 0.6, 0.05, 0.5))
+    assert not carries_signal(score("a", 0.9, None, 0.5))
+    assert not carries_signal(score("a", 0.9, 0.01, None))
+    nothing = retention([score("a", 0.5, 0.1, 0.5)], [score("a", 0.4, 0.1, 0.5)])
+    assert (nothing.above_chance, nothing.signal, nothing.left_out) == (None, [], ["a"])
+    unknown = retention([score("a", 0.9, 0.1, 0.5)], [score("a", 0.7, None, 0.5)])
+    assert (unknown.above_chance, unknown.above_chance_stderr) == (pytest.approx(0.5), None)
+
+
+@pytest.mark.parametrize(("dense", "pruned", "message"), [
+    (DENSE, PRUNED[1:3], "got a, a, acc of one model alone"),
+    ([score("a", 0.5, 0.1, 0.0)], [score("a", 0.5, 0.1, 0.0, items=50)], "got 100 and 50 items of a"),
+    (DENSE[3:], PRUNED[:1], "got no score above 0"),
+])
+def test_scores_that_do_not_compare(dense: list[Any], pruned: list[Any], message: str) -> None:
+    with pytest.raises(KDPruneError, match=message):
+        retention(dense, pruned)
+
+
+def test_both_kinds_of_scores_serve() -> None:
+    plain = [TaskScore(**item.model_dump()) for item in DENSE]
+    assert retention(plain, plain).mean == 1.0
+    assert row_name(plain[2]) == "blimp: binding"
