@@ -6,6 +6,8 @@ python -m kdprune.report.schema > docs/results-schema.md
 from collections.abc import Mapping
 from typing import Any
 
+from kdprune.report.comparison_records import COMPARISON_VERSION, Comparison
+from kdprune.report.records import Record
 from kdprune.report.results import SCHEMA_VERSION, Results
 
 _HEAD = f"""# results.json
@@ -21,17 +23,32 @@ norm; φ is the kernel's feature map, A_i the operator of the block's i-th layer
 """
 
 
+_COMPARISON = f"""# results.json of a comparison or an ablation
+
+What `kdprune compare` and `kdprune ablate` write, told apart by `kind`; schema version
+{COMPARISON_VERSION}; the only input of their `table.md` and `report.html`. Read it with
+`kdprune.report.comparison_records.Comparison.load(path)`. `rows`, `signal` and `left_out` follow from the rest.
+"""
+
+
 def markdown() -> str:
     """The page: one table per part, in the order in which parts are met."""
-    schema = Results.model_json_schema()
+    done: set[str] = set()
+    lines = [_HEAD, *_sections(Results, done), _COMPARISON, *_sections(Comparison, done)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _sections(record: type[Record], done: set[str]) -> list[str]:
+    """The tables of a record and of its parts, those in ``done`` left out."""
+    schema, top = record.model_json_schema(), record.__name__
     parts: Mapping[str, Any] = schema["$defs"]
-    lines, waiting, done = [_HEAD], ["Results"], set()
+    lines, waiting = [], [top]
     while waiting:
         name = waiting.pop(0)
         if name in done:
             continue
         done.add(name)
-        part = schema if name == "Results" else parts[name]
+        part = schema if name == top else parts[name]
         lines += [f"## {name}", "", _first_line(part.get("description", "")), ""]
         lines += ["| field | type | meaning |", "|---|---|---|"]
         for field, entry in part["properties"].items():
@@ -39,7 +56,7 @@ def markdown() -> str:
             lines.append(f"| `{field}` | {kind} | {_cell(entry.get('description', ''))} |")
             waiting += [other for other in parts if f"[{other}]" in kind]
         lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    return lines
 
 
 def _type(entry: Mapping[str, Any]) -> str:
