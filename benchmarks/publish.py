@@ -3,6 +3,9 @@
     kdprune compare --methods … --seeds 3 -o comparison && python benchmarks/publish.py comparison peers
     python benchmarks/publish.py --render peers          # page, pictures and README again, from docs/results/peers.json
 
+Time, memory and speed are only worth printing from a machine that does nothing else: where docs/results/NAME-cost.json is
+a record of the same variants (published under the name NAME-cost), these columns come from there.
+
 Every figure of the page comes from the record; ``docs/results/NAME-notes.md``, if there is one, is appended to it.
 """
 
@@ -18,15 +21,17 @@ from kdprune.report.comparison_table import cells, dense_cells, render_markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-SHORT = ["net ratio", "perplexity", "excess loss", "above chance", "prefill", "KV cache saved", "time"]
+QUALITY = ["net ratio", "perplexity", "excess loss", "above chance", "KV cache saved"]
+COST = ["prefill", "decode", "time", "peak memory"]
 # Keys of the record's recipe that are options of the command, in this order.
 OPTIONS = ("base", "only", "methods", "blocks_from", "ratio", "heal", "heal_what", "heal_tokens", "calibration",
-           "heldout", "samples", "length", "suite", "suite_data", "limit")
+           "heldout", "samples", "length", "dtype", "suite", "suite_data", "limit")
 
 
 def command(found: Comparison) -> str:
     """The command that repeats the run."""
     words = ["kdprune", "ablate" if found.kind == "ablation" else "compare"]
+    words += [] if "bundled" in found.model else [found.model]
     for name in OPTIONS:
         value: Any = found.recipe.get(name)
         if value in (None, [], ""):
@@ -41,11 +46,11 @@ def command(found: Comparison) -> str:
     return shlex.join([*words, "--seeds", seeds])
 
 
-def pictures(found: Comparison) -> dict[str, tuple[str, str]]:
+def pictures(found: Comparison, cost: Comparison) -> dict[str, tuple[str, str]]:
     """Name of the file → what it shows, and the picture."""
     if found.kind == "comparison":
         return {"size": ("quality against size", plots.quality_against_size(found)),
-                "cost": ("quality against cost", plots.quality_against_cost(found)),
+                "cost": ("quality against cost", plots.quality_against_cost(cost)),
                 "excess": ("excess loss", plots.excess_by_variant(ranked(found), "Excess loss"))}
     base = found.rows[0]
     switched = [row for row in ranked(found) if row.variant.value is None]
@@ -57,32 +62,46 @@ def pictures(found: Comparison) -> dict[str, tuple[str, str]]:
     return made
 
 
-def short_table(found: Comparison) -> str:
+def short_table(found: Comparison, cost: Comparison) -> str:
     """The README's table, least excess loss first."""
-    head = "| " + " | ".join(["method", *SHORT]) + " |\n|---" + "|---:" * len(SHORT) + "|"
-    lines = ["| dense | " + " | ".join(dense_cells(found, SHORT)) + " |"]
-    lines += [f"| {row.variant.title} | " + " | ".join(cells(row, SHORT)) + " |" for row in ranked(found)]
-    return "\n".join([head, *lines])
+    titles = [*QUALITY, *COST]
+    lines = ["| " + " | ".join(["method", *titles]) + " |", "|---" + "|---:" * len(titles) + "|",
+             "| dense | " + " | ".join(dense_cells(found, titles)) + " |"]
+    for row in ranked(found):
+        figures = cells(row, QUALITY) + cells(cost.row(row.variant.name), COST)
+        lines.append(f"| {row.variant.title} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
+def cost_of(name: str, found: Comparison) -> Comparison:
+    """The record that time, memory and speed come from."""
+    file = RESULTS / f"{name}-cost.json"
+    return Comparison.load(file) if file.is_file() else found
 
 
 def render(name: str) -> None:
     """Writes NAME.md, its pictures, and the README's block of this name if it has one."""
     found = Comparison.load(RESULTS / f"{name}.json")
-    drawn = pictures(found)
+    cost = cost_of(name, found)
+    drawn = pictures(found, cost)
     for key, (_, svg) in drawn.items():
         (RESULTS / f"{name}-{key}.svg").write_text(svg, encoding="utf-8")
     images = "\n\n".join(f"![{what}]({name}-{key}.svg)" for key, (what, _) in drawn.items())
     notes = RESULTS / f"{name}-notes.md"
+    tables = render_markdown(found)
+    if cost is not found:
+        tables = (f"{render_markdown(found, [*QUALITY, 'retained', 'tokens used'])}\n## Cost\n\nOn a machine that did nothing "
+                  f"else:\n\n    {command(cost)} -o {name}-cost\n\n{render_markdown(cost, ['excess loss', *COST])}")
     title = notes.read_text(encoding="utf-8").split("\n", 1) if notes.is_file() else [f"# {name}", ""]
     (RESULTS / f"{name}.md").write_text(
         f"{title[0]}\n\n{headline(found)}\n\n    {command(found)} -o {name}\n    "
-        f"python benchmarks/publish.py {name} {name}\n\n{images}\n\n{render_markdown(found)}\n{title[1].strip()}\n",
+        f"python benchmarks/publish.py {name} {name}\n\n{images}\n\n{tables}\n{title[1].strip()}\n",
         encoding="utf-8")
     readme, start, end = (ROOT / "README.md").read_text(encoding="utf-8"), f"<!-- table: {name} -->\n", "<!-- end -->"
     if start in readme:
         head, rest = readme.split(start, 1)
         (ROOT / "README.md").write_text(
-            f"{head}{start}{short_table(found)}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+            f"{head}{start}{short_table(found, cost)}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def main() -> None:

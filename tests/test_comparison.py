@@ -130,6 +130,9 @@ def test_an_interrupted_comparison_continues(
     assert measured[4:] == [(LINEAR, 1), (LINEAR, 0)]
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, overwrite=True, **arguments)
     assert measured[6:] == [(LINEAR, 0)]
+    monkeypatch.setattr("kdprune.units.code_identity", lambda: "another release")
+    kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, **arguments)
+    assert measured[7:] == [(LINEAR, 0)]
 
 
 def test_blocks_from_one_variant() -> None:
@@ -158,6 +161,8 @@ def test_a_failed_source_of_blocks_fails_those_that_wait() -> None:
     ({"methods": ""}, "got no methods"),
     ({"seeds": 0}, "got seeds 0"),
     ({"ratio": 2.0}, "got ratio 2.0"),
+    ({"limit": 5}, "got suite_data or limit without a suite"),
+    ({"limit": 0, "suite": "small"}, "got limit 0"),
 ])
 def test_mistakes_are_told_before_any_work(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(KDPruneError, match=message):
@@ -180,6 +185,18 @@ def test_variants_by_name() -> None:
     assert (variant.method.ratio, variant.samples, variant.heal.loss, variant.heal.tokens) == (0.3, 8, "lm", 100)
     assert variant.options["kernel"] == "fixed"
     assert set(METHODS) >= {name.partition(":")[0] for name in METHODS_USED}
+
+
+def test_healing_is_a_part_of_a_variant() -> None:
+    assert parse_variant("shortgpt:heal=no", 0.3, {"heal": "kl", "heal_what": "lora"}).heal is None
+    lora = ":heal=lm:heal_what=lora:heal_tokens=100:heal_rate=0.001"
+    names = [f"shortgpt{lora}", f"slicegpt{lora}", f"llm-pruner{lora}", "uidl:heal=kl"]
+    result = kdprune.compare(
+        tiny_llama(), names, seeds=1, calibration=random_ids(), heldout=random_ids(3, 20, seed=3))
+    assert [unit.heal is not None and unit.heal.tokens for unit in result.units] == [100, 100, 100]
+    assert [(failure.variant, "puts nothing in" in failure.reason) for failure in result.failures] == [
+        ("uidl:heal=kl", True)]
+    assert all(found.parameters.net_ratio >= 0.25 for found in result.units)
 
 
 def test_ablation_of_two_parts(bench: Bench, tmp_path: Path) -> None:

@@ -98,15 +98,6 @@ def test_block_influence_of_hand_made_states(monkeypatch: pytest.MonkeyPatch) ->
     assert distances.angular[0, 6].item() == pytest.approx(math.acos(0.5) / math.pi)
 
 
-def test_a_limit_takes_the_first_rows_that_hold_so_many_tokens() -> None:
-    model, tokens = build("llama2"), padded_tokens(rows=5)
-    first = tokens.select(slice(0, 2))  # 12 + 11 tokens
-    for limit in (13, 23):
-        assert torch.equal(measured(model, tokens, tokens_limit=limit).cosine, measured(model, first).cosine)
-    assert measured(model, tokens, tokens_limit=12).tokens == 12
-    assert measured(model, tokens, tokens_limit=10_000).tokens == tokens.tokens
-
-
 # ------------------------------------------------------------------------------------------ ShortGPT and UIDL
 
 

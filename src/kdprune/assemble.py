@@ -1,5 +1,6 @@
 """A run's measurements, and their assembly into ``results.json``'s record."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -34,7 +35,7 @@ from kdprune.report.results import (
 from kdprune.runtime import Stages, peak_memory_bytes
 
 PROMPT_TOKENS = 32  # of the held-out text that both models continue
-_SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy")
+_SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy", "lm_eval", "peft")
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,12 @@ def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of Python and of the packages a run rests on."""
-    return {"python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in _SOFTWARE}
+    """Versions of Python and of the packages a run rests on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def analysis_results(

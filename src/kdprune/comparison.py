@@ -18,7 +18,6 @@ from kdprune.evaluation.tasks import check_suite
 from kdprune.methods import METHODS
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.output import check_output
-from kdprune.pipeline import check_run
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, Failure, Unit
 from kdprune.report.comparison_records import Variant as VariantRecord
@@ -57,12 +56,22 @@ class Plan:
             raise KDPruneError(f"got seeds {self.seeds}, expected a number of seeds of at least 1, or a list of them")
         return found
 
+    def check(self) -> None:
+        """Raises KDPruneError for a suite that cannot be scored, or options that need one: before any work."""
+        if self.limit is not None and self.limit < 1:
+            raise KDPruneError(f"got limit {self.limit}, expected a number of items of at least 1")
+        if self.suite is not None:
+            check_suite(self.suite, [Path(folder) for folder in self.suite_data])
+        elif self.suite_data or self.limit is not None:
+            raise KDPruneError("got suite_data or limit without a suite, expected suite='small' or names of tasks")
+
     def recipe(self) -> dict[str, Any]:
         """What the record keeps of the options."""
         return {
             "ratio": self.ratio, "seeds": self.seed_list(), "calibration": plain_source(self.texts.source),
             "samples": self.texts.samples, "length": self.texts.length, "heldout": plain_source(self.heldout),
-            "dtype": self.dtype, "suite": self.suite, "limit": self.limit,
+            "device": self.device, "dtype": self.dtype, "suite": self.suite,
+            "suite_data": [str(folder) for folder in self.suite_data] or None, "limit": self.limit,
         }
 
 
@@ -174,12 +183,13 @@ def _run(
 ) -> Comparison:
     """Opens the model, goes through all units, and writes what was found."""
     seeds = plan.seed_list()
-    if plan.suite is not None:
-        check_suite(plan.suite, [Path(folder) for folder in plan.suite_data])
+    plan.check()
     folder = None if plan.output_dir is None else _prepare(Path(plan.output_dir), plan.overwrite)
     session = Session(
         plan.model, plan.tokenizer, seeds[0], plan.device, plan.dtype, plan.trust_remote_code,
         Stages(show=plan.progress))
+    if session.tokenizer is None and plan.suite is not None:
+        raise KDPruneError("got a suite of tasks without a tokenizer, expected one: give tokenizer=…")
     if session.tokenizer is None and plan.heldout is None:
         raise KDPruneError("got no tokenizer and no held-out tokens, expected one: give tokenizer=… or heldout=… so "
                            "that all seeds are measured on the same text")
@@ -249,11 +259,14 @@ def _refusals(
     """Why variants cannot be, before any work; those that wait for blocks are checked when they have them."""
     found = {}
     for variant in variants:
+        tokens = bench.tokens(seeds[0], variant)
         try:
+            if variant.heal is not None:
+                variant.heal.check(variant.method, tokens)
             if blocks_from in (None, variant.name) or not variant.takes_blocks:
-                check_run(bench.session, variant.method, bench.tokens(seeds[0], variant), variant.heal)
-        except KDPruneError as error:
-            found[variant.name] = str(error)
+                variant.method.check(bench.session.model, tokens)
+        except Exception as error:  # as in _unit
+            found[variant.name] = _reason(error)
     return found
 
 

@@ -22,7 +22,7 @@ from kdprune.methods.method import Method
 from kdprune.methods.options import check_values, option
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
-from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute
+from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, fit
 
@@ -120,7 +120,7 @@ def heal(
     watched = tokens.select(slice(len(tokens) - held, None))
     rows = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
     objective = language_loss if settings.loss == "lm" else divergence(dense)
-    tuned = _sharing_copy(pruned, names) if pruned.dtype == torch.float32 else copy.deepcopy(pruned).float()
+    tuned = sharing_copy(pruned, own=names) if pruned.dtype == torch.float32 else copy.deepcopy(pruned).float()
     train = _train_lora if settings.what == "lora" else _train_put_in
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense), evaluating(tuned):
         with stages.stage("heal", len(rows)) as advance:
@@ -270,18 +270,10 @@ def _better(
     return healed if kept else pruned, {**record, "before": before, "after": after, **language, "kept": kept}
 
 
-def _sharing_copy(model: PreTrainedModel, names: Collection[str]) -> PreTrainedModel:
-    """A copy of ``model`` with weights of its own for ``names``; all others, and the buffers, are shared."""
-    shared: dict[int, Any] = {
-        id(parameter): parameter for name, parameter in model.named_parameters() if name not in names}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, shared)
-
-
 @torch.no_grad()
 def _with_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """A copy of ``model`` with these weights by name, cast to its dtype; all others are shared."""
-    result = _sharing_copy(model, weights.keys())
+    result = sharing_copy(model, own=weights.keys())
     for name, weight in weights.items():
         result.get_parameter(name).copy_(weight)
     return result

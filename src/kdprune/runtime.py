@@ -1,6 +1,8 @@
 """Device, seeds, progress and cost: the only room that knows about the machine."""
 
 import contextlib
+import ctypes
+import gc
 import logging
 import resource
 import sys
@@ -66,8 +68,15 @@ def _host_peak() -> int:
 
 
 def reset_peak_memory() -> bool:
-    """Starts the high-water mark anew; False where the system cannot, and the mark stays the process's."""
+    """Starts the high-water mark anew; False where the system cannot, and the mark stays the process's.
+
+    What earlier work no longer needs is handed back first, so that it does not count.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless asked
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.analysis import Scores
-from kdprune.assemble import measured_speed
+from kdprune.assemble import measured_speed, software_versions
 from kdprune.data import TokenSet
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
@@ -24,6 +23,7 @@ from kdprune.methods.method import RankedMethod
 from kdprune.model.families import decoder_layers
 from kdprune.pipeline import RunOutcome, run_method
 from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
+from kdprune.report.heal_record import Heal
 from kdprune.report.records import KVCache, Layers, Parameters, Perplexity, Record
 from kdprune.report.results import write_file
 from kdprune.report.task_records import TaskScore
@@ -102,7 +102,7 @@ class Bench:
     def __init__(self, session: Session, texts: Texts, protocol: Protocol, store: Store, show: bool):
         self.session, self.texts, self.protocol, self.store, self.show = session, texts, protocol, store, show
         self._common = digest([
-            importlib.metadata.version("kdprune"), COMPARISON_VERSION, model_identity(session.model),
+            code_identity(), software_versions(), COMPARISON_VERSION, model_identity(session.model),
             str(session.model.device), protocol.identity(),
         ])
         self._tokens: dict[Any, TokenSet] = {}
@@ -163,8 +163,8 @@ class Bench:
             seconds=cost.seconds + shared.seconds, analysis_seconds=shared.seconds,
             peak_memory_bytes=max(cost.peak_memory_bytes, shared.peak_memory_bytes),
             peak_memory_scope="unit" if cost.own_peak else "process",
-            tokens=seen + int(healed.get("tokens", 0)), **self._measured(run, made, dense),
-            stages=dict(run.stages.seconds),
+            tokens=seen + int(healed.get("tokens", 0)), heal=Heal(**healed) if healed else None,
+            **self._measured(run, made, dense), stages=dict(run.stages.seconds),
         )
 
     def _measured(self, run: Session, made: RunOutcome, dense: Dense) -> dict[str, Any]:
@@ -214,6 +214,13 @@ def unit_name(variant: Variant, seed: int) -> str:
 def digest(parts: Any) -> str:
     """A hash of plain data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_identity() -> str:
+    """A hash of the package's own source: figures of other code are measured again."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return digest([(str(file.relative_to(root)), file.read_text(encoding="utf-8")) for file in files])
 
 
 def tokens_identity(tokens: TokenSet) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdprune.errors import KDPruneError
-from kdprune.heal import Heal, argument, make_heal
+from kdprune.heal import HEAL_OPTIONS, Heal, make_heal
 from kdprune.methods import METHODS
 from kdprune.methods.method import DepthMethod, Method
 from kdprune.pipeline import make_method
@@ -15,7 +15,6 @@ from kdprune.recipe import check_options, reject_unknown
 
 # What a variant may set beside its method's fields and healing: which calibration rows it sees.
 RUN_OPTIONS = ("samples", "length")
-HEAL_OPTIONS = tuple(argument(field.name) for field in dataclasses.fields(Heal))
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,10 @@ def parse_variant(name: str, ratio: float, common: Mapping[str, Any] | None = No
     fields = [field.name for field in dataclasses.fields(METHODS[method])]
     reject_unknown(given, [*fields, *RUN_OPTIONS, *HEAL_OPTIONS], f"option of {method}")
     own = {key: value for key, value in given.items() if key in fields}
-    run = check_options({"method": method, **(common or {})} | {
-        key: value for key, value in given.items() if key not in fields})
+    own_run = {key: value for key, value in given.items() if key not in fields}
+    if own_run.get("heal") == "no":
+        common, own_run = {}, {key: value for key, value in own_run.items() if key not in HEAL_OPTIONS}
+    run = check_options({"method": method, **(common or {}), **own_run})
     heal = {key: value for key, value in run.items() if key in HEAL_OPTIONS}
     return Variant(
         name, make_method(method, {"ratio": ratio, **own}), given, make_heal(heal), run.get("samples"),

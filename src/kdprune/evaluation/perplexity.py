@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+from kdprune.model.losses import IGNORED
 
-IGNORED = -100  # target of a position that is not scored
 LONGEST_WINDOW = 2048
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
 SLICE = 2**25  # most logits turned into float32 at once

@@ -9,14 +9,14 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.blocks import check_blocks, shortest_blocks
 from kdprune.methods.diagnostics import held_out
+from kdprune.methods.distance import measure_distances
+from kdprune.methods.fitting import average
 from kdprune.methods.method import DepthMethod
-from kdprune.methods.site import Site
+from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.activations import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime import Stages
 from kdprune.selection import open_layers
-
-PASS_ROWS = 32  # rows a pass when nothing is trained
 
 
 def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, first: int = 0) -> list[range]:
@@ -33,6 +33,17 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, firs
         return check_blocks([range(*block) for block in options.blocks], layers)
     allowed = open_layers(layers, options.protect)
     return shortest_blocks(model, options.ratio, range(max(first, allowed.start), allowed.stop), cost)
+
+
+def choose(
+    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, batch_size: int, stages: Stages, cost: int = 0,
+    first: int = 0,
+) -> list[range]:
+    """The explicit blocks, or of the :func:`candidates` the one whose ends have the greatest mean cosine."""
+    blocks = candidates(options, model, cost, first)
+    if options.blocks is not None:
+        return blocks
+    return [nearest(blocks, 1 - measure_distances(model, tokens, batch_size, stages).cosine)]
 
 
 def nearest(blocks: list[range], distance: Tensor) -> range:
@@ -75,9 +86,4 @@ def fit_record(site: Site, energy: float, curves: dict[str, list[float]]) -> dic
 
 def fitted_error(site: Site, energy: float) -> dict[str, list[float]]:
     """Loss and cosine over all fitted rows as curves of one value: what a closed form reaches at once."""
-    measure, sums, count = site.state_measure(energy), {"loss": 0.0, "cosine": 0.0}, 0
-    for rows in site.row_batches(PASS_ROWS):
-        for key, value in measure(rows).items():
-            sums[key] += float(value.detach()) * len(rows)
-        count += len(rows)
-    return {key: [total / count] for key, total in sums.items()}
+    return average(site.state_measure(energy), site)

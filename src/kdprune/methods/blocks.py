@@ -30,7 +30,7 @@ class Budget:
         family = family_of(model)
         self.shape, self.ratio = shape, ratio
         self.total = model.num_parameters()
-        self.layers = [_count(layer) for layer in decoder_layers(model)]
+        self.layers = layer_sizes(model)
         # A context layer keeps everything but the MLP path.
         self.kept_by_context = [
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
@@ -42,6 +42,11 @@ class Budget:
         shape = self.shape if features is None else dataclasses.replace(self.shape, features=features)
         context = self.kept_by_context[block.start] if shape.context else 0
         return sum(self.layers[index] for index in block) - shape.parameters() - context
+
+
+def layer_sizes(model: PreTrainedModel) -> list[int]:
+    """Parameters of every decoder layer."""
+    return [_count(layer) for layer in decoder_layers(model)]
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -113,7 +118,7 @@ def shortest_blocks(model: PreTrainedModel, ratio: float, allowed: range, cost: 
     Raises:
         KDPruneError: no block inside ``allowed`` removes that much (says the largest ratio that can be reached).
     """
-    total, sizes = model.num_parameters(), [_count(layer) for layer in decoder_layers(model)]
+    total, sizes = model.num_parameters(), layer_sizes(model)
     target = round(ratio * total)
     found = {}
     for start in allowed:

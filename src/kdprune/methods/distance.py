@@ -33,18 +33,16 @@ class Distances:
 
 @torch.no_grad()
 def measure_distances(
-    model: PreTrainedModel, tokens: TokenSet, batch_size: int, stages: Stages, tokens_limit: int | None = None,
+    model: PreTrainedModel, tokens: TokenSet, batch_size: int, stages: Stages,
 ) -> Distances:
     """One pass over the calibration rows; no states are kept beyond a batch, and padding is left out.
 
     Args:
         batch_size: rows a forward pass.
-        tokens_limit: take only the first rows that hold this many real tokens; None: all rows.
 
     Raises:
         KDPruneError: a state is NaN or infinite.
     """
-    tokens = tokens if tokens_limit is None else first_rows(tokens, tokens_limit)
     states = len(decoder_layers(model)) + 1
     cosine, angular = (torch.zeros(states, states, dtype=torch.float64) for _ in range(2))
     rows = 0
@@ -59,12 +57,6 @@ def measure_distances(
             rows += len(row)
             advance(len(batch))
     return Distances(cosine / max(tokens.tokens, 1), angular / max(rows, 1), tokens.tokens)
-
-
-def first_rows(tokens: TokenSet, limit: int) -> TokenSet:
-    """The fewest first rows that hold at least ``limit`` real tokens, one row at least; all rows if there are fewer."""
-    counts = tokens.mask.sum(1).cumsum(0)
-    return tokens.select(slice(0, int((counts < limit).sum()) + 1))
 
 
 def last_tokens(batch: TokenSet) -> tuple[Tensor, Tensor]:

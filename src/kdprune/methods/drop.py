@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.blocks import check_blocks, shortest_blocks
+from kdprune.methods.blocks import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.distance import measure_distances
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
@@ -23,11 +23,6 @@ from kdprune.model.losses import IGNORED, mean_loss, next_tokens
 from kdprune.model.surgery import Drop, layers_replaced
 from kdprune.runtime import Stages
 from kdprune.selection import open_layers
-
-
-def layer_sizes(model: PreTrainedModel) -> list[int]:
-    """Parameters of every decoder layer."""
-    return [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
 
 
 def runs(layers: Iterable[int]) -> list[range]:

@@ -13,14 +13,12 @@ from kdprune.kernel.operators import Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
 from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
-from kdprune.methods.site import Probe, Site, state_errors
+from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
 from kdprune.model.activations import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
 from kdprune.training import Schedule, fit
-
-_PROBE_ROWS = 32  # rows a pass when nothing is trained
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def fit_block(
     block = states.block
     name = f"block [{block.start}, {block.stop})"
     site = Site(model, states, shape.build(generator), shape.context, device)
-    energy = site.update_energy(_PROBE_ROWS)
+    energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
         step1 = _step1(site, shape, settings, generator, name, stages)
@@ -106,7 +104,7 @@ def fit_block(
         record["step2"] = _closed_form(site, settings.ridge, energy)
     if settings.refine and (shape.kind != "linear" or shape.context):
         record["step3"], record["refined"] = _step3(site, settings, generator, energy, name, stages)
-    record |= held_out(site, energy, _PROBE_ROWS)
+    record |= held_out(site, energy, PASS_ROWS)
     edit = site.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
     added = edit.context if edit.context is not None else edit.stand_in
@@ -163,7 +161,7 @@ def _step2(
         else:
             inverse.alpha.requires_grad_(False)
         moments = Moments(shape.hidden or 2 * shape.features, shape.width, site.device)
-        for rows in site.row_batches(_PROBE_ROWS):
+        for rows in site.row_batches(PASS_ROWS):
             probe = site.probe(rows)
             moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
     solve_readout(inverse, moments, settings.ridge)
@@ -178,7 +176,7 @@ def _step2(
             curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
                          on_epoch=lambda _: advance(1))
     else:
-        curves = _average(measure, site)
+        curves = average(measure, site)
     alone = site.stand_in
     site.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
@@ -192,13 +190,13 @@ def _step3(
     Returns:
         The curves, and whether the result was kept.
     """
-    before, start = _average(site.state_measure(energy), site, held=True), copy.deepcopy(site.module.state_dict())
+    before, start = average(site.state_measure(energy), site, held=True), copy.deepcopy(site.module.state_dict())
     parameters = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
     with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
         curves = fit(
             parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
             on_epoch=lambda _: advance(1))
-    after = _average(site.state_measure(energy), site, held=True)
+    after = average(site.state_measure(energy), site, held=True)
     kept = after["loss"] <= before["loss"]
     if not kept:
         site.module.load_state_dict(start)
@@ -210,21 +208,21 @@ def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[floa
     """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
     stand_in = site.stand_in
     moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, site.device)
-    for rows in site.row_batches(_PROBE_ROWS):
+    for rows in site.row_batches(PASS_ROWS):
         probe = site.probe(rows)
         moments.update(probe.readout_input, probe.target - probe.base)
     matrix, offset = moments.solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
-    return _average(site.state_measure(energy), site)
+    return average(site.state_measure(energy), site)
 
 
 @torch.no_grad()
-def _average(measure: Any, site: Site, held: bool = False) -> dict[str, list[float]]:
+def average(measure: Any, site: Site, held: bool = False) -> dict[str, list[float]]:
     """A measure over all fitted (or held-out) rows, as a curve of one value: what a closed form reaches at once."""
     sums: dict[str, float] = {}
     count = 0
-    for rows in site.row_batches(_PROBE_ROWS, held):
+    for rows in site.row_batches(PASS_ROWS, held):
         for key, value in measure(rows).items():
             sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
         count += len(rows)

@@ -9,19 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
-from kdprune.methods.block_data import (
-    PASS_ROWS,
-    block_states,
-    candidates,
-    check_rows,
-    fit_record,
-    fitted_error,
-    nearest,
-)
-from kdprune.methods.distance import measure_distances
+from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record, fitted_error
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.result import MethodResult
-from kdprune.methods.site import Site
+from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime import Stages
@@ -63,10 +54,7 @@ class LinearPatch(DepthMethod):
         """Chooses the run of layers, measures its scales and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
         stages = stages or Stages()
-        blocks = candidates(self, model, _cost(model))
-        if self.blocks is None:
-            distances = measure_distances(model, tokens, batch_size=batch_size, stages=stages)
-            blocks = [nearest(blocks, 1 - distances.cosine)]
+        blocks = choose(self, model, tokens, batch_size, stages, _cost(model))
         edits: list[Edit] = []
         records = []
         for states in block_states(model, tokens, blocks, self.held, batch_size, stages):

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.kernel.operators import Moments
-from kdprune.methods.block_data import candidates, check_rows, nearest
-from kdprune.methods.distance import measure_distances
+from kdprune.methods.block_data import candidates, check_rows, choose
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
+from kdprune.methods.slicing import named, read
 from kdprune.model.activations import recorded, run
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, normalises_behind
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, fit
@@ -65,11 +64,10 @@ class ReplaceMe(DepthMethod):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)
-        family = family_of(model)
-        if family.post_norms or (family.pre_norm and not getattr(model.config, family.pre_norm)):
+        if normalises_behind(model):
             raise KDPruneError(
-                f"got a {family.model_type} model that normalises behind its MLP, expected one that adds the down "
-                f"projection's output to the stream: prune it with another method, such as linear")
+                f"got a {family_of(model).model_type} model that normalises behind its MLP, expected one that adds the "
+                f"down projection's output to the stream: prune it with another method, such as linear")
         for block in candidates(self, model, first=1):
             if block.start == 0:
                 raise KDPruneError(
@@ -84,10 +82,7 @@ class ReplaceMe(DepthMethod):
         """Chooses the run, finds its map and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
         stages = stages or Stages()
-        blocks = candidates(self, model, first=1)
-        if self.blocks is None:
-            distances = measure_distances(model, tokens, batch_size=batch_size, stages=stages)
-            blocks = [nearest(blocks, 1 - distances.cosine)]
+        blocks = choose(self, model, tokens, batch_size, stages, first=1)
         fitted = tokens.select(slice(0, len(tokens) - tokens.held_out(self.held)))
         edits: list[Edit] = []
         for number, block in enumerate(blocks):
@@ -172,10 +167,5 @@ def folded_weights(model: PreTrainedModel, index: int, matrix: Tensor) -> dict[s
     """The down projection of layer ``index`` with T = ``matrix``, shape (d, d), behind it: its parameters by name."""
     path = family_of(model).mlp_out
     projection = decoder_layers(model)[index].get_submodule(path)
-    assert isinstance(projection, nn.Linear | Conv1D)
-    weight, matrix = projection.weight.detach().double(), matrix.double()
-    # Conv1D (GPT-2) stores its weight as (in, out).
-    weights = {f"{path}.weight": weight @ matrix.T if isinstance(projection, Conv1D) else matrix @ weight}
-    if projection.bias is not None:
-        weights[f"{path}.bias"] = matrix @ projection.bias.detach().double()
-    return weights
+    (weight, bias), matrix = read(projection), matrix.double()
+    return named(path, projection, (matrix @ weight, None if bias is None else matrix @ bias))

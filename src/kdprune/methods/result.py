@@ -12,15 +12,19 @@ class MethodResult:
     """Edits to apply to the dense model and, for methods that fit something, one record a block.
 
     ``fit`` holds plain dicts with the fields of ``results.json``'s ``fit``; ``tokens`` is how many calibration tokens
-    the method looked at, None for all of them.
+    the method looked at, None for all of them. ``replaced``: the runs that were replaced, where the edits alone would
+    say less, because one of a run's layers stays with new weights.
     """
 
     edits: Sequence[Edit]
     fit: Sequence[dict[str, Any]] = ()
     tokens: int | None = None
+    replaced: Sequence[range] | None = None
 
     @property
     def blocks(self) -> list[range]:
         """The removed blocks, in order."""
+        if self.replaced is not None:
+            return sorted(self.replaced, key=lambda block: block.start)
         return sorted(
             (edit.block for edit in self.edits if isinstance(edit, Drop | Substitute)), key=lambda block: block.start)

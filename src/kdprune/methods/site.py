@@ -15,6 +15,8 @@ from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Substitute, context_layer
 
+PASS_ROWS = 32  # rows a pass when nothing is trained
+
 
 @dataclass(frozen=True)
 class Probe:

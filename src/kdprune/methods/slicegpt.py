@@ -14,7 +14,7 @@ from kdprune.methods.method import Method
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import StreamSize, measure_cuts, sliced_edits
-from kdprune.model.families import decoder_layers, family_of, final_norm
+from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
 from kdprune.model.surgery import check_model
 from kdprune.runtime import Stages
 
@@ -53,8 +53,7 @@ class SliceGPT(Method):
         super().check(model, tokens)
         check_model(model, substitutes=True)
         family = family_of(model)
-        behind = family.post_norms or (family.pre_norm and not getattr(model.config, family.pre_norm))
-        if behind or isinstance(final_norm(model), nn.Identity):
+        if normalises_behind(model) or isinstance(final_norm(model), nn.Identity):
             raise KDPruneError(
                 f"got a {family.model_type} model with a norm between a sublayer and the residual sum or behind it, or "
                 f"none in front of the head, expected norms in front of every sublayer: SliceGPT cannot rotate it")

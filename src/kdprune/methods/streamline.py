@@ -11,13 +11,12 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.block_data import PASS_ROWS, block_states, candidates, check_rows, fit_record, nearest
-from kdprune.methods.distance import measure_distances
+from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record
 from kdprune.methods.fitting import Shape
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
-from kdprune.methods.site import Site
+from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.activations import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
@@ -93,10 +92,7 @@ class Streamline(DepthMethod):
         """Chooses the run, trains its stand-in and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
         stages = stages or Stages()
-        blocks = candidates(self, model, self._cost(model))
-        if self.blocks is None:
-            distances = measure_distances(model, tokens, batch_size=batch_size, stages=stages)
-            blocks = [nearest(blocks, 1 - distances.cosine)]
+        blocks = choose(self, model, tokens, batch_size, stages, self._cost(model))
         if self.stand_in == "none":
             return MethodResult([Drop(block) for block in blocks], tokens=None if self.blocks is None else 0)
         edits: list[Edit] = []
@@ -109,7 +105,7 @@ class Streamline(DepthMethod):
                 records.append(record)
             else:
                 edits += self._fit_layer(model, states, draw, stages)
-        return MethodResult(edits, records)
+        return MethodResult(edits, records, replaced=blocks)
 
     def _fit_ffn(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages

@@ -159,10 +159,13 @@ def collect_block_states(
     """States of all blocks in one pass over the calibration set.
 
     Args:
-        held: how many rows at the end are kept out of fits. path: rows whose inner states are kept too.
+        held: how many rows at the end are kept out of fits. path: rows whose inner states are kept too; where there
+            are none, only the ends of blocks leave the device.
         batch_size: rows a forward pass. advance: told the number of rows done.
     """
-    wanted = sorted({index for block in blocks for index in range(block.start, block.stop + 1)})
+    inside = path.fit > 0 or path.held > 0
+    wanted = sorted({index for block in blocks for index in (
+        range(block.start, block.stop + 1) if inside else (block.start, block.stop))})
     shape = (*tokens.ids.shape, model.config.hidden_size)
     # Whole tensors from the start: joining parts at the end would need twice the memory.
     ends = {index: torch.empty(shape, dtype=model.dtype) for block in blocks for index in (block.start, block.stop)}
@@ -184,9 +187,13 @@ def collect_block_states(
     return [
         BlockStates(
             block, tokens, held, ends[block.start], ends[block.stop],
-            torch.stack([torch.cat(fit_path[index]) for index in range(block.start, block.stop + 1)]),
-            position,
-            torch.stack([torch.cat(held_path[index]) for index in range(block.start, block.stop + 1)]),
+            _stacked(fit_path, block), position, _stacked(held_path, block),
         )
         for block in blocks
     ]
+
+
+def _stacked(states: dict[int, list[Tensor]], block: range) -> Tensor:
+    """The states of a block that were kept, one above the other."""
+    kept = [index for index in range(block.start, block.stop + 1) if index in states]
+    return torch.stack([torch.cat(states[index]) for index in kept])

@@ -63,6 +63,12 @@ def final_norm(model: nn.Module) -> nn.Module:
     return nn.Identity() if norm is None else norm
 
 
+def normalises_behind(model: PreTrainedModel) -> bool:
+    """Whether a norm stands between a sublayer and the residual sum it adds to, or behind that sum."""
+    family = family_of(model)
+    return bool(family.post_norms) or bool(family.pre_norm and not getattr(model.config, family.pre_norm))
+
+
 def numbered_modules(layer: nn.Module) -> list[Any]:
     """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
     return [module for module in layer.modules() if "layer_idx" in module.__dict__]

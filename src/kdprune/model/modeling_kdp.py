@@ -333,7 +333,7 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
     record = config.kdp or {"version": VERSION, "stand_ins": []}
     if record.get("version") not in (VERSION, NARROWED_VERSION):
         raise ValueError(
-            f"config.kdp has version {record.get('version')!r}, this code reads version {VERSION}"
+            f"config.kdp has version {record.get('version')!r}, this code reads versions 1 and 2"
         )
     layers: Any = model.base_model.get_submodule(family.layers.partition(".")[2])
     for item in record["stand_ins"]:

@@ -7,7 +7,7 @@ A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` bui
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -73,7 +73,7 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
         raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
     check_model(model, substitutes or bool(resizes))
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
-    pruned = _sharing_copy(model)
+    pruned = sharing_copy(model)
     config: Any = pruned.config
     for edit in edits:
         if isinstance(edit, Rewrite):
@@ -154,7 +154,7 @@ def folded(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn, place: s
     weights of ``layer``, which stays as it was, and holds the stand-in itself. Raises KDPruneError where that
     is impossible.
     """
-    result = _sharing_copy(layer, {id(model.config): model.config})
+    result = sharing_copy(layer, {id(model.config): model.config})
     _fold(result, stand_in, place, family_of(model))
     return result
 
@@ -162,10 +162,12 @@ def folded(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn, place: s
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def _sharing_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
-    """A copy of ``module`` that shares its parameters and buffers, and what ``memo`` holds by id."""
+def sharing_copy(module: Module, memo: dict[int, Any] | None = None, own: Collection[str] = ()) -> Module:
+    """A copy of ``module`` that shares its parameters and buffers, but those named in ``own``, and what ``memo`` holds
+    by id."""
     memo = dict(memo or {})
-    memo.update((id(tensor), tensor) for tensor in (*module.parameters(), *module.buffers()))
+    memo.update((id(tensor), tensor) for name, tensor in module.named_parameters() if name not in own)
+    memo.update((id(tensor), tensor) for tensor in module.buffers())
     return copy.deepcopy(module, memo)
 
 

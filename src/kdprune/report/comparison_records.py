@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from kdprune.errors import KDPruneError
+from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
     Block,
     Calibration,
@@ -81,6 +82,7 @@ class Unit(Record):
         description="since pruning began, or since the process began where the system cannot reset its mark")
     tokens: int = Field(description="calibration tokens the method looked at, those of healing counted")
     state_error: list[Number] = Field(default_factory=list, description="of each stand-in, on held-out rows")
+    heal: Heal | None = Field(None, description="training after pruning, and whether it was kept")
 
 
 class Failure(Record):

@@ -78,8 +78,8 @@ def failure(row: Row) -> str:
     return "; ".join(parts)
 
 
-def protocol(comparison: Comparison) -> list[str]:
-    """What the figures are of, sentence by sentence."""
+def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> list[str]:
+    """What the figures under these titles are of, sentence by sentence."""
     dense, calibration, count = comparison.dense, comparison.calibration, len(comparison.seeds)
     pace = comparison.units[0].speed if comparison.units else None
     scopes = {unit.peak_memory_scope for unit in comparison.units}
@@ -93,13 +93,19 @@ def protocol(comparison: Comparison) -> list[str]:
         f"Perplexity on {dense.dataset}: {dense.tokens:,} tokens, window {dense.window}, stride {dense.stride}; "
         "excess loss is ln(pruned / dense), nats per token.",
     ]
-    if pace is not None:
+    if pace is not None and {"prefill", "decode", "time", "peak memory"} & set(titles):
         found.append(
             f"Speed against the dense model, in turns on {pace.device}: batch {pace.batch}, prompt {pace.prompt}, "
             f"{pace.new_tokens} new tokens.")
         since = "pruning began" if scopes == {"unit"} else "the process began, as this system cannot reset its mark"
         found.append("Time is that of pruning, with the similarity analysis where a method needs it (shared by a "
                      f"seed's methods, counted in each); peak memory is the process's, model included, since {since}.")
+    undone = [unit for unit in comparison.units if unit.heal and not unit.heal.kept]
+    if undone:
+        found.append("Healing made held-out rows worse and was undone: "
+                     f"{', '.join(f'{unit.variant} (seed {unit.seed})' for unit in undone)}.")
+    if (limit := comparison.recipe.get("limit")) is not None:
+        found.append(f"Tasks: the first {limit} items of each, of BLiMP of each of its 67 paradigms.")
     if comparison.signal or comparison.left_out:
         found.append(
             "Retained: sum of scores over the dense model's. Above chance: mean of (score − chance) / (dense − chance) "
@@ -109,9 +115,13 @@ def protocol(comparison: Comparison) -> list[str]:
     return found
 
 
-def render_markdown(comparison: Comparison) -> str:
-    """``table.md``: the table, failures in their rows, tasks, and what the figures are of."""
-    titles = columns(comparison)
+def render_markdown(comparison: Comparison, titles: Sequence[str] | None = None) -> str:
+    """``table.md``: the table, failures in their rows, tasks, and what the figures are of.
+
+    Args:
+        titles: of the columns, names in ``COLUMNS``; None: all that have something to show.
+    """
+    titles = columns(comparison) if titles is None else titles
     lines = [_line(["", *titles]), "|---" + "|---:" * len(titles) + "|",
              _line(["dense", *dense_cells(comparison, titles)])]
     group = ""
@@ -124,7 +134,7 @@ def render_markdown(comparison: Comparison) -> str:
     text = "\n".join(lines) + "\n"
     if notes:
         text += "\n" + "\n".join(notes) + "\n"
-    return text + _task_markdown(comparison) + "\n" + "\n".join(f"- {line}" for line in protocol(comparison)) + "\n"
+    return text + _task_markdown(comparison) + "\n" + "\n".join(f"- {line}" for line in protocol(comparison, titles)) + "\n"
 
 
 def task_rows(comparison: Comparison) -> list[list[str]]:
@@ -139,8 +149,14 @@ def task_rows(comparison: Comparison) -> list[list[str]]:
         dense = MISSING if score.value is None else form(score.value)
         if score.stderr is not None:
             dense += f" ({form(score.stderr)})"
-        table.append([name, dense, *(stat(row.tasks.get(name), form) for row in rows)])
+        table.append([name, dense, *(stat(row.tasks.get(name), form) + _kept(row, name) for row in rows)])
     return table
+
+
+def _kept(row: Row, name: str) -> str:
+    """What a score keeps of the dense model's: " (97 %)"; empty for perplexities and where the dense score is 0."""
+    kept = row.task_retained.get(name)
+    return "" if kept is None or kept.mean is None else f" ({100 * kept.mean:.0f}{SPACE}%)"
 
 
 def _task_markdown(comparison: Comparison) -> str:
@@ -149,8 +165,8 @@ def _task_markdown(comparison: Comparison) -> str:
         return ""
     head, *body = table
     lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(row) for row in body)]
-    return "\nScores, in percent, the dense model's with standard errors over items; perplexities as they are.\n\n" + (
-        "\n".join(lines) + "\n")
+    return ("\nScores in percent, the dense model's with standard errors over items, the others' with what they keep "
+            "of it; perplexities as they are.\n\n" + "\n".join(lines) + "\n")
 
 
 def _body(row: Row, titles: Sequence[str]) -> list[str]:
