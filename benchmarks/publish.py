@@ -3,8 +3,8 @@
     kdprune compare --methods … --seeds 3 -o comparison && python benchmarks/publish.py comparison peers
     python benchmarks/publish.py --render peers          # page, pictures and README again, from docs/results/peers.json
 
-Time, memory and speed are only worth printing from a machine that does nothing else: where docs/results/NAME-cost.json is
-a record of the same variants (published under the name NAME-cost), these columns come from there.
+Time, memory and speed depend on what else the machine does: where docs/results/NAME-cost.json is a record of the same
+variants, run by themselves and without tasks, these columns come from there.
 
 Every figure of the page comes from the record; ``docs/results/NAME-notes.md``, if there is one, is appended to it.
 """
@@ -90,8 +90,9 @@ def render(name: str) -> None:
     notes = RESULTS / f"{name}-notes.md"
     tables = render_markdown(found)
     if cost is not found:
-        tables = (f"{render_markdown(found, [*QUALITY, 'retained', 'tokens used'])}\n## Cost\n\nOn a machine that did nothing "
-                  f"else:\n\n    {command(cost)} -o {name}-cost\n\n{render_markdown(cost, ['excess loss', *COST])}")
+        quality = render_markdown(found, [*QUALITY, "retained", "tokens used"])
+        tables = (f"{quality}\n## Cost\n\nFrom a run of its own:\n\n    {command(cost)} -o {name}-cost\n\n"
+                  f"{render_markdown(cost, ['excess loss', *COST])}")
     title = notes.read_text(encoding="utf-8").split("\n", 1) if notes.is_file() else [f"# {name}", ""]
     (RESULTS / f"{name}.md").write_text(
         f"{title[0]}\n\n{headline(found)}\n\n    {command(found)} -o {name}\n    "

@@ -134,7 +134,8 @@ def render_markdown(comparison: Comparison, titles: Sequence[str] | None = None)
     text = "\n".join(lines) + "\n"
     if notes:
         text += "\n" + "\n".join(notes) + "\n"
-    return text + _task_markdown(comparison) + "\n" + "\n".join(f"- {line}" for line in protocol(comparison, titles)) + "\n"
+    text += _task_markdown(comparison) + "\n"
+    return text + "\n".join(f"- {line}" for line in protocol(comparison, titles)) + "\n"
 
 
 def task_rows(comparison: Comparison) -> list[list[str]]:
