@@ -231,7 +231,6 @@ def test_an_unknown_hub_id_without_a_network(bench: Bench, tmp_path: Path) -> No
     (["--ratio", "0.9"], r"ratio 0\.9, expected at most 0\.\d+, the largest"),
     (["--ratoi", "0.2"], "No such option: --ratoi; did you mean --ratio[?]"),
     (["--featuers", "8"], "No such option: --featuers; did you mean --features[?]"),
-    (["--method", "sleb", "--features", "8"], "got option --features, which belongs to kdp; choose that with --method"),
     (["--method", "kdb"], "unknown method 'kdb'; did you mean 'kdp'[?]"),
     (["--preset", "papre"], "unknown preset 'papre'; did you mean 'paper'[?]"),
     (["--context", "atention"], "unknown context 'atention'; did you mean 'attention'[?]"),
@@ -251,6 +250,12 @@ def test_an_unknown_hub_id_without_a_network(bench: Bench, tmp_path: Path) -> No
 ])
 def test_options_that_cannot_be(options: list[str], message: str, bench: Bench, tmp_path: Path) -> None:
     refused(message, "prune", bench.model, "-o", tmp_path / "out", *bench.flags, *options, folder=tmp_path)
+
+
+def test_an_option_of_another_method_is_named_as_such(bench: Bench, tmp_path: Path) -> None:
+    refused(
+        "got option --features, which belongs to kdp; choose that with --method", "prune", bench.model, "-o",
+        tmp_path / "out", "--method", "sleb", "--features", "8", folder=tmp_path)
 
 
 def test_the_largest_ratio_it_names_is_possible_and_overwriting_waits_for_it(bench: Bench, tmp_path: Path) -> None:
