@@ -88,7 +88,8 @@ def render(name: str) -> None:
         (RESULTS / f"{name}-{key}.svg").write_text(svg, encoding="utf-8")
     images = "\n\n".join(f"![{what}]({name}-{key}.svg)" for key, (what, _) in drawn.items())
     notes = RESULTS / f"{name}-notes.md"
-    tables = render_markdown(found)
+    shown = ["net ratio", "perplexity", "excess loss", "KV cache saved"] if found.kind == "ablation" else None
+    tables = render_markdown(found, shown)
     if cost is not found:
         quality = render_markdown(found, [*QUALITY, "retained", "tokens used"])
         tables = (f"{quality}\n## Cost\n\nFrom a run of its own:\n\n    {command(cost)} -o {name}-cost\n\n"
