@@ -74,6 +74,10 @@ class TokenSet:
         """How many rows at the end a `share` keeps out of fits: at least one, and never all."""
         return min(max(1, round(share * len(self))), len(self) - 1)
 
+    def fitted(self, share: float) -> "TokenSet":
+        """The rows that a `share` held out leaves for fits."""
+        return self.select(slice(len(self) - self.held_out(share)))
+
     def select(self, rows: slice | Tensor) -> "TokenSet":
         """The set of these rows alone: a slice or an int64 tensor of row indices."""
         return TokenSet(self.ids[rows], self.mask[rows], self.source, self.bos)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.methods.block_data import check_rows
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.dynamics import Parts
 from kdprune.methods.fitting import FitSettings, Shape, fit_block
@@ -119,10 +120,7 @@ class KDP(RankedMethod):
         super().check(model, tokens)
         check_model(model, substitutes=True)
         possible_blocks(self, Budget(model, self.shape(model.config.hidden_size), self.ratio))
-        if len(tokens) < 2:
-            raise KDPruneError(
-                f"got one row of calibration from {tokens.source}, expected 2 or more: one is held out. Give more "
-                f"text, or shorter rows (length=…)")
+        check_rows(tokens)
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,

@@ -67,7 +67,7 @@ class LLMPruner(Method):
         super().check(model, tokens)
         check_model(model, substitutes=True)
         self.plan(model)
-        if not (self._fitted(tokens).mask.sum(1) > 1).any():
+        if not (tokens.fitted(self.held).mask.sum(1) > 1).any():
             raise KDPruneError(f"got no row of two tokens or more from {tokens.source}, expected one: give more text")
 
     def plan(self, model: PreTrainedModel) -> Plan:
@@ -101,10 +101,6 @@ class LLMPruner(Method):
         each, more = divmod(spare, len(pruned))
         return Plan(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
 
-    def _fitted(self, tokens: TokenSet) -> TokenSet:
-        """The rows that are not held out; all of them where there is only one."""
-        return tokens.select(slice(max(1, len(tokens) - tokens.held_out(self.held))))
-
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
         stages: Stages | None = None, batch_size: int = 16,
@@ -112,7 +108,7 @@ class LLMPruner(Method):
         """Ranks the structures of every layer and returns the narrower layers; arguments as in :class:`Method`."""
         self.check(model, tokens)
         plan, stages = self.plan(model), stages or Stages()
-        slices = random_slices(self._fitted(tokens), self.sequences, self.slice_length, generator(seed, 1))
+        slices = random_slices(tokens.fitted(self.held), self.sequences, self.slice_length, generator(seed, 1))
         with stages.stage("saliency"):
             saliencies = self.saliencies(model, plan.layers, slices)
         edits = []

@@ -83,7 +83,7 @@ class ReplaceMe(DepthMethod):
         self.check(model, tokens)
         stages = stages or Stages()
         blocks = choose(self, model, tokens, batch_size, stages, first=1)
-        fitted = tokens.select(slice(0, len(tokens) - tokens.held_out(self.held)))
+        fitted = tokens.fitted(self.held)
         edits: list[Edit] = []
         for number, block in enumerate(blocks):
             if self.solver == "cosine":

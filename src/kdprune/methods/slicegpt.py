@@ -92,8 +92,7 @@ class SliceGPT(Method):
         """Turns and cuts the stream layer by layer and returns the narrower layers; arguments as in :class:`Method`."""
         self.check(model, tokens)
         widths, stages = self.widths(model), stages or Stages()
-        rows = max(1, len(tokens) - tokens.held_out(self.held))
-        chosen = tokens.select(slice(min(rows, self.sequences or rows)))
+        chosen = tokens.fitted(self.held).select(slice(self.sequences))
         with stages.stage("principal components", len(decoder_layers(model))) as advance:
             rotations = measure_cuts(model, chosen, widths, batch_size, advance)
         return MethodResult(sliced_edits(model, rotations), tokens=chosen.tokens)
