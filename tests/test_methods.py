@@ -22,7 +22,7 @@ from kdprune.methods.site import Site
 from kdprune.model.activations import PathRows, collect_block_states, layer_states
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, Sums, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2, "inverse_epochs": 2, "features": 6, "rank": 2}
@@ -325,16 +325,17 @@ def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
 def test_training_says_where_it_failed() -> None:
     weight = torch.nn.Parameter(torch.ones(()))
     with pytest.raises(KDPruneError, match=r"got a nan loss while fitting block \[2, 4\) in epoch 1"):
-        fit([weight], lambda _: {"loss": weight * math.nan}, 4, Schedule(1, 2, 1e-3), generator(), name="block [2, 4)")
+        fit([weight], lambda _: Sums({"loss": weight * math.nan}, 1), 4, Schedule(1, 2, 1e-3), generator(),
+            name="block [2, 4)")
 
 
 def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
     weight = torch.nn.Parameter(torch.zeros(()))
     seen: list[int] = []
 
-    def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def measure(rows: torch.Tensor) -> Sums:
         seen.extend(rows.tolist())
-        return {"loss": (weight - 2).square()}
+        return Sums({"loss": len(rows) * (weight - 2).square()}, len(rows))
 
     curves = fit([weight], measure, 10, Schedule(20, 3, 0.3), generator(), name="test")
     assert sorted(seen[:10]) == list(range(10))

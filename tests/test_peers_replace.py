@@ -29,7 +29,7 @@ from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypassed
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, Sums, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,7 +309,7 @@ def test_weight_decay_shrinks_and_clipping_makes_every_step_count() -> None:
     def trained(slopes: list[float], **options: float) -> float:
         weight, slope = nn.Parameter(torch.ones(1)), torch.tensor(slopes)
         schedule = Schedule(20, 1, 0.01, **options)
-        fit([weight], lambda rows: {"loss": (slope[rows] * weight).sum()}, len(slopes), schedule,
+        fit([weight], lambda rows: Sums({"loss": (slope[rows] * weight).sum()}, 1), len(slopes), schedule,
             torch.Generator().manual_seed(0), name="slope")
         return float(weight.detach())
 

@@ -24,7 +24,7 @@ from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.runtime import Stages, generator
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, Sums, fit
 
 _PURPOSE = 1_000  # of the generator: its draws disturb no method's
 _POINTS = 20  # of the curve
@@ -189,13 +189,12 @@ class _Course:
     advance: Callable[[int], None]
     steps: list[tuple[float, int]] = field(default_factory=list)
 
-    def measure(self, numbers: Tensor) -> dict[str, Tensor]:
-        """The mean loss of these rows, for :func:`kdprune.training.fit`."""
+    def measure(self, numbers: Tensor) -> Sums:
+        """The summed loss of these rows, for :func:`kdprune.training.fit`."""
         total, count = self.objective(self.model, self.rows.select(numbers))
-        loss = total / max(count, 1)
-        self.steps.append((float(loss.detach()), count))
+        self.steps.append((float(total.detach()) / max(count, 1), count))
         self.advance(len(numbers))
-        return {"loss": loss}
+        return Sums({"loss": total}, count)
 
     def curve(self) -> list[float]:
         """The mean loss of at most ``_POINTS`` successive stretches."""

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from kdprune.kernel.features import FourierFeatures, effective_rank
 from kdprune.kernel.operators import LinearDynamics, Moments
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, Sums, fit
 
 _CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
 
@@ -105,38 +105,40 @@ def fit_dynamics(
     """
     steps = len(path) - 1
     dynamics = LinearDynamics(steps, 2 * features.features).to(path.device)
-    curves: dict[str, list[float]] = {"spectral_norm": [], "feature_norm": [], "unexplained": []}
 
     if parts.operators and not parts.ols_start:
         dynamics.start_random(generator)
 
-    def restart() -> None:
+    def restart() -> dict[str, float]:
         if parts.operators and parts.ols_start:
             dynamics.start(solve_operators(features, path, ridge))
-        curves["spectral_norm"].append(float(dynamics.spectral_norms().max()))
-        for key, value in endpoint_statistics(features, dynamics.product().detach(), path).items():
-            curves[key].append(value)
+        return {
+            "spectral_norm": float(dynamics.spectral_norms().max()),
+            **endpoint_statistics(features, dynamics.product().detach(), path),
+        }
 
-    def on_epoch(_: int) -> None:
-        restart()
+    def on_epoch(_: int) -> dict[str, float]:
         advance(1)
+        return restart()
 
-    def measure(tokens: Tensor) -> dict[str, Tensor]:
+    def measure(tokens: Tensor) -> Sums:
         mapped = features(path[:, tokens.to(path.device)])
         predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
         cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
         squared = (predicted - mapped[1:]).square().sum(-1)
         loss = squared + 1 - weights[tokens].to(path.device) * cosine if parts.cosine_term else squared
-        return {"loss": loss.mean(), "cosine": cosine.mean()}
+        # Means over the operators, sums over the tokens.
+        return Sums({"loss": loss.mean(0).sum(), "cosine": cosine.mean(0).sum()}, len(tokens))
 
     kernel = list(features.parameters()) if learn_kernel else []
     if parts.operators:
-        curves |= fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
+        curves = fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
                       on_epoch=on_epoch)
     else:
         with torch.no_grad():
-            curves |= {key: [float(value)] for key, value in measure(torch.arange(path.shape[1])).items()}
-    restart()
+            curves = {key: [value] for key, value in measure(torch.arange(path.shape[1])).means().items()}
+    for key, value in restart().items():
+        curves.setdefault(key, []).append(value)
     return Step1(features, dynamics, curves, _feature_rank(features, path[0]))
 
 

@@ -18,7 +18,7 @@ from kdprune.model.activations import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, fit
+from kdprune.training import Measure, Schedule, Sums, advancing, fit
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _step2(
             moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
     solve_readout(inverse, moments, settings.ridge)
 
-    def measure(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def measure(rows: torch.Tensor) -> Sums:
         probe = site.probe(rows)
         return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
 
@@ -174,7 +174,7 @@ def _step2(
         with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
             parameters = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
             curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
-                         on_epoch=lambda _: advance(1))
+                         on_epoch=advancing(advance))
     else:
         curves = average(measure, site)
     alone = site.stand_in
@@ -195,7 +195,7 @@ def _step3(
     with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
         curves = fit(
             parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
-            on_epoch=lambda _: advance(1))
+            on_epoch=advancing(advance))
     after = average(site.state_measure(energy), site, held=True)
     kept = after["loss"] <= before["loss"]
     if not kept:
@@ -218,12 +218,13 @@ def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[floa
 
 
 @torch.no_grad()
-def average(measure: Any, site: Site, held: bool = False) -> dict[str, list[float]]:
+def average(measure: Measure, site: Site, held: bool = False) -> dict[str, list[float]]:
     """A measure over all fitted (or held-out) rows, as a curve of one value: what a closed form reaches at once."""
     sums: dict[str, float] = {}
     count = 0
     for rows in site.row_batches(PASS_ROWS, held):
-        for key, value in measure(rows).items():
-            sums[key] = sums.get(key, 0.0) + float(value) * len(rows)
-        count += len(rows)
+        seen = measure(rows)
+        for key, value in seen.values.items():
+            sums[key] = sums.get(key, 0.0) + float(value)
+        count += seen.count
     return {key: [total / count] for key, total in sums.items()}

@@ -22,7 +22,7 @@ from kdprune.model.activations import recorded, run
 from kdprune.model.families import decoder_layers, family_of, normalises_behind
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.runtime import Stages, generator
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, Sums, advancing, fit
 
 # From a batch to (M, h_s − M, h_e) of its real tokens, each (n, d).
 Interface = Callable[[TokenSet], tuple[Tensor, Tensor, Tensor]]
@@ -102,11 +102,12 @@ class ReplaceMe(DepthMethod):
         schedule = Schedule(self.epochs, self.batch, self.rate or 1e-4 * 4096 / width)
         matrix = nn.Parameter(torch.eye(width, device=model.device))
         with interface(model, block) as states, stages.stage(f"cosine {name}", self.epochs) as advance:
-            def measure(rows: Tensor) -> dict[str, Tensor]:
+            def measure(rows: Tensor) -> Sums:
                 output, rest, target = states(tokens.select(rows))
-                return {"loss": 1 - cosine_similarity(rest + output @ matrix.T, target, dim=-1).mean()}
+                distance = 1 - cosine_similarity(rest + output @ matrix.T, target, dim=-1)
+                return Sums({"loss": distance.sum()}, len(target))
 
-            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=lambda _: advance(1))
+            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=advancing(advance))
         return matrix.detach()
 
 

@@ -1,7 +1,7 @@
 """Where a stand-in sits while it is fitted: alone (token-wise), or in the MLP place of a decoder layer (context)."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from kdprune.model.activations import Arguments, BlockStates, layer_arguments
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Substitute, context_layer
+from kdprune.training import Measure, Sums
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
 
@@ -134,10 +135,10 @@ class Site:
             total, count = total + float(update.double().square().sum()), count + len(update)
         return max(total / count, 1e-30)
 
-    def state_measure(self, energy: float) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Loss of steps 2 and 3: mean ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and the cosine of the two, real tokens only."""
+    def state_measure(self, energy: float) -> Measure:
+        """Loss of steps 2 and 3: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens only."""
 
-        def measure(rows: Tensor) -> dict[str, Tensor]:
+        def measure(rows: Tensor) -> Sums:
             predicted = self.predict(rows)
             target, mask = self.target(rows)
             predicted, target = predicted[mask], target[mask]
@@ -150,9 +151,9 @@ class Site:
         return Substitute(self.states.block, self.stand_in, self.module if self.context else None)
 
 
-def state_errors(predicted: Tensor, target: Tensor, energy: float) -> dict[str, Tensor]:
-    """{"loss": mean squared error in units of ``energy``, "cosine": mean cosine}; shapes (n, d)."""
-    return {
-        "loss": (predicted - target).square().sum(-1).mean() / energy,
-        "cosine": cosine_similarity(predicted, target, dim=-1).mean(),
-    }
+def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
+    """Sums over n tokens: "loss", the squared error in units of ``energy``, and "cosine"; shapes (n, d)."""
+    return Sums({
+        "loss": (predicted - target).square().sum() / energy,
+        "cosine": cosine_similarity(predicted, target, dim=-1).sum(),
+    }, len(target))

@@ -22,7 +22,7 @@ from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Rewrite, check_model
 from kdprune.runtime import Stages, generator
-from kdprune.training import Schedule, fit
+from kdprune.training import Schedule, advancing, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ class Streamline(DepthMethod):
         with stages.stage(f"{self.stand_in} {name}", self.epochs) as advance:
             return fit(
                 site.module.parameters(), site.state_measure(energy), site.fit_rows, schedule, draw, name=name,
-                on_epoch=lambda _: advance(1))
+                on_epoch=advancing(advance))
 
 
 class LayerSite(Site):
