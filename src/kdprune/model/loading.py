@@ -53,7 +53,7 @@ def load_model(
         found = model
         target = found.device if device == "auto" else target
     elif isinstance(model, str | Path):
-        found = _from_pretrained(model, wanted, trust_remote_code)
+        found = from_checkpoint(model, wanted, trust_remote_code)
     else:
         raise KDPruneError(
             f"got a model of type {type(model).__name__}, expected a directory, a hub id "
@@ -118,7 +118,13 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 # ---------------------------------------------------------------------------------- from a checkpoint
 
 
-def _from_pretrained(name: str | Path, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+def from_checkpoint(
+    name: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, **options: Any
+) -> PreTrainedModel:
+    """A causal LM from a directory or hub id, every weight accounted for; options as of ``from_pretrained``.
+
+    Raises KDPruneError as :func:`load_model` does.
+    """
     path = Path(name)
     local = path.is_dir()
     if local:
@@ -138,6 +144,7 @@ def _from_pretrained(name: str | Path, dtype: torch.dtype | None, trust_remote_c
                 dtype=dtype or "auto",
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **options,
             )
     except KDPruneError:
         raise
