@@ -96,16 +96,18 @@ def pictures(comparison: Comparison) -> list[Shown]:
     if comparison.kind == "ablation":
         return _ablation_pictures(comparison)
     bars = "Bars: standard deviation over seeds."
-    return [
+    found = [
         Shown("Excess loss", plots.excess_by_variant(rows, "Excess loss"), f"Lower is better, left. {bars}"),
         Shown("Quality against size", plots.quality_against_size(comparison),
               f"Further right: smaller; lower: better. Whole layers or widths are removed, so that no method meets the "
               f"ratio asked for, {summary.percent(comparison.ratio, 1)}, exactly. {bars}"),
         Shown("Quality against cost", plots.quality_against_cost(comparison),
               "Further left: cheaper to prune. Time depends on the machine and on what else runs on it."),
-        Shown("Quality against speed", plots.quality_against_speed(comparison),
-              f"Further right: faster at writing token by token. {bars}"),
     ]
+    if any(row.decode for row in rows):  # a model that is streamed from disk has no speed worth the name
+        found.append(Shown("Quality against speed", plots.quality_against_speed(comparison),
+                           f"Further right: faster at writing token by token. {bars}"))
+    return found
 
 
 def _ablation_pictures(comparison: Comparison) -> list[Shown]:

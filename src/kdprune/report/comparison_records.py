@@ -71,7 +71,8 @@ class Unit(Record):
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters and net ratio")
     perplexity: Perplexity = Field(description="on the same text for all")
-    speed: Speed = Field(description="measured in turns with the dense model")
+    speed: Speed | None = Field(
+        None, description="measured in turns with the dense model; null where that was streamed from disk")
     kv_cache_bytes_per_token: KVCache = Field(description="key-value cache per token, bytes")
     tasks: list[TaskScore] = Field(default_factory=list, description="scores of the task suite")
     seconds: Number = Field(description="wall time of pruning, the similarity analysis counted where it was needed")
@@ -172,8 +173,8 @@ class Comparison(Record):
             excess_loss=Stat.of(unit.perplexity.excess_loss for unit in units),
             retained=Stat.of(found.mean for found in kept),
             above_chance=Stat.of(found.above_chance for found in kept),
-            prefill=Stat.of(unit.speed.prefill.ratio for unit in units),
-            decode=Stat.of(unit.speed.decode.ratio for unit in units),
+            prefill=Stat.of(unit.speed.prefill.ratio for unit in units if unit.speed),
+            decode=Stat.of(unit.speed.decode.ratio for unit in units if unit.speed),
             kv_cache_saving=Stat.of(_saving(unit.kv_cache_bytes_per_token) for unit in units),
             seconds=Stat.of(unit.seconds for unit in units),
             peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in units),

@@ -81,7 +81,7 @@ def failure(row: Row) -> str:
 def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> list[str]:
     """What the figures under these titles are of, sentence by sentence."""
     dense, calibration, count = comparison.dense, comparison.calibration, len(comparison.seeds)
-    pace = comparison.units[0].speed if comparison.units else None
+    pace = next((unit.speed for unit in comparison.units if unit.speed), None)
     scopes = {unit.peak_memory_scope for unit in comparison.units}
     found = [
         f"{summary.model_name(comparison.model)}, {summary.count(dense.parameters)} parameters, {dense.layers} layers; "
@@ -93,8 +93,9 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
         f"Perplexity on {dense.dataset}: {dense.tokens:,} tokens, window {dense.window}, stride {dense.stride}; "
         "excess loss is ln(pruned / dense), nats per token.",
     ]
-    if pace is not None and {"prefill", "decode", "time", "peak memory"} & set(titles):
+    if comparison.units and {"prefill", "decode", "time", "peak memory"} & set(titles):
         found.append(
+            f"Speed {summary.NOT_MEASURED}." if pace is None else
             f"Speed against the dense model, in turns on {pace.device}: batch {pace.batch}, prompt {pace.prompt}, "
             f"{pace.new_tokens} new tokens.")
         since = "pruning began" if scopes == {"unit"} else "the process began, as this system cannot reset its mark"

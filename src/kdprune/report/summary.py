@@ -8,6 +8,7 @@ from kdprune.report.records import Number, Pace
 from kdprune.report.results import Results
 
 MISSING = "–"
+NOT_MEASURED = "not measured: the model was streamed from disk"
 SPACE = "\u00a0"  # keeps a number and its unit on one line
 
 
@@ -114,10 +115,10 @@ def perplexity_setting(results: Results) -> str:
 
 
 def speed_setting(results: Results) -> str:
-    """How the speed was taken."""
+    """How the speed was taken, or why it was not; empty where nobody asked."""
     s = results.speed
     if s is None:
-        return ""
+        return NOT_MEASURED if results.streamed and results.layers.pruned is not None else ""
     return f"{s.device}: batch {s.batch}, prompt {s.prompt}, {s.new_tokens} new tokens"
 
 
@@ -136,6 +137,8 @@ def comparison(results: Results) -> list[Row]:
         rows.append(Row("retained", "", percent(p.retained, 1)))
     if (s := results.speed) is not None:
         rows += [_pace("prefill, tokens/s", s.prefill), _pace("decode, tokens/s", s.decode)]
+    elif setting := speed_setting(results):
+        rows.append(Row("speed", MISSING, MISSING, setting.partition(":")[0]))
     if (kv := results.kv_cache_bytes_per_token) is not None:
         ratio = None if kv.pruned is None or not kv.dense else kv.pruned / kv.dense
         rows.append(Row("KV cache, bytes/token", whole(kv.dense), whole(kv.pruned), times(ratio)))
