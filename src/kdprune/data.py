@@ -21,6 +21,7 @@ from kdprune.text import (
     read_pieces,
     weighted_sources,
 )
+from kdprune.world import world
 
 __all__ = [
     "DEFAULT_SAMPLES",
@@ -69,6 +70,10 @@ class TokenSet:
             raise KDPruneError(f"got batch size {size}, expected at least 1")
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
+
+    def dealt(self, size: int) -> "TokenSet":
+        """The rows of this process: batches of `size` rows are dealt out to the processes of the run in turn."""
+        return self.select(world().share(len(self), size)) if world().size > 1 else self
 
     def held_out(self, share: float) -> int:
         """How many rows at the end a `share` keeps out of fits: at least one, and never all."""

@@ -1,5 +1,7 @@
-"""The processes of a run. Every one runs the same program on its share of the calibration rows (SPMD), as
-``accelerate launch`` and ``torchrun`` start them; sums over rows are added up over processes before anything is decided.
+"""The processes of a run, as ``accelerate launch`` and ``torchrun`` start them.
+
+Every one runs the same program on its share of the calibration rows (SPMD); sums over rows are added up over processes
+before anything is decided.
 """
 
 import os
@@ -30,13 +32,10 @@ class World:
         """Whether this is the process that writes, prints and measures speed."""
         return self.rank == 0
 
-    def owner(self, batch: int) -> int:
-        """The rank that works on calibration batch number ``batch``: batches are dealt out in turn."""
-        return batch % self.size
-
-    def share(self, count: int) -> LongTensor:
-        """Which of the numbers 0 … count − 1 are dealt to this process."""
-        return torch.arange(self.rank, count, self.size)  # type: ignore[return-value]
+    def share(self, count: int, batch: int = 1) -> LongTensor:
+        """Which of the numbers 0 … count − 1 are this process's: runs of ``batch`` of them are dealt out in turn."""
+        numbers = torch.arange(count)
+        return numbers[numbers // batch % self.size == self.rank]  # type: ignore[return-value]
 
     def sum(self, *tensors: Tensor) -> None:
         """Adds every tensor up over all processes, in place: all of one dtype go in one message.

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from kdprune.world import world
+
 
 class Moments:
     """Running sums for the regression of y on x: XᵀX, XᵀY, ‖Y‖², Σx, Σy, n.
@@ -31,6 +33,13 @@ class Moments:
         self.y += y.sum(0)
         self.yy += y.square().sum()
         self.n += len(x)
+
+    def reduced(self) -> "Moments":
+        """These sums over all processes, in place."""
+        count = torch.tensor(self.n, dtype=torch.float64)
+        world().sum(self.xx, self.xy, self.x, self.y, self.yy, count)
+        self.n = int(count)
+        return self
 
     def solve(self, ridge: float = 0.0) -> Tensor:
         """argmin_M Σ ‖M x − y‖² + ρ‖M‖², ρ = ridge · tr(XᵀX)/p: M of shape (q, p), float64."""
@@ -76,14 +85,33 @@ def spectral_norm(matrices: Tensor, exact: int = 1024, iterations: int = 100) ->
     return (matrices @ vector).norm(dim=(1, 2))
 
 
+def clip_spectral_norm(matrices: Tensor, limit: float) -> Tensor:
+    """The matrices with ‖A‖₂ ≤ limit that are nearest in the Frobenius norm: (k, D, D) → (k, D, D), float64.
+
+    With the singular value decomposition A = U S Vᵀ these are U min(S, limit) Vᵀ = A V min(1, limit/S) Vᵀ. V and S come
+    from the eigenvectors of AᵀA, several times faster to get than singular vectors: where AᵀA loses accuracy, at small
+    singular values, the factor is 1 and VVᵀ = I.
+    """
+    matrices = matrices.double()
+    squared, right = torch.linalg.eigh(matrices.mT @ matrices)
+    factor = (limit / squared.clamp_min(1e-300).sqrt()).clamp_max(1)
+    return (matrices @ right * factor.unsqueeze(-2)) @ right.mT
+
+
 class LinearDynamics(nn.Module):
     """k operators A_i = I + γ_i B_i on R^D, ‖B_i‖₂ = 1 at every (re)start, so that γ_i is the size of the step.
 
-    Source: KDP, section 4 (I + γB keeps the residual form of the network in kernel space).
+    Args:
+        steps: k. size: D.
+        limit: largest ‖A_i‖₂ that ``start`` and ``hold`` leave; None: any. Gradient steps between them are free.
+
+    Source: KDP, section 4 (I + γB keeps the residual form of the network in kernel space); the limit is the spectral
+    normalisation that it suggests for more than a quarter of the parameters.
     """
 
-    def __init__(self, steps: int, size: int):
+    def __init__(self, steps: int, size: int, limit: float | None = None):
         super().__init__()
+        self.limit = limit
         self.gamma = nn.Parameter(torch.zeros(steps))
         self.direction = nn.Parameter(torch.zeros(steps, size, size))
 
@@ -101,7 +129,12 @@ class LinearDynamics(nn.Module):
 
     @torch.no_grad()
     def start(self, matrices: Tensor) -> None:
-        """Sets A_i to given matrices (k, D, D), splitting A_i − I into γ_i (its spectral norm) and B_i."""
+        """Sets A_i to given matrices (k, D, D), or to the nearest within the limit (``clip_spectral_norm``).
+
+        A_i − I is split into γ_i, its spectral norm, and B_i.
+        """
+        if self.limit is not None:
+            matrices = clip_spectral_norm(matrices, self.limit)
         update = matrices.double() - torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
         gamma = spectral_norm(update).clamp_min(1e-12)
         self.gamma.copy_(gamma)
@@ -113,6 +146,12 @@ class LinearDynamics(nn.Module):
         draw = torch.randn(self.direction.shape, generator=generator).to(self.direction)
         self.gamma.zero_()
         self.direction.copy_(draw / spectral_norm(draw)[:, None, None])
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Brings operators that have left the limit back to it; those within it keep their γ_i and B_i."""
+        if self.limit is not None and float(self.spectral_norms().max()) > self.limit:
+            self.start(self.matrices())
 
     @torch.no_grad()
     def spectral_norms(self) -> Tensor:

@@ -11,6 +11,7 @@ from kdprune.data import TokenSet
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime import Stages
+from kdprune.world import world
 
 UNDEFINED = 0.5  # counts as the cosine with a zero state, as in ShortGPT's code
 _CHUNK = 256     # tokens at a time of all L + 1 states in float64
@@ -47,7 +48,7 @@ def measure_distances(
     cosine, angular = (torch.zeros(states, states, dtype=torch.float64) for _ in range(2))
     rows = 0
     with stages.stage("distances", len(tokens)) as advance:
-        for batch, found in layer_states(model, tokens, range(states), batch_size):
+        for batch, found in layer_states(model, tokens.dealt(batch_size), range(states), batch_size):
             row, column = batch.mask.nonzero(as_tuple=True)
             for part in torch.arange(len(row)).split(_CHUNK):
                 cosine += _cosines(_gather(found, row[part], column[part])).sum(-1).cpu()
@@ -56,6 +57,8 @@ def measure_distances(
                 angular += (_cosines(_gather(found, row[part], column[part])).arccos() / pi).sum(-1).cpu()
             rows += len(row)
             advance(len(batch))
+    world().sum(cosine, angular)
+    rows = int(world().total([rows])[0])
     return Distances(cosine / max(tokens.tokens, 1), angular / max(rows, 1), tokens.tokens)
 
 

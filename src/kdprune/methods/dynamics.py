@@ -1,6 +1,6 @@
 """Step 1: learn the kernel and the linear operators together (KDP, section 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +78,7 @@ def position_weights(positions: Tensor, length: int) -> Tensor:
 
 def fit_dynamics(
     features: FourierFeatures,
-    path: Tensor,
+    paths: Sequence[Tensor],
     weights: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
@@ -87,59 +87,83 @@ def fit_dynamics(
     name: str,
     learn_kernel: bool = True,
     parts: Parts = Parts(),
+    limit: float | None = None,
     advance: Callable[[int], None] = lambda _: None,
-) -> Step1:
+) -> list[Step1]:
     """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
 
         Σ_i Σ_x ‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² + (1 − w_t cos(A_i φ(h_{s+i−1}), φ(h_{s+i}))),
 
     the operators restarted at the least-squares solution of the current kernel space at the start of every epoch
-    (the paper's "iteration") and once more at the end.
+    (the paper's "iteration") and once more at the end. Given several blocks, i runs over the operators of all of them:
+    one θ serves them all.
 
     Args:
-        path: the block's states at the same tokens, shape (k+1, n, d). weights: w_t, shape (n,).
+        paths: of every block its states at the same tokens, shape (k+1, n, d). weights: w_t, shape (n,).
         ridge: relative ridge of the restarts. learn_kernel: False keeps θ as drawn (only restarts and B learn).
         parts: without ``ols_start`` A_i starts at I (γ_i = 0, B_i random) and gradients alone teach it; without
             ``cosine_term`` the loss ends after the first sum; without ``operators`` A_i stays I, and θ as drawn, since
             the loss would then only ask φ to be constant.
-    """
-    steps = len(path) - 1
-    dynamics = LinearDynamics(steps, 2 * features.features).to(path.device)
+        limit: largest ‖A_i‖₂ of the operators an epoch starts from, and of those at the end; None: any.
 
+    Returns:
+        What was learned of every block; all share ``features`` and the curves of loss and cosine.
+    """
+    device, tokens = paths[0].device, paths[0].shape[1]
+    blocks = [LinearDynamics(len(path) - 1, 2 * features.features, limit).to(device) for path in paths]
     if parts.operators and not parts.ols_start:
-        dynamics.start_random(generator)
+        for dynamics in blocks:
+            dynamics.start_random(generator)
 
     def restart() -> dict[str, float]:
-        if parts.operators and parts.ols_start:
-            dynamics.start(solve_operators(features, path, ridge))
-        return {
-            "spectral_norm": float(dynamics.spectral_norms().max()),
-            **endpoint_statistics(features, dynamics.product().detach(), path),
-        }
+        found = {}
+        for number, (dynamics, path) in enumerate(zip(blocks, paths, strict=True)):
+            if parts.operators and parts.ols_start:
+                dynamics.start(solve_operators(features, path, ridge))
+            else:
+                dynamics.hold()
+            found[f"spectral_norm {number}"] = float(dynamics.spectral_norms().max())
+            for key, value in endpoint_statistics(features, dynamics.product().detach(), path).items():
+                found[f"{key} {number}"] = value
+        return found
 
     def on_epoch(_: int) -> dict[str, float]:
         advance(1)
         return restart()
 
-    def measure(tokens: Tensor) -> Sums:
-        mapped = features(path[:, tokens.to(path.device)])
-        predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
-        cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
-        squared = (predicted - mapped[1:]).square().sum(-1)
-        loss = squared + 1 - weights[tokens].to(path.device) * cosine if parts.cosine_term else squared
+    def measure(chosen: Tensor) -> Sums:
+        errors = [_step_errors(features, dynamics, path[:, chosen.to(device)])
+                  for dynamics, path in zip(blocks, paths, strict=True)]
+        squared, cosine = (torch.cat(found) for found in zip(*errors, strict=True))
+        loss = squared + 1 - weights[chosen].to(device) * cosine if parts.cosine_term else squared
         # Means over the operators, sums over the tokens.
-        return Sums({"loss": loss.mean(0).sum(), "cosine": cosine.mean(0).sum()}, len(tokens))
+        return Sums({"loss": loss.mean(0).sum(), "cosine": cosine.mean(0).sum()}, len(chosen))
 
-    kernel = list(features.parameters()) if learn_kernel else []
+    trained = [*(features.parameters() if learn_kernel else []), *(p for block in blocks for p in block.parameters())]
     if parts.operators:
-        curves = fit([*kernel, *dynamics.parameters()], measure, path.shape[1], schedule, generator, name=name,
-                      on_epoch=on_epoch)
+        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch)
     else:
         with torch.no_grad():
-            curves = {key: [value] for key, value in measure(torch.arange(path.shape[1])).means().items()}
+            curves = {key: [value] for key, value in measure(torch.arange(tokens)).means().items()}
     for key, value in restart().items():
         curves.setdefault(key, []).append(value)
-    return Step1(features, dynamics, curves, _feature_rank(features, path[0]))
+    return [
+        Step1(features, dynamics, _curves_of(curves, number), _feature_rank(features, path[0]))
+        for number, (dynamics, path) in enumerate(zip(blocks, paths, strict=True))
+    ]
+
+
+def _step_errors(features: FourierFeatures, dynamics: LinearDynamics, path: Tensor) -> tuple[Tensor, Tensor]:
+    """‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² and the cosine of the two, each of shape (k, n); path (k+1, n, d)."""
+    mapped = features(path)
+    predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
+    return (predicted - mapped[1:]).square().sum(-1), cosine_similarity(predicted, mapped[1:], dim=-1)
+
+
+def _curves_of(curves: dict[str, list[float]], number: int) -> dict[str, list[float]]:
+    """The curves of one block, by plain names, and those of all blocks together."""
+    own = {key.removesuffix(f" {number}"): values for key, values in curves.items() if key.endswith(f" {number}")}
+    return {key: values for key, values in curves.items() if " " not in key} | own
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
 from kdprune.training import Measure, Schedule, Sums, advancing, fit
+from kdprune.world import world
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,18 @@ class FitSettings:
     step2: Schedule
     step3: Schedule
     parts: Parts = Parts()  # noqa: RUF009 (frozen)
+    spectral_norm: float | None = None
 
 
 def fit_block(
     model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
-    device: torch.device, stages: Stages,
+    device: torch.device, stages: Stages, step1: Step1 | None = None,
 ) -> tuple[Edit, dict[str, Any]]:
     """Fits the stand-in of one block.
 
     Args:
         model: the dense model. states: of this block. shape: of the stand-in. generator: source of every draw.
+        step1: kernel and operators to start from (``shared_kernel``); None: they are learned on this block alone.
 
     Returns:
         The edit, and the block's entry of ``results.json``'s ``fit``.
@@ -96,7 +100,8 @@ def fit_block(
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
-        step1 = _step1(site, shape, settings, generator, name, stages)
+        if step1 is None:
+            [step1] = _step1([site], shape, settings, generator, name, stages)
         record["step1"] = step1.curves
         record |= _step2(site, step1, shape, settings, generator, energy, name, stages)
         record |= theory(site, step1)
@@ -116,21 +121,31 @@ def fit_block(
     }
 
 
+def shared_kernel(
+    model: PreTrainedModel, states: Sequence[BlockStates], shape: Shape, settings: FitSettings,
+    generator: torch.Generator, device: torch.device, stages: Stages,
+) -> list[Step1]:
+    """Step 1 of several blocks together: one kernel, operators of each; arguments as of :func:`fit_block`."""
+    sites = [Site(model, block, shape.build(generator), shape.context, device) for block in states]
+    return _step1(sites, shape, settings, generator, "of all blocks", stages)
+
+
 def _step1(
-    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages
-) -> Step1:
-    path = site.to_kernel(site.states.path.to(site.device))
+    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages
+) -> list[Step1]:
+    device, states = sites[0].device, sites[0].states
+    paths = [site.to_kernel(site.states.path.to(device)) for site in sites]
     features = FourierFeatures(
-        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic")
-    features = features.to(site.device)
-    features.init_median(path.flatten(0, 1), generator, settings.bandwidth)
-    weights = position_weights(site.states.path_position, site.states.tokens.ids.shape[1])
+        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic").to(device)
+    features.init_median(torch.cat([path.flatten(0, 1) for path in paths]), generator, settings.bandwidth)
+    weights = position_weights(states.path_position, states.tokens.ids.shape[1])
     if not settings.parts.position_weights:
         weights = torch.ones_like(weights)
     with stages.stage(f"kernel {name}", settings.step1.epochs) as advance:
         return fit_dynamics(
-            features, path, weights, settings.step1, generator, ridge=settings.ridge, name=name,
-            learn_kernel=settings.kernel != "fixed", parts=settings.parts, advance=advance)
+            features, paths, weights, settings.step1, generator, ridge=settings.ridge, name=name,
+            learn_kernel=settings.kernel != "fixed", parts=settings.parts, limit=settings.spectral_norm,
+            advance=advance)
 
 
 def _step2(
@@ -164,7 +179,7 @@ def _step2(
         for rows in site.row_batches(PASS_ROWS):
             probe = site.probe(rows)
             moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
-    solve_readout(inverse, moments, settings.ridge)
+    solve_readout(inverse, moments.reduced(), settings.ridge)
 
     def measure(rows: torch.Tensor) -> Sums:
         probe = site.probe(rows)
@@ -174,7 +189,7 @@ def _step2(
         with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
             parameters = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
             curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
-                         on_epoch=advancing(advance))
+                         on_epoch=advancing(advance), mine=site.states.mine)
     else:
         curves = average(measure, site)
     alone = site.stand_in
@@ -195,7 +210,7 @@ def _step3(
     with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
         curves = fit(
             parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
-            on_epoch=advancing(advance))
+            on_epoch=advancing(advance), mine=site.states.mine)
     after = average(site.state_measure(energy), site, held=True)
     kept = after["loss"] <= before["loss"]
     if not kept:
@@ -211,7 +226,7 @@ def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[floa
     for rows in site.row_batches(PASS_ROWS):
         probe = site.probe(rows)
         moments.update(probe.readout_input, probe.target - probe.base)
-    matrix, offset = moments.solve_affine(ridge)
+    matrix, offset = moments.reduced().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
     return average(site.state_measure(energy), site)
@@ -227,4 +242,7 @@ def average(measure: Measure, site: Site, held: bool = False) -> dict[str, list[
         for key, value in seen.values.items():
             sums[key] = sums.get(key, 0.0) + float(value)
         count += seen.count
-    return {key: [total / count] for key, total in sums.items()}
+    # A process without a row of its own has no names yet.
+    names = sorted(set().union(*world().gather(list(sums))))
+    *totals, tokens = world().total([*(sums.get(key, 0.0) for key in names), count])
+    return {key: [total / tokens] for key, total in zip(names, totals, strict=True)}

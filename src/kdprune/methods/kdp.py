@@ -11,8 +11,8 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.block_data import check_rows
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
-from kdprune.methods.dynamics import Parts
-from kdprune.methods.fitting import FitSettings, Shape, fit_block
+from kdprune.methods.dynamics import Parts, Step1
+from kdprune.methods.fitting import FitSettings, Shape, fit_block, shared_kernel
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
@@ -60,6 +60,10 @@ class KDP(RankedMethod):
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic", above=0)
+    spectral_norm: float | None = option(
+        None, "largest spectral norm of an operator in kernel space, 1.0: none lets an error grow (no limit)", above=0)
+    share_kernel: bool = option(
+        False, "learn one kernel in step 1 on all blocks together, from which every stand-in starts")
     inverse: Literal["direct", "residual"] | None = option(
         None, "inverse network rebuilds the state from features alone, or its update on a normalised input")
     hidden: int | None = option(
@@ -151,11 +155,16 @@ class KDP(RankedMethod):
             step2=Schedule(self.inverse_epochs, self.batch, rate),
             step3=Schedule(self.refine_epochs, self.batch, rate),
             parts=Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)}),
+            spectral_norm=self.spectral_norm,
         )
+        kernels: list[Step1 | None] = [None] * len(states)
+        if self.share_kernel and shape.kind == "fourier" and len(states) > 1:
+            kernels = [*shared_kernel(
+                model, states, shape, settings, generator(seed, len(states) + 1), model.device, stages)]
         edits, records = [], []
-        for number, block_states in enumerate(states):
+        for number, (block_states, kernel) in enumerate(zip(states, kernels, strict=True)):
             edit, record = fit_block(
-                model, block_states, shape, settings, generator(seed, number + 1), model.device, stages)
+                model, block_states, shape, settings, generator(seed, number + 1), model.device, stages, kernel)
             edits.append(edit)
             records.append(record)
         return MethodResult(edits, records)

@@ -84,7 +84,7 @@ def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, device
         target, mask = site.target(rows)
         inputs = states.inputs[rows].to(device).float()[mask]
         moments.update(inputs, target[mask] - inputs)
-    matrix, offset = moments.solve_affine(ridge)
+    matrix, offset = moments.reduced().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
     return site

@@ -16,6 +16,7 @@ from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime import Stages
+from kdprune.world import world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ def channel_scales(site: Site) -> Tensor:
         inputs = site.states.inputs[rows].to(site.device)
         before += (inputs[mask].double() @ rotation).abs().sum(0)
         after += (target[mask].double() @ rotation).abs().sum(0)
+    world().sum(before, after)
     return after / before.clamp_min(1e-300)
 
 

@@ -15,6 +15,7 @@ from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Substitute, context_layer
 from kdprune.training import Measure, Sums
+from kdprune.world import world
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
 
@@ -121,9 +122,10 @@ class Site:
         return Probe(kernel_input, readout_input, base[mask], target[mask])
 
     def row_batches(self, size: int, held: bool = False) -> Iterator[Tensor]:
-        """Row numbers in order, in batches: the rows to fit on, or the held-out ones."""
+        """This process's row numbers in order, in batches: of the rows to fit on, or of the held-out ones."""
         first, last = (self.fit_rows, self.fit_rows + self.states.held) if held else (0, self.fit_rows)
-        return iter(torch.arange(first, last).split(size))
+        rows = self.states.mine(torch.arange(first, last))
+        return iter(rows.split(size)) if len(rows) else iter(())
 
     @torch.no_grad()
     def update_energy(self, size: int) -> float:
@@ -133,7 +135,8 @@ class Site:
             target, mask = self.target(rows)
             update = (target - self.states.inputs[rows].to(self.device).float())[mask]
             total, count = total + float(update.double().square().sum()), count + len(update)
-        return max(total / count, 1e-30)
+        total, tokens = world().total([total, count])
+        return max(total / tokens, 1e-30)
 
     def state_measure(self, energy: float) -> Measure:
         """Loss of steps 2 and 3: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens only."""

@@ -132,7 +132,7 @@ class Streamline(DepthMethod):
         with stages.stage(f"{self.stand_in} {name}", self.epochs) as advance:
             return fit(
                 site.module.parameters(), site.state_measure(energy), site.fit_rows, schedule, draw, name=name,
-                on_epoch=advancing(advance))
+                on_epoch=advancing(advance), mine=site.states.mine)
 
 
 class LayerSite(Site):

@@ -142,6 +142,11 @@ class BlockStates:
     path: Tensor
     path_position: Tensor
     path_held: Tensor
+    dealt: Tensor | None = None  # (N,), which rows this process holds; None: all
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """Those of ``rows`` whose states this process holds."""
+        return rows if self.dealt is None else rows[self.dealt[rows]]
 
 
 @dataclass(frozen=True)

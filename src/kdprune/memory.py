@@ -1,0 +1,85 @@
+"""Memory budgets: what is held in memory, what is streamed or spilled, and whether that was enough."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from kdprune.errors import KDPruneError
+
+SHARE = 0.8  # of the memory that is free at the start, where no budget is given
+MODEL_SHARE = 0.5  # of a budget that a whole model may take; fits and states need the rest
+STATES_SHARE = 0.5  # of what is left of the host's budget that states may take
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"6GiB"`` → 6 · 2³⁰, ``"500MB"`` → 5 · 10⁸, a number → itself.
+
+    Raises:
+        KDPruneError: it is no amount of memory.
+    """
+    try:
+        found = convert_file_size_to_int(int(text) if str(text).isdigit() else text)
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise KDPruneError(f"got memory {str(text)!r}, expected an amount such as 6GiB or 500MB")
+    return found
+
+
+def show_bytes(count: float) -> str:
+    """``"5.93 GiB"``, or MiB below a tenth of it."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run may take, in bytes.
+
+    Attributes:
+        host: resident set of this process. device: allocations on the accelerator; None without one.
+        given: whether a person named the host's budget; then a peak above it is worth a word.
+    """
+
+    host: int
+    device: int | None
+    given: bool = False
+
+    @staticmethod
+    def of(host: str | int | None, device: str | int | None, place: torch.device) -> "Memory":
+        """The budgets as given; else most of what is free now. ``place`` is where the run computes."""
+        free = psutil.virtual_memory().available + resident_bytes()
+        given = None if host is None else parse_bytes(host)
+        if given is not None and given <= resident_bytes():
+            raise KDPruneError(
+                f"got host memory {host}, expected more than {show_bytes(resident_bytes())}, which the libraries alone "
+                "take")
+        on_device = None
+        if place.type != "cpu":
+            on_device = int(SHARE * torch.cuda.mem_get_info(place)[0]) if device is None else parse_bytes(device)
+        return Memory(int(SHARE * free) if given is None else given, on_device, given is not None)
+
+    def room(self) -> int:
+        """What is left of the host's budget now."""
+        return max(0, self.host - resident_bytes())
+
+    def streams(self, model_bytes: int) -> bool:
+        """Whether a model of this size is read layer by layer: it takes more than its share of a budget."""
+        tightest = min(self.host, self.device or self.host)
+        return model_bytes > MODEL_SHARE * tightest
+
+    def holds(self, states_bytes: int) -> bool:
+        """Whether states of this size stay in memory; else they are spilled to the work directory."""
+        return states_bytes <= STATES_SHARE * self.room()
+
+    def remark(self, peak: int) -> str | None:
+        """One line if ``peak``, in bytes, is above the budget that was given."""
+        if self.given and peak > self.host:
+            return f"the peak of {show_bytes(peak)} is above the host budget of {show_bytes(self.host)}"
+        return None
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now."""
+    return int(psutil.Process().memory_info().rss)
