@@ -84,7 +84,8 @@ def select_blocks(
         largest = max(table) / total
         raise KDPruneError(
             f"got ratio {target / total:.4g}, expected at most {math.floor(largest * 1e4) / 1e4:.4g}, the largest the "
-            f"unprotected layers of this model allow; lower the ratio or protect fewer layers (protect=…)"
+            f"unprotected layers of this model allow in blocks of at most {max(map(len, candidates))}; lower the "
+            f"ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)"
         )
     return list(table[min(enough)][1])
 

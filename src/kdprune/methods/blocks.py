@@ -64,6 +64,10 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
         return check_blocks([range(*block) for block in options.blocks], layers)
     allowed = open_layers(layers, options.protect)
     longest = options.max_block or min(8, layers // 2)
+    if options.max_block is not None and not 2 <= longest <= layers // 2:
+        raise KDPruneError(
+            f"got max_block {longest}, expected 2 to {layers // 2}, half of this model's {layers} layers: choose one "
+            f"in that range, or name longer blocks (blocks=…)")
     shortest = options.block_length or 2
     longest = options.block_length or longest
     candidates = candidate_blocks(allowed, shortest, longest)
