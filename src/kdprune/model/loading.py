@@ -4,10 +4,12 @@ A directory is checked before transformers opens it, and every weight the archit
 checkpoint: a model that is silently initialised at random is impossible.
 """
 
+import contextlib
 import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,6 +127,27 @@ def from_checkpoint(
 
     Raises KDPruneError as :func:`load_model` does.
     """
+    with checkpoint_errors(name, trust_remote_code):
+        config = read_config(name, trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    found, info = loaded
+    check_weights(info, name)
+    return cast(PreTrainedModel, found)
+
+
+@contextlib.contextmanager
+def checkpoint_errors(name: str | Path, trust_remote_code: bool) -> Iterator[None]:
+    """While a checkpoint is read: libraries are quiet, and whatever they raise becomes a KDPruneError of one line.
+
+    A directory is checked first; KDPruneError also for a name that is neither a directory nor a hub id.
+    """
     path = Path(name)
     local = path.is_dir()
     if local:
@@ -136,23 +159,18 @@ def from_checkpoint(
         )
     try:
         with quiet_libraries(progress=not local and sys.stderr.isatty()):
-            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-            _check_causal(config, str(name), trust_remote_code)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
+            yield
     except KDPruneError:
         raise
     except Exception as error:  # transformers, the hub client and safetensors raise many kinds
         raise KDPruneError(_explain(error, name, local, trust_remote_code)) from error
-    found, info = loaded
-    _check_weights(info, name)
-    return cast(PreTrainedModel, found)
+
+
+def read_config(name: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a checkpoint. Raises KDPruneError unless it describes a causal LM."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    _check_causal(config, str(name), trust_remote_code)
+    return config
 
 
 def _explain(error: Exception, name: str | Path, local: bool, trust_remote_code: bool) -> str:
@@ -241,7 +259,7 @@ def _check_causal(config: PreTrainedConfig, name: str, trust_remote_code: bool) 
     raise KDPruneError(f"got {name}, {problem}; expected a causal LM such as LlamaForCausalLM")
 
 
-def _check_weights(info: dict[str, Any], name: str | Path) -> None:
+def check_weights(info: dict[str, Any], name: str | Path) -> None:
     """Nothing was initialised at random, and no stand-in was left out."""
     missing = sorted(info["missing_keys"])
     if missing:
