@@ -19,7 +19,8 @@ from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
 from kdprune.methods.kdp import KDP
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import Site
-from kdprune.model.activations import PathRows, collect_block_states, layer_states
+from kdprune.model.activations import layer_states
+from kdprune.model.block_states import PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime import Stages
 from kdprune.training import Schedule, Sums, fit
@@ -66,7 +67,7 @@ def learned(path: torch.Tensor, anisotropic: bool) -> Step1:
     features = FourierFeatures(path.shape[-1], 24, 3, generator(), anisotropic=anisotropic)
     features.init_median(path.flatten(0, 1), generator())
     return fit_dynamics(
-        features, path, torch.ones(path.shape[1]), Schedule(12, 64, 3e-2), generator(), ridge=1e-4, name="test")
+        features, [path], torch.ones(path.shape[1]), Schedule(12, 64, 3e-2), generator(), ridge=1e-4, name="test")[0]
 
 
 def test_anisotropic_planted_kernel_is_learned_better_than_isotropic() -> None:
@@ -86,8 +87,8 @@ def test_operators_restart_at_least_squares_every_epoch_and_kernel_can_be_fixed(
     path, _ = translations(2, 300, 4)
     features = FourierFeatures(4, 8, 2, generator())
     before = features.frequencies().detach().clone()
-    step1 = fit_dynamics(
-        features, path, torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test",
+    [step1] = fit_dynamics(
+        features, [path], torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test",
         learn_kernel=False)
     assert torch.equal(before, features.frequencies())
     assert len(step1.curves["loss"]) == 3
@@ -109,8 +110,8 @@ def test_position_weights_grow_to_one() -> None:
 def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
     path, _ = translations(3, 200, 10)
     features = FourierFeatures(10, 16, 3, generator())
-    step1 = fit_dynamics(
-        features, path, torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
+    [step1] = fit_dynamics(
+        features, [path], torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
     inverse = InverseNetwork(32, hidden, 10)
     with torch.no_grad():
         inverse.alpha.fill_(1.7)
@@ -135,7 +136,8 @@ def test_norm_decay_is_compensated() -> None:
         path = torch.cat((path, path[-1:] + 0.5 * torch.randn(1, 800, 6, generator=generator(seed + 1))))
     features = FourierFeatures(6, 16, 2, generator())
     features.init_median(path.flatten(0, 1), generator())
-    step1 = fit_dynamics(features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
+    [step1] = fit_dynamics(
+        features, [path], torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
     with torch.no_grad():
         advanced, true = features(path[0, :600]) @ step1.dynamics.product().T, features(path[-1, :600])
     norms = norm_decay(step1, decay_compensation(advanced, true), path[:, :600], path[:, 600:], ridge=1e-4)

@@ -157,7 +157,8 @@ def _step_errors(features: FourierFeatures, dynamics: LinearDynamics, path: Tens
     """‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² and the cosine of the two, each of shape (k, n); path (k+1, n, d)."""
     mapped = features(path)
     predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
-    return (predicted - mapped[1:]).square().sum(-1), cosine_similarity(predicted, mapped[1:], dim=-1)
+    cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
+    return (predicted - mapped[1:]).square().sum(-1), cosine
 
 
 def _curves_of(curves: dict[str, list[float]], number: int) -> dict[str, list[float]]:
