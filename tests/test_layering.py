@@ -10,7 +10,8 @@ import kdprune
 ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
-    ("errors",), ("runtime", "output", "world", "memory"), ("text",), ("data",), ("kernel", "training", "selection"),
+    ("errors",), ("files",), ("runtime", "output", "world", "memory"), ("text",), ("data",),
+    ("identity", "chunks"), ("states", "work"), ("kernel", "training", "selection"),
     ("model",),
     ("evaluation", "methods"), ("report",), ("analysis",), ("assemble",), ("recipe",), ("session",), ("heal",),
     ("pipeline",), ("variants",), ("units",), ("comparison",), ("cli",), ("__main__",),

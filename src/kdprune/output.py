@@ -1,29 +1,14 @@
 """Writing a directory whole or not at all: it grows beside its place and is renamed over at the end."""
 
 import contextlib
-import errno
 import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kdprune.errors import KDPruneError
-
-# What the file system says when it cannot take more, or may not: told in one line. Other errors are bugs.
-REFUSALS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-)
+from kdprune.files import refusal
 
 
 def check_output(path: str | Path, overwrite: bool = False) -> None:
@@ -72,12 +57,8 @@ def staged_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, SafetensorError) and "os error" in str(error):
-            raise KDPruneError(
-                f"cannot write {path}: {_reason(error)}; free some space or choose another"
-            ) from error
-        if isinstance(error, OSError) and error.errno in REFUSALS:
-            raise _refusal(path, error) from error
+        if (reason := refusal(error)) is not None:
+            raise KDPruneError(f"cannot write {path}: {reason}; free some space or choose another directory") from error
         raise
 
 
@@ -92,11 +73,6 @@ def _check_existing(target: Path, path: str | Path, overwrite: bool) -> None:
 
 def _refusal(path: str | Path, error: OSError) -> KDPruneError:
     return KDPruneError(f"cannot write {path}: {error.strerror or error}; choose another directory")
-
-
-def _reason(error: Exception) -> str:
-    """ "… I/O error: No space left on device (os error 28)" → "No space left on device"."""
-    return str(error).rpartition(": ")[2].partition(" (os error")[0]
 
 
 def _new_sibling(target: Path, kind: str) -> Path:

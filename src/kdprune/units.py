@@ -1,16 +1,13 @@
 """Units of a comparison: one variant with one seed, pruned, measured, and kept in a file once it is done."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.analysis import Scores
@@ -19,6 +16,7 @@ from kdprune.data import TokenSet
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.evaluation.tasks import run_suite
+from kdprune.identity import code_identity, digest, model_identity, tokens_identity
 from kdprune.methods.method import RankedMethod
 from kdprune.model.families import decoder_layers
 from kdprune.pipeline import RunOutcome, run_method
@@ -209,39 +207,3 @@ class Bench:
 def unit_name(variant: Variant, seed: int) -> str:
     """The readable part of a unit's file name."""
     return f"{variant.options['method']}-seed{seed}"
-
-
-def digest(parts: Any) -> str:
-    """A hash of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def code_identity() -> str:
-    """A hash of the package's own source: figures of other code are measured again."""
-    root = Path(__file__).parent
-    files = sorted(root.rglob("*.py"))
-    return digest([(str(file.relative_to(root)), file.read_text(encoding="utf-8")) for file in files])
-
-
-def tokens_identity(tokens: TokenSet) -> str:
-    """A hash of the tokens themselves, whatever file they came from."""
-    found = hashlib.sha256(tokens.source.encode())
-    for part in (tokens.ids, tokens.mask):
-        _feed(found, part)
-    return found.hexdigest()
-
-
-def model_identity(model: PreTrainedModel) -> str:
-    """A hash of architecture and weights, wherever the model was loaded from."""
-    left_out = ("_name_or_path", "transformers_version")
-    config = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
-    found = hashlib.sha256(digest([type(model).__name__, config]).encode())
-    for name, weight in model.named_parameters():
-        found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        _feed(found, weight)
-    return found.hexdigest()
-
-
-def _feed(found: Any, tensor: Tensor) -> None:
-    """The bytes of a tensor into a hash; bfloat16 has no numpy form, its bytes do."""
-    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,98 @@
+"""Files that are there whole or not at all, and whose accidents show: what `output`, `states` and `work` write with."""
+
+import contextlib
+import errno
+import itertools
+import os
+import socket
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kdprune.errors import KDPruneError
+
+# What the file system says when it cannot take more, or may not: told in one line. Other errors are bugs.
+REFUSALS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)
+PARTIAL = ".partial-"  # in the name of everything that is still being written
+PIECE = 2**20  # bytes read at once: a checksum needs no more memory than that
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the file system refused, "No space left on device"; None for an error that is something else."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and "os error" in str(error):
+        # "… I/O error: No space left on device (os error 28)"
+        return str(error).rpartition(": ")[2].partition(" (os error")[0]
+    return None
+
+
+def crc32(path: str | Path, start: int = 0, value: int = 0) -> int:
+    """CRC-32 of a file's bytes from `start` on, continuing `value`.
+
+    It is there for accidents, not for attackers, and fast: 4.0 GB/s on one core (BLAKE2b .83, SHA-256 1.7).
+    """
+    piece = bytearray(PIECE)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while got := file.readinto(piece):
+            value = zlib.crc32(memoryview(piece)[:got], value)
+    return value
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, what: str = "", advice: str = "choose another directory") -> Iterator[Path]:
+    """The name of a new file beside `path` to write to; renamed over `path` when the body ends well, removed when not.
+
+    Nothing is forced to the disk: a process that is killed loses nothing the kernel has, and forcing would make every
+    write wait for the disk. What a power cut may leave is found by a checksum, which whoever reads has to look at.
+
+    Raises:
+        KDPruneError: the disk is full or refuses to be written; names `what` (the path without it) and gives `advice`.
+    """
+    path = Path(path)
+    partial = partial_name(path)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if (reason := refusal(error)) is not None:
+            raise KDPruneError(f"cannot write {what or path}: {reason}; {advice}") from error
+        raise
+
+
+_numbers = itertools.count()
+
+
+def partial_name(path: Path) -> Path:
+    """A hidden sibling of `path` that no other process and no other call uses."""
+    return path.with_name(f".{path.name}{PARTIAL}{socket.gethostname()}-{os.getpid()}-{next(_numbers)}")
+
+
+def readable_bytes(count: float) -> str:
+    """ "1.5 GiB", "32 MiB", "96 bytes"."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def tell(line: str) -> None:
+    """The default of every ``notify``: a line among the messages."""
+    print(f"kdprune: {line}", file=sys.stderr)
