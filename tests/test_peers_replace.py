@@ -70,8 +70,7 @@ def method(case: str, **options: Any) -> DepthMethod:
 def prune(case: str, model: PreTrainedModel, tokens: TokenSet, seed: int = 0, **options: Any) -> MethodResult:
     made, scores = method(case, **options), None
     if isinstance(made, Linear) and made.blocks is None:
-        scores = score_layers(model, tokens, protect=0.0, generator=torch.Generator().manual_seed(0), batch_size=8,
-                              stages=Stages()).tensors()
+        scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=8, stages=Stages()).tensors()
     return made(model, tokens, scores, seed=seed, batch_size=3)
 
 
@@ -173,7 +172,9 @@ def test_streamlines_layer_is_the_models_own_and_sees_no_future_token(name: str)
     before = site.predict(rows).detach()
     _, after_one = endpoints(model, tokens.select(rows), range(2, 3))
     torch.testing.assert_close(before[tokens.mask[rows]], after_one, rtol=1e-4, atol=1e-4)
-    states.inputs[1, 7] += 1.0
+    changed = states.inputs[torch.tensor([1])]
+    changed[0, 7] += 1.0
+    states.inputs.put(torch.tensor([1]), changed)
     after = site.predict(rows).detach()
     assert torch.equal(after[0, :7], before[0, :7])
     assert not torch.allclose(after[0, 7:], before[0, 7:])

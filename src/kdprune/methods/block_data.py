@@ -13,7 +13,7 @@ from kdprune.methods.distance import measure_distances
 from kdprune.methods.fitting import average
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.site import PASS_ROWS, Site
-from kdprune.model.activations import BlockStates, PathRows, collect_block_states
+from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime import Stages
 from kdprune.selection import open_layers

@@ -17,7 +17,7 @@ from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import PASS_ROWS, Site
-from kdprune.model.activations import BlockStates
+from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime import Stages
@@ -65,7 +65,7 @@ class Linear(RankedMethod):
         records = []
         for states in block_states(model, tokens, blocks, self.held, batch_size, stages):
             with stages.stage("least squares", 1) as advance:
-                site = fit_affine(model, states, self.ridge, model.device)
+                site = fit_affine(model, states, self.ridge, work_device(model))
                 energy = site.update_energy(PASS_ROWS)
                 records.append(fit_record(site, energy, fitted_error(site, energy)))
                 advance(1)

@@ -10,7 +10,8 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from kdprune.kernel.features import rms_normalize
-from kdprune.model.activations import Arguments, BlockStates, layer_arguments
+from kdprune.model.activations import Arguments, layer_arguments
+from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Substitute, context_layer
@@ -59,7 +60,8 @@ class Site:
             self.module = context_layer(model, start, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
             norm = getattr(decoder_layers(model)[start], family_of(model).mlp_norm)
-            self._norm = copy.deepcopy(norm).float().to(device)
+            with resident(norm):
+                self._norm = free(copy.deepcopy(norm, hooks_of(norm))).float().to(device)
         self.stand_in.readout.requires_grad_(True)
         self._shared_arguments: dict[int, Arguments] = {}
 

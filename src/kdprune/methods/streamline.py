@@ -17,7 +17,7 @@ from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import PASS_ROWS, Site
-from kdprune.model.activations import BlockStates
+from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Rewrite, check_model
@@ -110,7 +110,7 @@ class Streamline(DepthMethod):
     def _fit_ffn(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages
     ) -> tuple[Edit, dict[str, Any]]:
-        site = Site(model, states, new_ffn(model.config.hidden_size, draw), False, model.device)
+        site = Site(model, states, new_ffn(model.config.hidden_size, draw), False, work_device(model))
         energy = site.update_energy(PASS_ROWS)
         curves = self._train(site, energy, draw, stages)
         return site.edit(), fit_record(site, energy, curves)
@@ -118,7 +118,7 @@ class Streamline(DepthMethod):
     def _fit_layer(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages
     ) -> list[Edit]:
-        site, block = LayerSite(model, states, model.device), states.block
+        site, block = LayerSite(model, states, work_device(model)), states.block
         self._train(site, site.update_energy(PASS_ROWS), draw, stages)
         weights = {name: weight.detach() for name, weight in site.module.named_parameters()}
         return [Rewrite(block.start, weights), Drop(range(block.start + 1, block.stop))]
@@ -141,7 +141,9 @@ class LayerSite(Site):
     def __init__(self, model: PreTrainedModel, states: BlockStates, device: torch.device):
         super().__init__(model, states, StandIn(1, kind="linear", features=0), False, device)
         layer = decoder_layers(model)[states.block.start]
-        self.module = copy.deepcopy(layer, {id(model.config): model.config}).float().to(device)
+        with resident(layer):
+            copied = free(copy.deepcopy(layer, {id(model.config): model.config, **hooks_of(layer)}))
+        self.module = copied.float().to(device)
         self.module.requires_grad_(True)
         self.context = True  # the layer gets the arguments that the model hands it
 

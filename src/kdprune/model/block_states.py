@@ -1,0 +1,150 @@
+"""The states at the ends of the blocks to replace, and inside them for a few rows: what stand-ins are fitted from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+from transformers import PreTrainedModel
+
+from kdprune.data import TokenSet
+from kdprune.files import tell
+from kdprune.model.activations import layer_states, place
+from kdprune.states import Notify, States, open_states
+from kdprune.world import world
+
+Home = Callable[[int], Path | None]  # boundary → folder its states are spilled to; None: memory
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """What the fit of one block's stand-in is made from; padding is marked in ``tokens.mask``.
+
+    Attributes:
+        block: the layers replaced.
+        tokens: the rows, (N, T); the last ``held`` of them are kept out of every fit.
+        inputs, outputs: h_s and h_e, shape (N, T, d), in the model's dtype; ``states[rows]`` reads rows.
+        path: all k+1 states h_s … h_e of the tokens of a few rows (step 1), shape (k+1, n, d), float32.
+        path_position: position of those tokens in their row, shape (n,).
+        path_held: the same states for tokens of held-out rows, shape (k+1, n', d).
+        dealt: (N,), which rows this process holds states of. The paths are whole in every process.
+    """
+
+    block: range
+    tokens: TokenSet
+    held: int
+    inputs: States
+    outputs: States
+    path: Tensor
+    path_position: Tensor
+    path_held: Tensor
+    dealt: BoolTensor
+
+    def mine(self, rows: Tensor) -> LongTensor:
+        """Those of ``rows`` whose states this process holds."""
+        return rows[self.dealt[rows]]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class PathRows:
+    """Which rows contribute all their states to step 1: the first ``fit`` rows and the last ``held``."""
+
+    fit: int
+    held: int
+
+    def of(self, count: int) -> list[Tensor]:
+        """The numbers of these rows among ``count``: to fit on, held out."""
+        return [torch.arange(self.fit), torch.arange(count - self.held, count)]
+
+
+def collect_block_states(
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], *, held: int, path: PathRows, batch_size: int,
+    home: Home = lambda _: None, notify: Notify = tell, advance: Callable[[int], None] = lambda _: None,
+) -> list[BlockStates]:
+    """States of all blocks in one pass over the calibration set; what earlier runs left in the homes is not computed.
+
+    Of several processes each takes its share of the batches.
+
+    Args:
+        held: how many rows at the end are kept out of fits. path: rows whose inner states are kept too.
+        batch_size: rows a forward pass. home: where the states of a boundary live.
+        notify: told in one line what was found damaged. advance: told the number of rows done.
+    """
+    walk = _Walk(model, tokens, batch_size, advance)
+    shape = (*tokens.ids.shape, model.config.hidden_size)
+    ends = {
+        index: open_states(
+            shape, model.dtype, f"the states {place(index, model)}", home(index), recompute=walk.states_of(index),
+            notify=notify)
+        for block in blocks for index in (block.start, block.stop)
+    }
+    paths = walk.run(ends, blocks, path)
+    dealt = torch.zeros(len(tokens), dtype=torch.bool)
+    dealt[world().share(len(tokens), batch_size)] = True
+    fit_rows, held_rows = path.of(len(tokens))
+    position = torch.arange(tokens.ids.shape[1]).expand(len(tokens), -1)
+    return [
+        BlockStates(
+            block, tokens, held, ends[block.start], ends[block.stop], paths(block, fit_rows),
+            position[fit_rows][tokens.mask[fit_rows]], paths(block, held_rows), dealt,  # type: ignore[arg-type]
+        )
+        for block in blocks
+    ]
+
+
+@dataclass
+class _Walk:
+    """Passes over the batches of this process, as many of them as are needed."""
+
+    model: PreTrainedModel
+    tokens: TokenSet
+    batch_size: int
+    advance: Callable[[int], None]
+
+    def run(
+        self, ends: Mapping[int, States], blocks: Sequence[range], path: PathRows
+    ) -> Callable[[range, Tensor], Tensor]:
+        """Fills ``ends`` and returns what gives the paths: (block, rows) → (k+1, n, d), real tokens, float32."""
+        on_path = torch.zeros(len(self.tokens), dtype=torch.bool)
+        on_path[torch.cat(path.of(len(self.tokens)))] = True
+        inside = sorted({index for block in blocks for index in range(block.start, block.stop + 1)})
+        seen: dict[tuple[int, int], Tensor] = {}  # (boundary, row) → its states
+
+        batches = world().share(len(self.tokens), self.batch_size).split(self.batch_size)
+        needed: list[Tensor] = [
+            rows for rows in batches if on_path[rows].any() or any(_lacks(states, rows) for states in ends.values())]
+        self.advance(sum(map(len, batches)) - sum(map(len, needed)))
+        chosen = self.tokens.select(torch.cat([torch.empty(0, dtype=torch.long), *needed]))
+        wanted = [inside if on_path[rows].any() else sorted(ends) for rows in needed]
+        passes = layer_states(self.model, chosen, lambda number: wanted[number], self.batch_size)
+        for rows, (_, states) in zip(needed, passes, strict=True):
+            for index, store in ends.items():
+                if _lacks(store, rows):
+                    store.put(rows, states[index])
+            for at in on_path[rows].nonzero().flatten().tolist():
+                row = int(rows[at])
+                seen |= {(index, row): states[index][at][self.tokens.mask[row]].float().cpu() for index in inside}
+            self.advance(len(rows))
+        everywhere = {key: value for part in world().gather(seen) for key, value in part.items()}
+
+        def paths(block: range, rows: Tensor) -> Tensor:
+            return torch.stack([
+                torch.cat([everywhere[index, int(row)] for row in rows])
+                for index in range(block.start, block.stop + 1)]) if len(rows) else torch.empty(0)
+
+        return paths
+
+    def states_of(self, index: int) -> Callable[[LongTensor], Tensor]:
+        """What computes states at this boundary again: (b,) row numbers, a whole batch of them → (b, T, d)."""
+
+        def compute(rows: LongTensor) -> Tensor:
+            found = layer_states(self.model, self.tokens.select(rows), [index], max(len(rows), 1))
+            return torch.cat([states[index].cpu() for _, states in found])
+
+        return compute
+
+
+def _lacks(states: States, rows: Tensor) -> bool:
+    """Whether some of these rows are not there yet."""
+    return bool(torch.isin(rows, states.missing).any())
