@@ -2,73 +2,142 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..errors import KDPruneError
 from .families import family_of
+from .placement import input_device
+from .streaming import is_streamed, load_streamed, resident, source_of
+
+SHARD = "5GB"  # most of the weights that one file holds
+# What safetensors calls a dtype, in the order in which its own writer puts the tensors of a file.
+_DTYPES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
-def save_model(model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_model(
+    model: PreTrainedModel, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    max_shard_size: int | str = SHARD,
+) -> None:
     """Write weights (safetensors), config, generation config and ``tokenizer`` to ``directory``.
 
     A model with stand-ins ships its code beside the weights, ``modeling_kdp.py``, named in the config's
-    ``auto_map``; a stock model, dense or with layers dropped, stays a stock checkpoint.
+    ``auto_map``; a stock model, dense or with layers dropped, stays a stock checkpoint. The weights of a streamed
+    model pass through memory one tensor at a time; what is written is the same, byte for byte.
+    ``max_shard_size``: of one weight file, in bytes or as "5GB"; a larger tensor has a file of its own.
     Raises KDPruneError for what is not a causal LM and where the directory cannot be written.
     """
     family_of(model)
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _save_weights(model, directory)
+        _save_weights(model, directory, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         for weights in directory.glob("*.safetensors"):  # written for the owner alone
             weights.chmod((directory / "config.json").stat().st_mode)
+    except KDPruneError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
         raise KDPruneError(f"cannot write the checkpoint to {directory}: {error}") from error
 
 
-def _save_weights(model: PreTrainedModel, directory: Path) -> None:
+def _save_weights(model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
     """``save_pretrained``, with the generation config written as it is: some published ones are refused as new."""
     generation = model.generation_config
     try:
         model.generation_config = GenerationConfig()
-        model.save_pretrained(directory)
+        if is_streamed(model):
+            model.save_pretrained(directory, state_dict={})  # all but weights
+            _stream_weights(model, directory, max_shard_size)
+        else:
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
     finally:
         model.generation_config = generation
     if generation is not None:
         generation.to_json_file(directory / "generation_config.json")
 
 
+def _stream_weights(model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
+    """What ``save_pretrained`` does with weights, on tensors of which some are still in another checkpoint."""
+    state = _state(model)
+    shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
+    for file, names in shards.filename_to_tensors.items():
+        _write_tensors({name: state[name] for name in names}, directory / file)
+    if shards.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **shards.metadata}
+        index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
+        content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(content, encoding="utf-8")
+
+
+def _state(model: PreTrainedModel) -> dict[str, Any]:
+    """The tensors that ``save_pretrained`` writes, under the names it gives them."""
+    # The parameters themselves, not detached: it is they that know where their weights are.
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    left_out = model._keys_to_ignore_on_save or ()
+    state = {name: tensor for name, tensor in state.items() if name not in left_out}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """A safetensors file, written one tensor at a time: its library wants all of them in memory at once.
+
+    The format: length of the header (8 bytes, little-endian), header (JSON, padded to a multiple of 8), the tensors.
+    """
+    kinds = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = _weights(tensors[name])
+            assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    """The values of a tensor, in memory."""
+    if isinstance(tensor, nn.Parameter) and tensor.is_meta:
+        tensor = source_of(tensor).read()
+    return tensor.detach().cpu()
+
+
 @torch.no_grad()
 def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> None:
     """Load ``directory`` as a user would, in the dtype of ``model``, and compare the logits of both.
 
-    ``input_ids`` (B, T) are token ids. Both models run in evaluation mode on the device of ``model``.
-    Raises KDPruneError if a weight is missing or left over, if logits are not finite, or if a bit differs.
+    ``input_ids`` (B, T) are token ids. Both models run in evaluation mode on the device of ``model``; what was saved
+    from a streamed model is streamed too. Raises KDPruneError if a weight is missing or left over, if logits are not
+    finite, or if a bit differs.
     """
-    result: Any = AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    loaded, report = result
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report.get(problem):
-            names = ", ".join(sorted(map(str, report[problem]))[:3])
-            raise KDPruneError(f"the checkpoint in {directory} has {problem.replace('_', ' ')}: {names}")
+    loaded = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model)
     if type(loaded).__name__ != type(model).__name__:
         raise KDPruneError(f"{directory} loads as {type(loaded).__name__}, not as {type(model).__name__}")
-    ids = input_ids.to(model.device)
-    expected, found = _logits(model, ids), _logits(loaded.to(model.device), ids)
+    device = input_device(model)
+    ids = input_ids.to(device)
+    expected, found = _logits(model, ids), _logits(loaded.to(device), ids)
     if not torch.isfinite(expected).all():
         raise KDPruneError("the logits of the model in memory are not finite")
     if not torch.equal(expected, found):
@@ -78,10 +147,46 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
         )
 
 
+def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
+    """What ``directory`` holds, in the dtype of ``model``; refused unless its weights are those asked for."""
+    result: Any = AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=model.dtype,
+        attn_implementation=model.config._attn_implementation,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    loaded, report = result
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        _refuse(directory, problem, map(str, report.get(problem) or ()))
+    return loaded
+
+
+def _loaded_streamed(directory: str | Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The same, streamed; weights of another shape are refused in loading."""
+    stored: set[str] = set()
+    for file in Path(directory).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            stored.update(opened.keys())
+    expected = set(_state(model))
+    _refuse(directory, "missing_keys", expected - stored)
+    _refuse(directory, "unexpected_keys", stored - expected)
+    loaded = load_streamed(directory, dtype=model.dtype, device=model.device)
+    loaded.set_attn_implementation(model.config._attn_implementation)
+    return loaded
+
+
+def _refuse(directory: str | Path, problem: str, found: Iterable[str]) -> None:
+    """Raises KDPruneError if any weight was found to have this problem."""
+    if names := sorted(found):
+        raise KDPruneError(f"the checkpoint in {directory} has {problem.replace('_', ' ')}: {', '.join(names[:3])}")
+
+
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (B, T, V) in evaluation mode; the mode of ``model`` is put back."""
     training = model.training
     try:
-        return model.eval()(ids, use_cache=False).logits
+        with resident(model):
+            return model.eval()(ids, use_cache=False).logits
     finally:
         model.train(training)
