@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -54,11 +54,15 @@ def crc32(path: str | Path, start: int = 0, value: int = 0) -> int:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, what: str = "", advice: str = "choose another directory") -> Iterator[Path]:
+def whole_file(
+    path: str | Path, what: str = "", advice: str = "choose another directory",
+    rename: Callable[[Path], Path] | None = None,
+) -> Iterator[Path]:
     """The name of a new file beside `path` to write to; renamed over `path` when the body ends well, removed when not.
 
     Nothing is forced to the disk: a process that is killed loses nothing the kernel has, and forcing would make every
     write wait for the disk. What a power cut may leave is found by a checksum, which whoever reads has to look at.
+    With ``rename`` the last name is the one it gives for the written file (a checksum can stand in it).
 
     Raises:
         KDPruneError: the disk is full or refuses to be written; names `what` (the path without it) and gives `advice`.
@@ -68,7 +72,7 @@ def whole_file(path: str | Path, what: str = "", advice: str = "choose another d
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, path if rename is None else rename(partial))
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

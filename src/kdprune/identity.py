@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,36 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # what a checkpoint directory's model is read from
 PIECE = 2**22
+
+
+class Part(NamedTuple):
+    """One named part of a run's identity: a text to read, and the hash that decides."""
+
+    text: str
+    hash: str
+
+
+def part(text: str, data: Any) -> Part:
+    """A part whose hash is that of plain data, a ready hash among them."""
+    return Part(text, digest(data))
+
+
+def as_part(value: str | Part) -> Part:
+    """A text decides by itself."""
+    return value if isinstance(value, Part) else part(value, value)
+
+
+def differences(there: Mapping[str, Part], here: Mapping[str, Part]) -> list[str]:
+    """What to say of every part whose hash is not the same, or which is given on one side alone."""
+    found = []
+    for name in dict.fromkeys([*here, *there]):
+        old, new = there.get(name), here.get(name)
+        if old is None or new is None:
+            found.append(f"{name} {old.text if old else 'not given'} there, {new.text if new else 'not given'} here")
+        elif old.hash != new.hash:
+            contents = "" if old.text != new.text else f" with other contents ({old.hash[:8]}, {new.hash[:8]})"
+            found.append(f"{name} {old.text} there, {new.text} here{contents}")
+    return found
 
 
 def digest(parts: Any) -> str:
