@@ -7,16 +7,29 @@ from shutil import copytree
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import CONFIGS, LAYERS, VOCABULARY, WIDTH, build
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.model.activations import layer_arguments, layer_states
 from kdprune.model.families import decoder_layers
+from kdprune.model.layerwise import forward_streamed
 from kdprune.model.loading import load_model
-from kdprune.model.streaming import checkpoint_bytes, is_streamed, layer_bytes, load_streamed, resident
+from kdprune.model.streaming import (
+    Scratch,
+    checkpoint_bytes,
+    is_streamed,
+    layer_bytes,
+    load_streamed,
+    resident,
+    set_scratch,
+)
 
 Saved = dict[str, Path]
+# Where states are between two layers: in memory, one batch at a time, all of them in files.
+ROOMS = {"memory": Scratch(), "small": Scratch(host_bytes=1), "files": Scratch(Path(), host_bytes=1)}
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +151,134 @@ def test_a_checkpoint_that_goes_away_is_told(saved: Saved, tmp_path: Path) -> No
     with pytest.raises(KDPruneError, match="put it back"), resident(decoder_layers(model)[0]):
         pass
     assert only_layers_on_meta(model)
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+def rows(padded: bool, count: int = 7, length: int = 10) -> TokenSet:
+    """Random rows, some of them with padding at their end and one at its start."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, VOCABULARY, (count, length), generator=generator)
+    mask = torch.ones(count, length, dtype=torch.bool)
+    if padded:
+        mask[1, 6:], mask[4, 3:], mask[5, :2] = False, False, False
+        ids[~mask] = 0
+    return TokenSet(ids, mask, "random")  # type: ignore[arg-type]
+
+
+def scratch(room: str, path: Path) -> Scratch:
+    found = ROOMS[room]
+    return found if found.folder is None else Scratch(path / "scratch", found.host_bytes)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_and_logits_are_those_of_the_resident_model(saved: Saved, name: str, padded: bool) -> None:
+    whole, streamed = both(saved[name])
+    tokens = rows(padded)
+    expected = list(layer_states(whole, tokens, range(LAYERS + 1), 3))
+    found = list(layer_states(streamed, tokens, range(LAYERS + 1), 3))
+    assert len(found) == len(expected) == 3
+    for (batch, one), (other_batch, other) in zip(expected, found, strict=True):
+        assert torch.equal(batch.ids, other_batch.ids)
+        assert one.keys() == other.keys() == set(range(LAYERS + 1))
+        assert all(torch.equal(one[index], other[index]) for index in one)
+    batches = list(tokens.batches(3))
+    logits = list(forward_streamed(streamed, batches))
+    for batch, own, resident_logits in zip(batches, logits, forward_streamed(whole, batches), strict=True):
+        mask = None if batch.mask.all() else batch.mask.long()
+        with torch.no_grad():
+            assert torch.equal(own, whole(input_ids=batch.ids, attention_mask=mask, use_cache=False).logits)
+        assert torch.equal(own, resident_logits)
+    assert only_layers_on_meta(streamed)
+    assert all("forward" not in layer.__dict__ for layer in decoder_layers(streamed))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("name", ["llama2", "gemma3"])
+def test_wherever_states_are_between_two_layers(saved: Saved, tmp_path: Path, name: str, room: str) -> None:
+    whole, streamed = both(saved[name], "bfloat16")
+    set_scratch(streamed, scratch(room, tmp_path))
+    tokens = rows(padded=True)
+    for indices in ([2, 4], [LAYERS], lambda number: [[0, 1, 5], [], [3]][number]):
+        expected, found = (list(layer_states(model, tokens, indices, 3)) for model in (whole, streamed))
+        for (_, one), (_, other) in zip(expected, found, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[index], other[index]) for index in one)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_states_by_batch_are_those_of_all_batches(saved: Saved) -> None:
+    model, tokens = load_model(saved["qwen3-window"], device="cpu"), rows(padded=True)
+    every = [states for _, states in layer_states(model, tokens, range(LAYERS + 1), 2)]
+    some = [states for _, states in layer_states(model, tokens, lambda number: range(number + 1), 2)]
+    for number, (one, other) in enumerate(zip(every, some, strict=True)):
+        assert other.keys() == set(range(number + 1))
+        assert all(torch.equal(one[index], other[index]) for index in other)
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_behind(saved: Saved, tmp_path: Path) -> None:
+    model = load_streamed(saved["llama2"], device="cpu")
+    passes = layer_states(model, rows(padded=False), [3], 3, scratch=scratch("files", tmp_path))
+    next(passes)
+    passes.close()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert only_layers_on_meta(model)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_arguments_of_a_layer_need_no_weights(saved: Saved, name: str) -> None:
+    """What a layer makes of them and of h_l is h_l+1."""
+    whole, streamed = both(saved[name])
+    batch = rows(padded=True)
+    _, states = next(layer_states(whole, batch, range(LAYERS + 1), len(batch)))
+    for index, layer in enumerate(decoder_layers(whole)):
+        args, kwargs = layer_arguments(streamed, index, batch)
+        with torch.no_grad():
+            assert torch.equal(layer(states[index], *args, **kwargs), states[index + 1])
+    assert states[0].shape == (7, 10, WIDTH)
+
+
+def test_damaged_states_name_layer_and_batch(saved: Saved, tmp_path: Path) -> None:
+    path = whole_file(saved["llama2"], tmp_path / "broken", str)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model = load_streamed(path, device="cpu")
+    with pytest.raises(KDPruneError, match="entering layer 3 in calibration batch 0"):
+        list(layer_states(model, rows(padded=False), [1, 3], 3))
+
+
+# ------------------------------------------------------------------------------------------------ out of memory
+
+
+def run_out(layer: torch.nn.Module, most: int) -> None:
+    """The layer refuses more than ``most`` rows at once, as a device does that is full."""
+    def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    layer.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_batches_are_halved_where_memory_runs_out(saved: Saved, streams: bool) -> None:
+    whole, streamed = both(saved["mistral"])
+    tokens, told = rows(padded=True, count=9), []
+    expected = list(layer_states(whole, tokens, range(LAYERS + 1), 4))
+    model = streamed if streams else whole
+    run_out(decoder_layers(model)[2], most=1)
+    found = list(layer_states(model, tokens, range(LAYERS + 1), 4, notify=told.append))
+    assert told == [f"out of memory on the device with {n} rows; going on with {n // 2} at once" for n in (4, 2)]
+    for (batch, one), (other_batch, other) in zip(expected, found, strict=True):
+        assert torch.equal(batch.ids, other_batch.ids)
+        for index, state in one.items():  # smaller products are rounded otherwise
+            assert torch.allclose(state, other[index], rtol=1e-4, atol=1e-5)
+
+
+def test_one_row_that_does_not_fit_is_told(saved: Saved) -> None:
+    model = load_model(saved["mistral"], device="cpu")
+    run_out(decoder_layers(model)[0], most=0)
+    with pytest.raises(KDPruneError, match="does not suffice for one row of 10 tokens"):
+        list(layer_states(model, rows(padded=False), [3], 4, notify=lambda _: None))

@@ -5,7 +5,7 @@ h_L is what leaves the last layer, before the final norm.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.files import tell
 from kdprune.model.families import decoder_layers
+from kdprune.model.layerwise import streamed_states
+from kdprune.model.passes import Arguments, Notify, RowLimit, entering, joined, let_pass, run, standing_in
 from kdprune.model.placement import collector_of, input_device
-from kdprune.model.surgery import layers_replaced
+from kdprune.model.streaming import Scratch, is_streamed
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Indices = Iterable[int] | Callable[[int], Iterable[int]]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -50,52 +53,62 @@ def recorded(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[dict[in
             hook.remove()
 
 
-def run(model: PreTrainedModel, batch: TokenSet) -> None:
-    """One forward pass of the layer stack (no language-model head), for its hooks."""
-    device = input_device(model)
-    model.base_model(
-        input_ids=batch.ids.to(device),
-        attention_mask=None if batch.mask.all() else batch.mask.to(device).long(),
-        use_cache=False,
-    )
-
-
-Indices = Iterable[int] | Callable[[int], Iterable[int]]
-
-
 @torch.no_grad()
 def layer_states(
-    model: PreTrainedModel, tokens: TokenSet, indices: Indices, batch_size: int
+    model: PreTrainedModel, tokens: TokenSet, indices: Indices, batch_size: int, *,
+    scratch: Scratch | None = None, notify: Notify = tell,
 ) -> Iterator[tuple[TokenSet, dict[int, Tensor]]]:
-    """Batches of the token set with their states {l: (B, T, d)}, layers above the highest wanted one not run.
+    """Batches of the token set with their states {l: (B, T, d)}, layers from the highest wanted one on not run.
+
+    Of a streamed model every layer is read once for as many batches as ``scratch`` has room for
+    (:mod:`kdprune.model.layerwise`). Where the device's memory runs out, batches pass in halves; they are given whole,
+    on the host if need be.
 
     Args:
-        indices: the wanted l, of all batches or by the number of a batch.
+        indices: the wanted l, of all batches or by the number of a batch. Nothing is given where no batch wants any.
+        scratch: what a streamed model may hold of the states between layers; None: what it was given.
+        notify: told in one line where batches are halved.
 
     Raises:
-        KDPruneError: a state of a real (not padding) token is NaN or infinite; names the layer and the batch.
+        KDPruneError: a state of a real (not padding) token is NaN or infinite; names the layer and the batch. Or the
+            device does not hold one row, or the disk is full.
     """
-    batches = -(-len(tokens) // batch_size)
+    batches = list(tokens.batches(batch_size))
     of_batch = indices if callable(indices) else (lambda _, fixed=tuple(indices): fixed)
-    wanted = [sorted(set(of_batch(number))) for number in range(batches)]
-    every = sorted({index for own in wanted for index in own})
-    if not every:
+    wanted = [sorted(set(of_batch(number))) for number in range(len(batches))]
+    if not any(wanted):
         return
-    model, device = collector_of(model), input_device(collector_of(model))
-    # h_l enters layer l, so layer l itself has to stand there for its hook (h_L is the last layer's output).
-    needed = list(decoder_layers(model))[: every[-1] + 1]
-    with layers_replaced(model, needed), recorded(model, every) as seen:
-        for number, batch in enumerate(tokens.batches(batch_size)):
-            run(model, batch)
-            states = {index: seen[index].to(device) for index in wanted[number]}
-            for index, state in states.items():
-                real = state[batch.mask.to(state.device)]
-                if not torch.isfinite(real).all():
-                    raise KDPruneError(
-                        f"got NaN or infinite states {place(index, model)} in calibration batch {number}; expected "
-                        f"finite ones: check the checkpoint, or load it in another dtype (--dtype float32)"
-                    )
-            yield batch, states
+    model = collector_of(model)
+    if is_streamed(model):
+        passes = streamed_states(model, batches, wanted, scratch=scratch, notify=notify)
+    else:
+        passes = _resident_states(model, batches, wanted, RowLimit(notify))
+    for number, (batch, states) in enumerate(zip(batches, passes, strict=True)):
+        for index, state in states.items():
+            real = state[batch.mask.to(state.device)]
+            if not torch.isfinite(real).all():
+                raise KDPruneError(
+                    f"got NaN or infinite states {place(index, model)} in calibration batch {number}; expected "
+                    f"finite ones: check the checkpoint, or load it in another dtype (--dtype float32)"
+                )
+        yield batch, states
+
+
+def _resident_states(
+    model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], limit: RowLimit
+) -> Iterator[dict[int, Tensor]]:
+    """For each batch its states on the device of the token ids, of a model whose layers are all there."""
+    layers, device = list(decoder_layers(model)), input_device(model)
+    for batch, own in zip(batches, wanted, strict=True):
+
+        def work(part: TokenSet, _: slice, own: Sequence[int] = own, rows: int = len(batch)) -> dict[int, Tensor]:
+            # h_l enters layer l, so layer l itself is called, for its hook, but need not compute (h_L leaves the last).
+            with standing_in(layers[own[-1]:], let_pass), recorded(model, own) as seen:
+                run(model, part)
+            return {index: seen[index].to(device if len(part) == rows else "cpu") for index in own}
+
+        parts = limit.over(batch, work) if own else []
+        yield {index: joined([part[index] for part in parts], device) for index in own}
 
 
 def place(index: int, model: PreTrainedModel) -> str:
@@ -108,22 +121,11 @@ def place(index: int, model: PreTrainedModel) -> str:
 def layer_arguments(model: PreTrainedModel, index: int, batch: TokenSet) -> Arguments:
     """What the model hands layer ``index`` beside the hidden state for this batch: masks, rotary embeddings, ….
 
-    Floating-point arguments come in float32, in which stand-ins are fitted.
+    No layer is run. Floating-point arguments come in float32, in which stand-ins are fitted.
     """
     model = collector_of(model)
-    layer, seen, device = decoder_layers(model)[index], [], input_device(model)
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        seen.append((_as_float(args[1:], device), _as_float(kwargs, device)))
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with layers_replaced(model, [layer]):
-            run(model, batch)
-    finally:
-        handle.remove()
-    return seen[0]
+    args, kwargs = entering(model, batch)[1][index]
+    return _as_float(args, input_device(model)), _as_float(kwargs, input_device(model))
 
 
 def _as_float(value: Any, device: torch.device) -> Any:

@@ -21,9 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from kdprune.errors import KDPruneError, one_line
 from kdprune.model.families import decoder_layers, find_family
 from kdprune.model.loading import check_weights, checkpoint_errors, read_config, resolve_dtype
+from kdprune.model.placement import SOURCE, offloaded
 from kdprune.runtime import resolve_device
-
-SOURCE = "kdp_source"  # attribute of a meta parameter
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,39 @@ def load_streamed(
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Where the states of a streamed model are between two layers.
+
+    Attributes:
+        folder: where they go, in files, when they take more than ``host_bytes``. None: only as many batches as fit
+            pass together, and the layers are read again for the next ones.
+        host_bytes: the most that they take in memory.
+    """
+
+    folder: Path | None = None
+    host_bytes: int = 2**30
+
+
+def set_scratch(model: PreTrainedModel, scratch: Scratch) -> None:
+    """From now on this is what ``model``, and models made of it by edits, use where nothing else is said."""
+    model.kdp_scratch = scratch  # type: ignore[assignment]
+
+
+def scratch_of(model: PreTrainedModel) -> Scratch:
+    """What :func:`set_scratch` has set."""
+    found = model.__dict__.get("kdp_scratch")
+    return found if isinstance(found, Scratch) else Scratch()
+
+
 def is_streamed(model: nn.Module) -> bool:
     """Whether a parameter of ``model`` is still in the checkpoint."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    return any(parameter.is_meta and hasattr(parameter, SOURCE) for parameter in model.parameters())
 
 
 @contextlib.contextmanager
 def resident(*modules: nn.Module) -> Iterator[None]:
-    """The parameters of ``modules`` that are in the checkpoint have their weights inside the context.
+    """The parameters of ``modules`` that are in the checkpoint, or offloaded, have their weights inside the context.
 
     Afterwards the same meta parameters are back, also after an exception. Nothing happens to real parameters, so
     that contexts may nest and any module may be given. Changes made to the weights inside are lost.
@@ -96,7 +120,8 @@ def resident(*modules: nn.Module) -> Iterator[None]:
                 if parameter is None or not parameter.is_meta:
                     continue
                 if id(parameter) not in real:
-                    weights = source_of(parameter).read()
+                    held = offloaded(module, name)
+                    weights = source_of(parameter).read() if held is None else held
                     real[id(parameter)] = nn.Parameter(weights, parameter.requires_grad)
                 replaced.append((module, name, parameter))
                 module._parameters[name] = real[id(parameter)]

@@ -1,0 +1,197 @@
+"""A streamed model at work: the layers are the outer loop, so that each is read once for a group of batches.
+
+Between two layers the states of the group stay on the host, or in files where a scratch folder is there and they take
+too much; on the device are one layer and the batch at work.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.chunks import BrokenChunk, Chunk, write_chunk
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.files import tell
+from kdprune.model.families import decoder_layers
+from kdprune.model.losses import batch_logits
+from kdprune.model.passes import Arguments, Forward, Notify, RowLimit, entering, joined, standing_in
+from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
+
+States = dict[int, Tensor]
+
+
+@torch.no_grad()
+def streamed_states(
+    model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], *,
+    scratch: Scratch | None = None, notify: Notify = tell,
+) -> Iterator[States]:
+    """For each batch its states {l: (B, T, d)} on the model's device, l in its ``wanted``; layers read one at a time.
+
+    Equal bit for bit to what the model computes when it is resident: every layer gets the arguments that the model's
+    own forward pass gives it. Without a scratch folder there are as many groups as the states need that are held at
+    once; every group reads all layers.
+    """
+    scratch = scratch or scratch_of(model)
+    size = [batch.ids.numel() * model.config.hidden_size * model.dtype.itemsize * (1 + len(own))
+            for batch, own in zip(batches, wanted, strict=True)]
+    spill = scratch.folder is not None and sum(size) > scratch.host_bytes
+    limit = RowLimit(notify)
+    for group in [list(range(len(batches)))] if scratch.folder else _groups(size, scratch.host_bytes):
+        with _shelf(scratch.folder if spill else None) as shelf:
+            yield from _Group(model, [batches[n] for n in group], [wanted[n] for n in group], shelf, limit).states()
+
+
+@torch.no_grad()
+def forward_streamed(
+    model: PreTrainedModel, batches: Iterable[TokenSet], *, scratch: Scratch | None = None, notify: Notify = tell,
+) -> Iterator[Tensor]:
+    """Logits (B, T, V) of each batch, of a model that is streamed or not; equal bit for bit.
+
+    What comes behind the layers is the model's own forward pass, with h_L in the place of what its last layer gives.
+    """
+    batches = list(batches)
+    if not is_streamed(model):
+        yield from (batch_logits(model, batch) for batch in batches)
+        return
+    layers = list(decoder_layers(model))
+    last = len(layers)
+    found = streamed_states(model, batches, [[last]] * len(batches), scratch=scratch, notify=notify)
+    for batch, states in zip(batches, found, strict=True):
+        with standing_in(layers, _ending_in(states[last], last)):
+            logits = batch_logits(model, batch)
+        yield logits
+
+
+def _ending_in(final: Tensor, count: int) -> Forward:
+    """Of ``count`` layers the last gives ``final`` and the others do nothing."""
+    return lambda index, hidden, _: final if index == count - 1 else hidden
+
+
+def _groups(sizes: list[int], most: int) -> Iterator[list[int]]:
+    """Consecutive numbers whose sizes add up to at most ``most``, or single ones."""
+    group: list[int] = []
+    for number, size in enumerate(sizes):
+        if group and sum(sizes[n] for n in group) + size > most:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+class _Group:
+    """Batches that go through the layers together."""
+
+    def __init__(
+        self, model: PreTrainedModel, batches: list[TokenSet], wanted: list[Sequence[int]], shelf: "_Shelf",
+        limit: RowLimit,
+    ) -> None:
+        self.model, self.batches, self.wanted, self.shelf, self.limit = model, batches, wanted, shelf, limit
+        self._unpadded: dict[torch.Size, list[Arguments]] = {}
+        self._padded: tuple[object, list[Arguments]] = (None, [])
+
+    def states(self) -> Iterator[States]:
+        """What is wanted of each batch, batch by batch."""
+        layers, top = decoder_layers(self.model), [max(own, default=-1) for own in self.wanted]
+        for number, batch in enumerate(self.batches):
+            if top[number] >= 0:
+                parts = self.limit.over(batch, lambda part, _: entering(self.model, part)[0].cpu())
+                self.shelf.put(0, number, torch.cat(parts))
+        for index, layer in enumerate(layers):
+            numbers = [number for number in range(len(self.batches)) if top[number] > index]
+            if not numbers:
+                break
+            with resident(layer):
+                for number in numbers:
+                    self._step(index, number)
+        for number, own in enumerate(self.wanted):
+            yield {index: self.shelf.get(index, number).to(self.model.device) for index in own}
+            for index in own:
+                self.shelf.drop(index, number)
+
+    def _step(self, index: int, number: int) -> None:
+        """Takes one batch through one layer."""
+        layer, state = decoder_layers(self.model)[index], self.shelf.get(index, number)
+
+        def through(part: TokenSet, rows: slice) -> Tensor:
+            args, kwargs = self._arguments(part, (number, rows.start, rows.stop))[index]
+            output = layer(state[rows].to(self.model.device), *args, **kwargs)
+            return (output if isinstance(output, Tensor) else output[0]).cpu()
+
+        self.shelf.put(index + 1, number, joined(self.limit.over(self.batches[number], through), torch.device("cpu")))
+        if index not in self.wanted[number]:
+            self.shelf.drop(index, number)
+
+    def _arguments(self, part: TokenSet, key: object) -> list[Arguments]:
+        """What each layer gets for these rows.
+
+        Without padding it depends on the shape alone and is kept. Masks of padded rows are made anew for each layer:
+        those of a whole calibration set are larger than its states.
+        """
+        if part.mask.all():
+            if part.ids.shape not in self._unpadded:
+                self._unpadded[part.ids.shape] = entering(self.model, part)[1]
+            return self._unpadded[part.ids.shape]
+        if self._padded[0] != key:
+            self._padded = (key, entering(self.model, part)[1])
+        return self._padded[1]
+
+
+@contextlib.contextmanager
+def _shelf(folder: Path | None) -> Iterator["_Shelf"]:
+    """A shelf; its files, in a folder of their own within ``folder``, are gone afterwards."""
+    if folder is None:
+        yield _Shelf(None)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        own = Path(tempfile.mkdtemp(prefix="states-", dir=folder))
+    except OSError as error:
+        raise KDPruneError(f"cannot write to {folder}: {error.strerror}; give another --work-dir") from error
+    try:
+        yield _Shelf(own)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+class _Shelf:
+    """States (B, T, d) by boundary and batch: in memory, or each in a file of its own, of which nothing stays in
+    memory."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._held: dict[tuple[int, int], Tensor | Chunk] = {}
+
+    def put(self, index: int, number: int, state: Tensor) -> None:
+        """Keeps a state. Raises KDPruneError where the disk is full."""
+        if self.folder is None:
+            self._held[index, number] = state
+            return
+        rows = torch.arange(len(state))
+        self._held[index, number] = write_chunk(
+            self.folder / str(index), number, rows, state.contiguous(),  # type: ignore[arg-type]
+            f"states at boundary {index} to {self.folder}", "give a --work-dir with more room, or take fewer rows")
+
+    def get(self, index: int, number: int) -> Tensor:
+        """A state on the host. Raises KDPruneError where its file was damaged."""
+        held = self._held[index, number]
+        if isinstance(held, Tensor):
+            return held
+        state = torch.empty((len(held.rows), *held.shape), dtype=held.dtype)
+        try:
+            held.read(list(range(len(state))), list(range(len(state))), state)
+        except BrokenChunk as error:
+            raise KDPruneError(f"{held.path} {error}, expected what was written; run the command again") from error
+        return state
+
+    def drop(self, index: int, number: int) -> None:
+        """Lets go of a state."""
+        held = self._held.pop((index, number))
+        if isinstance(held, Chunk):
+            held.path.unlink(missing_ok=True)
