@@ -11,7 +11,7 @@ ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
     ("errors",), ("files",), ("runtime", "output", "world", "memory"), ("text",), ("data",),
-    ("identity", "chunks", "checkpoints"), ("states", "work"), ("kernel", "training", "selection"),
+    ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",), ("kernel", "training", "selection"),
     ("model",),
     ("evaluation", "methods"), ("report",), ("analysis",), ("assemble",), ("recipe",), ("session",), ("heal",),
     ("pipeline",), ("variants",), ("units",), ("comparison",), ("cli",), ("__main__",),

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from kdprune.errors import KDPruneError
 
-LOGGERS = ("transformers", "huggingface_hub", "datasets")
+LOGGERS = ("transformers", "huggingface_hub", "datasets", "accelerate")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -132,11 +132,13 @@ Advance = Callable[[int], None]
 class Stages:
     """Names, times and shows the stages of a run, one progress bar each.
 
-    ``seconds`` maps a stage to the wall time spent in it (a stage entered twice adds up).
+    ``seconds`` maps a stage to the wall time spent in it (a stage entered twice adds up); ``reused`` names those whose
+    result an earlier run left behind.
     """
 
     show: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    reused: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
@@ -154,3 +156,9 @@ class Stages:
             # A stage without a known length is complete when it ends.
             progress.update(task, total=total or 1, completed=total or 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def found(self, name: str) -> None:
+        """Notes, and shows, that an earlier run's result of a stage is used."""
+        self.reused.append(name)
+        if self.show:
+            Console(stderr=sys.stderr.isatty()).print(f"  {name:<24}found in the work directory", highlight=False)

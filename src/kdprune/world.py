@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -32,10 +32,14 @@ class World:
         """Whether this is the process that writes, prints and measures speed."""
         return self.rank == 0
 
+    def owner(self, number: Any) -> Any:
+        """The rank of the process that a part of the work goes to by its number: in turn."""
+        return number % self.size
+
     def share(self, count: int, batch: int = 1) -> LongTensor:
         """Which of the numbers 0 … count − 1 are this process's: runs of ``batch`` of them are dealt out in turn."""
         numbers = torch.arange(count)
-        return numbers[numbers // batch % self.size == self.rank]  # type: ignore[return-value]
+        return numbers[self.owner(numbers // batch) == self.rank]  # type: ignore[return-value]
 
     def sum(self, *tensors: Tensor) -> None:
         """Adds every tensor up over all processes, in place: all of one dtype go in one message.

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks, shortest_blocks
 from kdprune.methods.diagnostics import held_out
 from kdprune.methods.distance import measure_distances
@@ -61,12 +62,13 @@ def check_rows(tokens: TokenSet) -> None:
 
 def block_states(
     model: PreTrainedModel, tokens: TokenSet, blocks: list[range], held: float, batch_size: int, stages: Stages,
+    keep: Keeper | None = None,
 ) -> list[BlockStates]:
     """h_s and h_e of every block over all rows, a share ``held`` of which no fit may see; no states in between."""
     with stages.stage("layer states", len(tokens)) as advance:
         return collect_block_states(
             model, tokens, blocks, held=tokens.held_out(held), path=PathRows(0, 0), batch_size=batch_size,
-            advance=advance)
+            home=(keep or Keeper()).home(), advance=advance)
 
 
 def fit_record(site: Site, energy: float, curves: dict[str, list[float]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.distance import measure_distances
 from kdprune.methods.method import DepthMethod
@@ -83,7 +84,7 @@ class DropMethod(DepthMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the layers and returns the drops; arguments as in :class:`Method`. Nothing is drawn at random."""
         self.check(model, tokens)
@@ -113,6 +114,8 @@ class ShortGPT(DropMethod):
     """
 
     title: ClassVar[str] = "ShortGPT"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     def choose(
         self, model: PreTrainedModel, tokens: TokenSet, stages: Stages, batch_size: int
@@ -144,6 +147,8 @@ class UIDL(DropMethod):
     """
 
     title: ClassVar[str] = "UIDL"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     def check_ratio(self, model: PreTrainedModel) -> None:
         """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
@@ -172,6 +177,7 @@ class SLEB(DropMethod):
     """
 
     title: ClassVar[str] = "SLEB"
+    spreads: ClassVar[bool] = True
 
     sequences: int = option(128, "calibration rows the loss is measured on, fewer if there are not as many", least=1)
 

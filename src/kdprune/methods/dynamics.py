@@ -1,6 +1,6 @@
 """Step 1: learn the kernel and the linear operators together (KDP, section 4)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,8 @@ from torch.nn.functional import cosine_similarity
 
 from kdprune.kernel.features import FourierFeatures, effective_rank
 from kdprune.kernel.operators import LinearDynamics, Moments
-from kdprune.training import Schedule, Sums, fit
+from kdprune.training import Checkpoint, Schedule, Sums, fit
+from kdprune.world import world
 
 _CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
 
@@ -51,11 +52,11 @@ def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> Te
     """
     size = 2 * features.features
     moments = [Moments(size, size, path.device) for _ in range(len(path) - 1)]
-    for chunk in path.split(_CHUNK, dim=1):
+    for chunk in _own_chunks(path):
         mapped = features(chunk)
         for moment, before, after in zip(moments, mapped[:-1], mapped[1:], strict=True):
             moment.update(before, after - before)
-    steps = torch.stack([moment.solve(ridge) for moment in moments])
+    steps = torch.stack([moment.reduced().solve(ridge) for moment in moments])
     return steps + torch.eye(size, dtype=steps.dtype, device=steps.device)
 
 
@@ -64,11 +65,17 @@ def endpoint_statistics(features: FourierFeatures, product: Tensor, path: Tensor
     """R_φ and the unexplained share of the block's whole map, Σ‖P φ(h_s) − φ(h_e)‖² / Σ‖φ(h_e) − mean‖²."""
     moments = Moments(len(product), len(product), path.device)
     largest = 0.0
-    for chunk in path.split(_CHUNK, dim=1):
+    for chunk in _own_chunks(path):
         first, last = features(chunk[0]), features(chunk[-1])
         largest = max(largest, float(first.norm(dim=-1).max()), float(last.norm(dim=-1).max()))
         moments.update(first, last)
+    moments, largest = moments.reduced(), max(world().gather(largest))
     return {"feature_norm": largest, "unexplained": moments.residual(product) / max(moments.variance(), 1e-300)}
+
+
+def _own_chunks(path: Tensor) -> Iterator[Tensor]:
+    """This process's share of a path that all processes hold, (k+1, n, d), in chunks of tokens."""
+    return (chunk for number, chunk in enumerate(path.split(_CHUNK, dim=1)) if world().owner(number) == world().rank)
 
 
 def position_weights(positions: Tensor, length: int) -> Tensor:
@@ -89,6 +96,7 @@ def fit_dynamics(
     parts: Parts = Parts(),
     limit: float | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Step1]:
     """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
 
@@ -141,7 +149,8 @@ def fit_dynamics(
 
     trained = [*(features.parameters() if learn_kernel else []), *(p for block in blocks for p in block.parameters())]
     if parts.operators:
-        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch)
+        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
+                     mine=lambda chosen: chosen[world().rank :: world().size], checkpoint=checkpoint)
     else:
         with torch.no_grad():
             curves = {key: [value] for key, value in measure(torch.arange(tokens)).means().items()}

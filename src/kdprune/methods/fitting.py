@@ -1,7 +1,7 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ from kdprune.methods.diagnostics import held_out, norm_decay, theory
 from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
-from kdprune.model.activations import BlockStates
+from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
-from kdprune.training import Measure, Schedule, Sums, advancing, fit
+from kdprune.training import Checkpoint, Measure, Schedule, Sums, advancing, fit
 from kdprune.world import world
+
+Checkpoints = Callable[[str], Checkpoint | None]
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,14 @@ class FitSettings:
 
 def fit_block(
     model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
-    device: torch.device, stages: Stages, step1: Step1 | None = None,
+    device: torch.device, stages: Stages, step1: Step1 | None = None, checkpoints: Checkpoints = lambda _: None,
 ) -> tuple[Edit, dict[str, Any]]:
     """Fits the stand-in of one block.
 
     Args:
         model: the dense model. states: of this block. shape: of the stand-in. generator: source of every draw.
         step1: kernel and operators to start from (``shared_kernel``); None: they are learned on this block alone.
+        checkpoints: where a fit stands, by the name of its step.
 
     Returns:
         The edit, and the block's entry of ``results.json``'s ``fit``.
@@ -101,14 +104,15 @@ def fit_block(
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
         if step1 is None:
-            [step1] = _step1([site], shape, settings, generator, name, stages)
+            [step1] = _step1([site], shape, settings, generator, name, stages, checkpoints)
         record["step1"] = step1.curves
-        record |= _step2(site, step1, shape, settings, generator, energy, name, stages)
+        record |= _step2(site, step1, shape, settings, generator, energy, name, stages, checkpoints)
         record |= theory(site, step1)
     else:
         record["step2"] = _closed_form(site, settings.ridge, energy)
     if settings.refine and (shape.kind != "linear" or shape.context):
-        record["step3"], record["refined"] = _step3(site, settings, generator, energy, name, stages)
+        record["step3"], record["refined"] = _step3(
+            site, settings, generator, energy, name, stages, checkpoints)
     record |= held_out(site, energy, PASS_ROWS)
     edit = site.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
@@ -123,15 +127,16 @@ def fit_block(
 
 def shared_kernel(
     model: PreTrainedModel, states: Sequence[BlockStates], shape: Shape, settings: FitSettings,
-    generator: torch.Generator, device: torch.device, stages: Stages,
+    generator: torch.Generator, device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
 ) -> list[Step1]:
     """Step 1 of several blocks together: one kernel, operators of each; arguments as of :func:`fit_block`."""
     sites = [Site(model, block, shape.build(generator), shape.context, device) for block in states]
-    return _step1(sites, shape, settings, generator, "of all blocks", stages)
+    return _step1(sites, shape, settings, generator, "of all blocks", stages, checkpoints)
 
 
 def _step1(
-    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages
+    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages,
+    checkpoints: Checkpoints,
 ) -> list[Step1]:
     device, states = sites[0].device, sites[0].states
     paths = [site.to_kernel(site.states.path.to(device)) for site in sites]
@@ -145,12 +150,12 @@ def _step1(
         return fit_dynamics(
             features, paths, weights, settings.step1, generator, ridge=settings.ridge, name=name,
             learn_kernel=settings.kernel != "fixed", parts=settings.parts, limit=settings.spectral_norm,
-            advance=advance)
+            advance=advance, checkpoint=checkpoints("kernel"))
 
 
 def _step2(
     site: Site, step1: Step1, shape: Shape, settings: FitSettings, generator: torch.Generator, energy: float,
-    name: str, stages: Stages,
+    name: str, stages: Stages, checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
     product = step1.dynamics.product().detach()
@@ -189,7 +194,7 @@ def _step2(
         with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
             parameters = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
             curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
-                         on_epoch=advancing(advance), mine=site.states.mine)
+                         on_epoch=advancing(advance), mine=site.states.mine, checkpoint=checkpoints("inverse"))
     else:
         curves = average(measure, site)
     alone = site.stand_in
@@ -198,7 +203,8 @@ def _step2(
 
 
 def _step3(
-    site: Site, settings: FitSettings, generator: torch.Generator, energy: float, name: str, stages: Stages
+    site: Site, settings: FitSettings, generator: torch.Generator, energy: float, name: str, stages: Stages,
+    checkpoints: Checkpoints,
 ) -> tuple[dict[str, list[float]], bool]:
     """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate).
 
@@ -210,7 +216,7 @@ def _step3(
     with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
         curves = fit(
             parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
-            on_epoch=advancing(advance), mine=site.states.mine)
+            on_epoch=advancing(advance), mine=site.states.mine, checkpoint=checkpoints("refine"))
     after = average(site.state_measure(energy), site, held=True)
     kept = after["loss"] <= before["loss"]
     if not kept:

@@ -9,16 +9,18 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.block_data import check_rows
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
-from kdprune.methods.dynamics import Parts, Step1
-from kdprune.methods.fitting import FitSettings, Shape, fit_block, shared_kernel
+from kdprune.methods.blockwise import Plan, fit_blocks
+from kdprune.methods.dynamics import Parts
+from kdprune.methods.fitting import FitSettings, Shape
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
-from kdprune.model.activations import PathRows, collect_block_states
+from kdprune.model.block_states import PathRows
 from kdprune.model.surgery import check_model
-from kdprune.runtime import Stages, generator
+from kdprune.runtime import Stages
 from kdprune.training import Schedule
 
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
@@ -26,11 +28,11 @@ from kdprune.training import Schedule
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": False,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
-        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100,
+        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False,
     },
 }
 
@@ -47,6 +49,8 @@ class KDP(RankedMethod):
     """
 
     title: ClassVar[str] = "KDP"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = option(
         "default", "fills options not given: the kernel's best form as measured, or the method as printed")
@@ -64,6 +68,8 @@ class KDP(RankedMethod):
         None, "largest spectral norm of an operator in kernel space, 1.0: none lets an error grow (no limit)", above=0)
     share_kernel: bool = option(
         False, "learn one kernel in step 1 on all blocks together, from which every stand-in starts")
+    sequential: bool | None = option(
+        None, "fit later blocks on the states that the model with the earlier stand-ins gives, towards the dense one's")
     inverse: Literal["direct", "residual"] | None = option(
         None, "inverse network rebuilds the state from features alone, or its update on a normalised input")
     hidden: int | None = option(
@@ -128,27 +134,31 @@ class KDP(RankedMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
-        stages = stages or Stages()
         shape = self.shape(model.config.hidden_size)
         budget = Budget(model, shape, self.ratio)
         blocks = choose_blocks(self, scores, budget)
         if self.fill:
             shape = spare_features(shape, budget, blocks)
-        rows = len(tokens.ids)
-        held = tokens.held_out(self.held)
-        length = tokens.ids.shape[1]
-        kernel_tokens = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
-        path = PathRows(min(-(-kernel_tokens // length), rows - held), min(held, -(-4096 // length)))
-        with stages.stage("layer states", rows) as advance:
-            states = collect_block_states(
-                model, tokens, blocks, held=held, path=path, batch_size=batch_size, advance=advance)
+        plan = Plan(
+            blocks, shape, self._settings(shape), tokens.held_out(self.held), self._path(tokens, shape),
+            self.share_kernel, bool(self.sequential))
+        return fit_blocks(
+            model, tokens, plan, seed=seed, stages=stages or Stages(), batch_size=batch_size, keep=keep or Keeper())
+
+    def _path(self, tokens: TokenSet, shape: Shape) -> PathRows:
+        """Rows that step 1 sees: enough tokens for the operators' solves."""
+        rows, held, length = len(tokens), tokens.held_out(self.held), tokens.ids.shape[1]
+        wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
+        return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
+
+    def _settings(self, shape: Shape) -> FitSettings:
         # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
         rate = self.rate or 4 / shape.width
-        settings = FitSettings(
+        return FitSettings(
             kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
@@ -157,14 +167,3 @@ class KDP(RankedMethod):
             parts=Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)}),
             spectral_norm=self.spectral_norm,
         )
-        kernels: list[Step1 | None] = [None] * len(states)
-        if self.share_kernel and shape.kind == "fourier" and len(states) > 1:
-            kernels = [*shared_kernel(
-                model, states, shape, settings, generator(seed, len(states) + 1), model.device, stages)]
-        edits, records = [], []
-        for number, (block_states, kernel) in enumerate(zip(states, kernels, strict=True)):
-            edit, record = fit_block(
-                model, block_states, shape, settings, generator(seed, number + 1), model.device, stages, kernel)
-            edits.append(edit)
-            records.append(record)
-        return MethodResult(edits, records)

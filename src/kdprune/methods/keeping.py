@@ -1,15 +1,19 @@
 """Edits and records of a method as plain data and tensors, for a work directory to keep."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.methods.result import MethodResult
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, context_layer
+from kdprune.runtime import Stages
+from kdprune.work import Work
 
 Plain = dict[str, Any]
 
@@ -21,7 +25,7 @@ def pack(outcome: MethodResult) -> tuple[Plain, dict[str, Tensor]]:
     for number, edit in enumerate(outcome.edits):
         entry, own = _pack_edit(edit)
         plain.append(entry)
-        tensors |= {f"{number}.{name}": tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+        tensors |= {f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
     replaced = None if outcome.replaced is None else [_ends(block) for block in outcome.replaced]
     return {"edits": plain, "fit": list(outcome.fit), "tokens": outcome.tokens, "replaced": replaced}, tensors
 
@@ -35,6 +39,23 @@ def unpack(model: PreTrainedModel, plain: Plain, tensors: Mapping[str, Tensor]) 
         edits.append(_unpack_edit(model, entry, own))
     replaced = None if plain["replaced"] is None else [range(*ends) for ends in plain["replaced"]]
     return MethodResult(edits, plain["fit"], plain["tokens"], replaced)
+
+
+def kept(
+    model: PreTrainedModel, work: Work, stage: str, key: str, compute: Callable[[], MethodResult], stages: Stages
+) -> MethodResult:
+    """A result found in the work directory, or computed and kept there."""
+    if (folder := work.find(stage, key)) is not None:
+        stages.found(stage)
+        plain = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return unpack(model, plain, load_file(folder / "tensors.safetensors"))
+    outcome = compute()
+    plain, tensors = pack(outcome)
+    with work.finish(stage, key) as folder:
+        if work.first:
+            (folder / "result.json").write_text(json.dumps(plain), encoding="utf-8")
+            save_file(tensors, folder / "tensors.safetensors")
+    return outcome
 
 
 def joined(parts: Iterable[MethodResult]) -> MethodResult:

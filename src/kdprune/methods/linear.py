@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
+from kdprune.keeper import Keeper
 from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import block_states, check_rows, fit_record, fitted_error
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks
@@ -19,6 +20,7 @@ from kdprune.methods.result import MethodResult
 from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime import Stages
 
@@ -39,6 +41,8 @@ class Linear(RankedMethod):
     """
 
     title: ClassVar[str] = "Linear (KDP w/o kernel)"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     ridge: float = option(1e-4, "relative ridge of the least-squares solve", above=0)
 
@@ -55,7 +59,7 @@ class Linear(RankedMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the blocks, solves for their maps and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
@@ -63,7 +67,7 @@ class Linear(RankedMethod):
         blocks = choose_blocks(self, scores, self._budget(model))
         edits: list[Edit] = []
         records = []
-        for states in block_states(model, tokens, blocks, self.held, batch_size, stages):
+        for states in block_states(model, tokens, blocks, self.held, batch_size, stages, keep):
             with stages.stage("least squares", 1) as advance:
                 site = fit_affine(model, states, self.ridge, work_device(model))
                 energy = site.update_energy(PASS_ROWS)

@@ -9,11 +9,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
+from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record, fitted_error
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime import Stages
 from kdprune.world import world
@@ -40,6 +42,8 @@ class LinearPatch(DepthMethod):
     """
 
     title: ClassVar[str] = "LinearPatch"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
@@ -50,7 +54,7 @@ class LinearPatch(DepthMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the run of layers, measures its scales and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
@@ -58,10 +62,10 @@ class LinearPatch(DepthMethod):
         blocks = choose(self, model, tokens, batch_size, stages, _cost(model))
         edits: list[Edit] = []
         records = []
-        for states in block_states(model, tokens, blocks, self.held, batch_size, stages):
+        for states in block_states(model, tokens, blocks, self.held, batch_size, stages, keep):
             stand_in = StandIn(
                 model.config.hidden_size, kind="linear", features=0, residual=False, normalize=False)
-            site = Site(model, states, stand_in, False, model.device)
+            site = Site(model, states, stand_in, False, work_device(model))
             with torch.no_grad():
                 stand_in.readout.weight.copy_(patch_matrix(channel_scales(site)))
                 stand_in.readout.bias.zero_()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
@@ -103,7 +104,7 @@ class LLMPruner(Method):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Ranks the structures of every layer and returns the narrower layers; arguments as in :class:`Method`."""
         self.check(model, tokens)

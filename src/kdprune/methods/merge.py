@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks
 from kdprune.methods.drop import check_reach, layer_sizes
 from kdprune.methods.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
@@ -108,7 +109,7 @@ class LaCo(DepthMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Merges and returns the edits; arguments as in :class:`Method`. Nothing is drawn at random."""
         self.check(model, tokens)

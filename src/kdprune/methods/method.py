@@ -10,8 +10,11 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.options import check_values, option
 from kdprune.methods.result import MethodResult
+from kdprune.model.placement import collector_of, is_dispatched
+from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
 from kdprune.runtime import Stages
 
@@ -25,6 +28,8 @@ class Method(ABC):
     """
 
     title: ClassVar[str]  # as it stands in tables: "ShortGPT"
+    collects: ClassVar[bool] = False  # all it asks of the running model is states, which another copy may give
+    spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
     ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)")
     held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
@@ -39,8 +44,14 @@ class Method(ABC):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         check_model(model, substitutes=False)
-        if len({parameter.device for parameter in model.parameters()}) > 1:
-            raise KDPruneError("got a model spread over several devices, expected one: load it without device_map")
+        if not self.collects and collector_of(model) is not model:
+            raise KDPruneError(
+                f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
+        spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
+        if (spread or is_dispatched(model)) and not (self.spreads and is_dispatched(model)):
+            raise KDPruneError(
+                f"got a model spread over several devices or offloaded, which {self.title} cannot use; expected one on "
+                f"one device: load it without device_map")
 
     @property
     def puts_in(self) -> bool:
@@ -50,7 +61,7 @@ class Method(ABC):
     @abstractmethod
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Returns the architecture change as data.
 
@@ -58,6 +69,7 @@ class Method(ABC):
             model: the dense model; not changed. tokens: calibration tokens, (N, T).
             scores: arrays of ``LayerSimilarity.value``; only a :class:`RankedMethod` without ``blocks`` needs them.
             seed: of every draw. stages: times and shows the stages. batch_size: rows a forward pass.
+            keep: what earlier runs finished, and where this one's states and fits are kept; None: nowhere.
         """
 
 

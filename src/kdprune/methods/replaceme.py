@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import candidates, check_rows, choose
 from kdprune.methods.method import DepthMethod
@@ -20,6 +21,8 @@ from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import named, read
 from kdprune.model.activations import recorded, run
 from kdprune.model.families import decoder_layers, family_of, normalises_behind
+from kdprune.model.placement import collector_of, input_device, work_device
+from kdprune.model.streaming import resident
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, Sums, advancing, fit
@@ -53,6 +56,8 @@ class ReplaceMe(DepthMethod):
     """
 
     title: ClassVar[str] = "ReplaceMe"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     solver: Literal["cosine", "least_squares"] = option(
         "cosine", "how the map is found: cosine distance by Adam, or least squares in closed form")
@@ -77,7 +82,7 @@ class ReplaceMe(DepthMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the run, finds its map and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
@@ -100,7 +105,7 @@ class ReplaceMe(DepthMethod):
         """T of the cosine distance, shape (d, d)."""
         width, name = model.config.hidden_size, f"block [{block.start}, {block.stop})"
         schedule = Schedule(self.epochs, self.batch, self.rate or 1e-4 * 4096 / width)
-        matrix = nn.Parameter(torch.eye(width, device=model.device))
+        matrix = nn.Parameter(torch.eye(width, device=work_device(model)))
         with interface(model, block) as states, stages.stage(f"cosine {name}", self.epochs) as advance:
             def measure(rows: Tensor) -> Sums:
                 output, rest, target = states(tokens.select(rows))
@@ -117,7 +122,8 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
 
     M is what the down projection of layer s−1 puts out. Float32; nothing is kept beyond a batch.
     """
-    layers = list(decoder_layers(model))
+    model = collector_of(model)
+    layers, device = list(decoder_layers(model)), input_device(model)
     outputs: list[Tensor] = []
     projection = layers[block.start - 1].get_submodule(family_of(model).mlp_out)
     hook = projection.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
@@ -126,10 +132,10 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
     def states(batch: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         outputs.clear()
         run(model, batch)
-        mask = batch.mask.to(outputs[0].device)
+        mask, entering, leaving = batch.mask.to(device), seen[block.start].to(device), seen[block.stop].to(device)
         # Some families flatten (B, T, d) to (B·T, d) before their MLP.
-        output = outputs[0].reshape(*mask.shape, -1)[mask].float()
-        return output, seen[block.start][mask].float() - output, seen[block.stop][mask].float()
+        output = outputs[0].to(device).reshape(*mask.shape, -1)[mask].float()
+        return output, entering[mask].float() - output, leaving[mask].float()
 
     try:
         with layers_replaced(model, layers[: block.stop + 1]), recorded(model, [block.start, block.stop]) as seen:
@@ -147,7 +153,7 @@ def least_squares(
     Raises:
         KDPruneError: the moments are not finite, or M does not span R^d and there is no ridge.
     """
-    moments = Moments(model.config.hidden_size, model.config.hidden_size, model.device)
+    moments = Moments(model.config.hidden_size, model.config.hidden_size, work_device(model))
     with interface(model, block) as states:
         for batch in tokens.batches(batch_size):
             output, rest, target = states(batch)
@@ -168,5 +174,7 @@ def folded_weights(model: PreTrainedModel, index: int, matrix: Tensor) -> dict[s
     """The down projection of layer ``index`` with T = ``matrix``, shape (d, d), behind it: its parameters by name."""
     path = family_of(model).mlp_out
     projection = decoder_layers(model)[index].get_submodule(path)
-    (weight, bias), matrix = read(projection), matrix.double()
-    return named(path, projection, (matrix @ weight, None if bias is None else matrix @ bias))
+    with resident(projection):
+        (weight, bias), matrix = read(projection), matrix.double()
+        matrix = matrix.to(weight.device)
+        return named(path, projection, (matrix @ weight, None if bias is None else matrix @ bias))

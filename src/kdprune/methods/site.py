@@ -14,7 +14,7 @@ from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.surgery import Substitute, context_layer
+from kdprune.model.surgery import Substitute, context_layer, plain_copy
 from kdprune.training import Measure, Sums
 from kdprune.world import world
 
@@ -60,8 +60,7 @@ class Site:
             self.module = context_layer(model, start, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
             norm = getattr(decoder_layers(model)[start], family_of(model).mlp_norm)
-            with resident(norm):
-                self._norm = free(copy.deepcopy(norm, hooks_of(norm))).float().to(device)
+            self._norm = plain_copy(norm).float().to(device)
         self.stand_in.readout.requires_grad_(True)
         self._shared_arguments: dict[int, Arguments] = {}
 

@@ -1,6 +1,5 @@
 """LLM-Streamline: one run of layers, replaced by a lightweight network trained on its states (ICLR 2025)."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record
 from kdprune.methods.fitting import Shape
 from kdprune.methods.method import DepthMethod
@@ -20,7 +20,8 @@ from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.surgery import Drop, Edit, Rewrite, check_model
+from kdprune.model.placement import work_device
+from kdprune.model.surgery import Drop, Edit, Rewrite, check_model, plain_copy
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, advancing, fit
 
@@ -51,6 +52,8 @@ class Streamline(DepthMethod):
     """
 
     title: ClassVar[str] = "LLM-Streamline"
+    collects: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
 
     stand_in: Literal["none", "ffn", "layer"] = option(
         "ffn", "what replaces the run: nothing, a ReLU network of 4d units, or one decoder layer")
@@ -87,7 +90,7 @@ class Streamline(DepthMethod):
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16,
+        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
     ) -> MethodResult:
         """Chooses the run, trains its stand-in and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
@@ -97,7 +100,7 @@ class Streamline(DepthMethod):
             return MethodResult([Drop(block) for block in blocks], tokens=None if self.blocks is None else 0)
         edits: list[Edit] = []
         records: list[dict[str, Any]] = []
-        for number, states in enumerate(block_states(model, tokens, blocks, self.held, batch_size, stages)):
+        for number, states in enumerate(block_states(model, tokens, blocks, self.held, batch_size, stages, keep)):
             draw = generator(seed, number + 1)
             if self.stand_in == "ffn":
                 edit, record = self._fit_ffn(model, states, draw, stages)
@@ -141,9 +144,7 @@ class LayerSite(Site):
     def __init__(self, model: PreTrainedModel, states: BlockStates, device: torch.device):
         super().__init__(model, states, StandIn(1, kind="linear", features=0), False, device)
         layer = decoder_layers(model)[states.block.start]
-        with resident(layer):
-            copied = free(copy.deepcopy(layer, {id(model.config): model.config, **hooks_of(layer)}))
-        self.module = copied.float().to(device)
+        self.module = plain_copy(layer, {id(model.config): model.config}).float().to(device)
         self.module.requires_grad_(True)
         self.context = True  # the layer gets the arguments that the model hands it
 

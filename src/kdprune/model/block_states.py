@@ -93,6 +93,20 @@ def collect_block_states(
     ]
 
 
+def boundary_states(
+    model: PreTrainedModel, tokens: TokenSet, index: int, *, batch_size: int, home: Home = lambda _: None,
+    notify: Notify = tell, advance: Callable[[int], None] = lambda _: None,
+) -> States:
+    """The states at one boundary of all rows (this process's share of them); arguments as above."""
+    walk = _Walk(model, tokens, batch_size, advance)
+    shape = (*tokens.ids.shape, model.config.hidden_size)
+    states = open_states(
+        shape, model.dtype, f"the states {place(index, model)}", home(index), recompute=walk.states_of(index),
+        notify=notify)
+    walk.run({index: states}, [], PathRows(0, 0))
+    return states
+
+
 @dataclass
 class _Walk:
     """Passes over the batches of this process, as many of them as are needed."""
