@@ -4,9 +4,9 @@ import copy
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kdprune.checkpoints import Checkpoint
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
@@ -25,6 +26,7 @@ from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, Sums, fit
+from kdprune.world import world
 
 _PURPOSE = 1_000  # of the generator: its draws disturb no method's
 _POINTS = 20  # of the curve
@@ -98,7 +100,7 @@ def make_heal(given: Mapping[str, Any]) -> Heal | None:
 
 def heal(
     pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal,
-    seed: int, stages: Stages, *, held: int,
+    seed: int, stages: Stages, *, held: int, checkpoint: Checkpoint | None = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Trains what ``settings`` names, in float32, on all but the last ``held`` rows of the calibration tokens.
 
@@ -108,6 +110,7 @@ def heal(
 
     Args:
         pruned: what ``edits`` made of ``dense``; neither is changed. seed: of the order of rows and of LoRA's start.
+        checkpoint: as of :func:`kdprune.training.fit`.
 
     Returns:
         A model that shares with ``pruned`` every weight that was not trained, or ``pruned`` itself where its held-out
@@ -124,11 +127,11 @@ def heal(
     train = _train_lora if settings.what == "lora" else _train_put_in
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense), evaluating(tuned):
         with stages.stage("heal", len(rows)) as advance:
-            course = _Course(tuned, objective, rows, advance)
-            count = train(tuned, names, settings, seed, course)
+            course = _Course(tuned, objective, rows, advance, checkpoint)
+            count, curve = train(tuned, names, settings, seed, course)
         healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
         record = {"loss": settings.loss, "what": settings.what, "tokens": rows.tokens, "parameters": count,
-                  "curve": course.curve()}
+                  "curve": curve}
         return _better(pruned, healed, watched, objective, settings, record)
 
 
@@ -179,47 +182,50 @@ def divergence(dense: PreTrainedModel) -> Objective:
     return objective
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Course:
-    """The steps of one training: what is measured, and what was seen so far."""
+    """One training: what is measured on which rows, where it is kept meanwhile."""
 
     model: PreTrainedModel
     objective: Objective
     rows: TokenSet
     advance: Callable[[int], None]
-    steps: list[tuple[float, int]] = field(default_factory=list)
+    checkpoint: Checkpoint | None
 
     def measure(self, numbers: Tensor) -> Sums:
-        """The summed loss of these rows, for :func:`kdprune.training.fit`."""
+        """The summed loss of these rows."""
         total, count = self.objective(self.model, self.rows.select(numbers))
-        self.steps.append((float(total.detach()) / max(count, 1), count))
-        self.advance(len(numbers))
+        self.advance(len(numbers) * world().size)
         return Sums({"loss": total}, count)
 
-    def curve(self) -> list[float]:
-        """The mean loss of at most ``_POINTS`` successive stretches."""
-        size = -(-len(self.steps) // _POINTS)
-        parts = [self.steps[start : start + size] for start in range(0, len(self.steps), size)]
-        return [sum(loss * count for loss, count in part) / max(sum(count for _, count in part), 1) for part in parts]
+    def fit(self, parameters: list[nn.Parameter], settings: Heal, rate: float, seed: int) -> list[float]:
+        """Trains these over the rows, once each; returns the mean loss of at most ``_POINTS`` successive stretches."""
+        steps = -(-len(self.rows) // settings.batch)
+        schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP, stretch=-(-steps // _POINTS))
+        curves = fit(
+            parameters, self.measure, len(self.rows), schedule, generator(seed, _PURPOSE), name="healing",
+            mine=lambda rows: rows[world().share(len(rows))], checkpoint=self.checkpoint)
+        return curves["loss"]
 
 
-def _fit(parameters: list[nn.Parameter], settings: Heal, rate: float, seed: int, course: _Course) -> int:
-    """Trains these parameters over the course's rows, once each; returns how many numbers they hold."""
-    schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP)
-    fit(parameters, course.measure, len(course.rows), schedule, generator(seed, _PURPOSE), name="healing")
-    return sum(parameter.numel() for parameter in parameters)
+Told = tuple[int, list[float]]  # how many numbers were trained, the curve
 
 
-def _train_put_in(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> int:
+def _train_put_in(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> Told:
     """Trains the named parameters in place."""
     model.requires_grad_(False)
     parameters = [model.get_parameter(name) for name in names]
     for parameter in parameters:
         parameter.requires_grad_()
-    return _fit(parameters, settings, RATE / model.config.hidden_size, seed, course)
+    curve = course.fit(parameters, settings, RATE / model.config.hidden_size, seed)
+    return _count(parameters), curve
 
 
-def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> int:
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> Told:
     """Trains W + (α/r)·BA with A (r, in), B (out, r) for every named weight W, and adds the update to W in place.
 
     Source: Hu et al., "LoRA", ICLR 2022. B starts at 0, A uniform as PEFT has it but drawn from the seed.
@@ -243,9 +249,9 @@ def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, 
                 bound = parameter.shape[1] ** -0.5
                 start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw)
                 parameter.data.copy_(start)
-    count = _fit(parameters, settings, LORA_RATE, seed, course)
+    curve = course.fit(parameters, settings, LORA_RATE, seed)
     wrapped.merge_and_unload()
-    return count
+    return _count(parameters), curve
 
 
 @torch.no_grad()
@@ -256,8 +262,10 @@ def _better(
     """The model whose loss on the watched rows is the smaller one, in the dtype in which it will be used."""
 
     def mean(model: PreTrainedModel) -> float:
-        parts = [objective(model, batch) for batch in watched.batches(settings.batch)]
-        return sum(float(total) for total, _ in parts) / max(sum(count for _, count in parts), 1)
+        batches = list(watched.batches(settings.batch))
+        parts = [objective(model, batches[number]) for number in world().share(len(batches)).tolist()]
+        total, count = world().total([sum(float(total) for total, _ in parts), sum(count for _, count in parts)])
+        return total / max(count, 1)
 
     before, after = mean(pruned), mean(healed)
     kept = after <= before
