@@ -135,7 +135,12 @@ class MemoryStates(States):
         self._start()
 
     def _start(self) -> None:
-        self._values = torch.empty(self.shape, dtype=self.dtype)
+        try:
+            self._values = torch.empty(self.shape, dtype=self.dtype)
+        except RuntimeError as error:  # torch has no class for it on the CPU
+            raise KDPruneError(
+                f"cannot hold {self.name} in memory ({readable_bytes(self.nbytes)}); let them spill to a --work-dir"
+            ) from error
         self._written = torch.zeros(len(self), dtype=torch.bool)
 
     def _there(self) -> BoolTensor:

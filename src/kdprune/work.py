@@ -40,15 +40,24 @@ Kept = TypeVar("Kept")
 
 
 def default_work_dir(identity: Mapping[str, str | Part]) -> Path:
-    """A directory named by the identity's hash in $KDPRUNE_CACHE, else $XDG_CACHE_HOME/kdprune, else ~/.cache/kdprune."""
+    """A directory named by the hash of the identity, in :func:`cache_dir`."""
     hashes = {name: as_part(value).hash for name, value in identity.items()}
     return cache_dir() / digest([FORMAT, version("kdprune"), hashes])[:16]
 
 
 def cache_dir() -> Path:
-    """Where work directories and the memory of file hashes stand if nobody says otherwise."""
+    """$KDPRUNE_CACHE, else $XDG_CACHE_HOME/kdprune, else ~/.cache/kdprune."""
     own, user = os.environ.get("KDPRUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else (Path(user) if user else Path.home() / ".cache") / "kdprune"
+
+
+class WorkInUse(KDPruneError):
+    """Another process holds the work directory ``directory``."""
+
+    def __init__(self, directory: Path, owner: str):
+        super().__init__(f"got work directory {directory}, which {owner} is using; wait for it, or choose another "
+                         "--work-dir")
+        self.directory = directory
 
 
 class Work:
@@ -248,9 +257,7 @@ class Work:
         except BlockingIOError:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             self.close()
-            raise KDPruneError(
-                f"got work directory {folder}, which {owner or 'another process'} is using; "
-                "wait for it, or choose another --work-dir") from None
+            raise WorkInUse(folder, owner or "another process") from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
