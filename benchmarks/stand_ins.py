@@ -24,7 +24,7 @@ from kdprune.evaluation.perplexity import perplexity
 from kdprune.methods.kdp import KDP
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.model.surgery import Drop, apply_edits
-from kdprune.runtime import Stages, generator
+from kdprune.runtime import Stages
 from kdprune.session import BATCH, BUNDLED_MODEL, HELD_OUT_TOKENS, LONGEST_ROW
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -57,7 +57,7 @@ class Bench:
             bundled_calibration(), tokenizer, samples=None, length=min(LONGEST_ROW, 512), seed=seed)
         self.held_out = load_stream(bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS)
         self.scores = score_layers(
-            self.model, self.tokens, protect=KDP.protect, generator=generator(seed), batch_size=BATCH, stages=Stages())
+            self.model, self.tokens, protect=KDP.protect, seed=seed, batch_size=BATCH, stages=Stages())
         self.dense = perplexity(self.model, self.held_out)
 
     def measure(self, name: str, blocks: tuple[tuple[int, int], ...] | None) -> dict[str, Any]:

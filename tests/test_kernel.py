@@ -8,7 +8,7 @@ import torch
 from kdprune.kernel.bounds import error_growth, k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.features import FourierFeatures, effective_rank, projected_median, rms_normalize
 from kdprune.kernel.operators import LinearDynamics, Moments, spectral_norm
-from kdprune.kernel.similarity import LayerSimilarity, cka, squared_distances
+from kdprune.kernel.similarity import LayerSimilarity, cka, median_distances, squared_distances
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -167,7 +167,7 @@ def walk(states: int, tokens: int, width: int, step: float = 0.4) -> torch.Tenso
 
 def test_streamed_cka_in_one_chunk_equals_dense_cka() -> None:
     h = walk(4, 120, 10)
-    streamed = LayerSimilarity(4)
+    streamed = LayerSimilarity(median_distances(h))
     streamed.update(h)
     value = streamed.value()
     torch.testing.assert_close(value["linear_cka"], dense_cka(h, "linear"), rtol=1e-4, atol=1e-5)
@@ -180,26 +180,45 @@ def test_streamed_cka_in_one_chunk_equals_dense_cka() -> None:
 
 def test_cka_streamed_over_chunks_approaches_dense_cka() -> None:
     h = walk(3, 2048, 8, step=2.0)
-    streamed = LayerSimilarity(3)
+    streamed = LayerSimilarity(median_distances(h[:, :256]))
     for chunk in h.split(256, dim=1):
         streamed.update(chunk)
     torch.testing.assert_close(streamed.value()["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=0.02)
 
 
+def test_sums_of_two_halves_are_those_of_the_whole() -> None:
+    h = walk(3, 256, 8)
+    whole, *halves = (LayerSimilarity(median_distances(h)) for _ in range(3))
+    for half, chunk in zip(halves, h.split(128, dim=1), strict=True):
+        half.update(chunk)
+        whole.update(chunk)
+    for name, value in whole.sums.items():
+        torch.testing.assert_close(halves[0].sums[name] + halves[1].sums[name], value, rtol=1e-12, atol=0)
+    assert float(whole.sums["tokens"]) == 256
+
+
+def test_a_token_of_a_large_norm_costs_no_digits() -> None:
+    h = walk(4, 120, 10)
+    h[:, 0] *= 1000  # as the first token of a row has in trained models
+    streamed = LayerSimilarity(median_distances(h))
+    streamed.update(h)
+    value = streamed.value()
+    torch.testing.assert_close(value["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(value["rbf_cka"], dense_cka(h, "rbf", streamed.width), rtol=0, atol=1e-4)
+
+
 def test_rbf_width_is_the_median_distance() -> None:
     h = walk(2, 64, 6)
-    streamed = LayerSimilarity(2)
-    streamed.update(h)
-    assert streamed.width is not None
     expected = torch.pdist(h[1]).square().quantile(0.5, interpolation="lower")
-    assert float(streamed.width[1]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(median_distances(h)[1]) == pytest.approx(float(expected), rel=1e-4)
     torch.testing.assert_close(squared_distances(h)[0], torch.cdist(h[0], h[0]).square(), rtol=1e-3, atol=1e-2)
 
 
 def test_unrelated_states_have_cka_near_zero_and_equal_ones_one() -> None:
     a, b = (torch.randn(1, 400, 5, generator=generator(seed)) for seed in (0, 1))
-    streamed = LayerSimilarity(3)
-    streamed.update(torch.cat((a, b, 7 * a + 3)))
+    h = torch.cat((a, b, 7 * a + 3))
+    streamed = LayerSimilarity(median_distances(h))
+    streamed.update(h)
     value = streamed.value()["linear_cka"]
     assert abs(float(value[0, 1])) < 0.05
     assert float(value[0, 2]) == pytest.approx(1, abs=1e-4)

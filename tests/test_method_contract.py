@@ -16,7 +16,7 @@ from kdprune.methods import METHODS
 from kdprune.methods.method import DepthMethod, Method, RankedMethod
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime import Stages, generator
+from kdprune.runtime import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # A third of a tiny model, with nothing much to learn; options that a method lacks are left out.
@@ -63,7 +63,7 @@ def by_method(model: PreTrainedModel, form: str) -> PreTrainedModel:
     method, tokens, scores = quick(form), calibration(model), None
     if isinstance(method, RankedMethod):
         scores = score_layers(
-            model, tokens, protect=method.protect, generator=generator(0), batch_size=16, stages=Stages()).tensors()
+            model, tokens, protect=method.protect, seed=0, batch_size=16, stages=Stages()).tensors()
     return apply_edits(model, method(model, tokens, scores, seed=0).edits)
 
 

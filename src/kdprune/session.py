@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ from transformers import PreTrainedModel
 from kdprune.analysis import Scores, score_layers
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
 from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.identity import Part, as_part, digest, tokens_identity
+from kdprune.keeper import Keeper
 from kdprune.methods.method import Method, RankedMethod
-from kdprune.model.loading import load_model, load_tokenizer
-from kdprune.runtime import Stages, generator
+from kdprune.model.loading import load_tokenizer
+from kdprune.model.placement import collecting, work_device
+from kdprune.resources import BOUNDARIES, Resources, model_part
+from kdprune.runtime import Stages
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
 BATCH = 16           # rows a forward pass
 LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
+NOTHING = Keeper()   # keeps nothing
 HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
 
 
@@ -25,19 +31,22 @@ class Session:
     """The model, tokenizer and token sets a run works on.
 
     Arguments as of :func:`kdprune.prune`. Attributes: ``model``, ``tokenizer``, ``name`` (the model as shown),
-    ``bundled``, ``seed``, ``stages``.
+    ``bundled``, ``seed``, ``stages``, ``resources``.
     """
 
     def __init__(
         self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
-        trust_remote_code: bool, stages: Stages,
+        trust_remote_code: bool, stages: Stages, resources: Resources = Resources(),
     ):
         model = BUNDLED_MODEL if model is None else model
         self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
-        self.seed, self.stages = seed, stages
+        self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
         dtype = None if isinstance(model, PreTrainedModel) else dtype
+        self.memory = resources.memory(device)
         with stages.stage("load model"):
-            self.model = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.model = resources.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self._collector = resources.collector(
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
         if isinstance(model, PreTrainedModel):
             self.name = model.config.name_or_path or type(model).__name__
@@ -59,11 +68,14 @@ class Session:
                 samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
                 length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
-    def score(self, tokens: TokenSet, protect: float) -> Scores:
-        """The analysis of section 1."""
-        return score_layers(
-            self.model, tokens, protect=protect, generator=generator(self.seed), batch_size=BATCH,
-            stages=self.stages)
+    def score(self, tokens: TokenSet, protect: float, keep: Keeper = NOTHING) -> Scores:
+        """The analysis of section 1, found again or made."""
+        key = digest([keep.states, "analysis"])
+        if keep.work.find("analysis", key) is not None:
+            self.stages.found("analyse")
+        kept = keep.work.tensors("analysis", key, lambda: score_layers(
+            self.model, tokens, protect=protect, seed=self.seed, batch_size=BATCH, stages=self.stages).kept())
+        return Scores.again(kept, protect)
 
     def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
         """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
@@ -74,9 +86,28 @@ class Session:
             bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
             vocabulary=vocabulary_size(self.model))
 
-    def scores_for(self, method: Method, tokens: TokenSet) -> Scores | None:
+    def scores_for(self, method: Method, tokens: TokenSet, keep: Keeper = NOTHING) -> Scores | None:
         """The analysis, if the method ranks its blocks by it."""
-        return self.score(tokens, method.protect) if isinstance(method, RankedMethod) else None
+        return self.score(tokens, method.protect, keep) if isinstance(method, RankedMethod) else None
+
+    def collecting(self) -> AbstractContextManager[None]:
+        """Inside, layer states come from the quantised model, if there is one."""
+        return collecting(self.model, self._collector or self.model)
+
+    def keeper(self, tokens: TokenSet) -> AbstractContextManager[Keeper]:
+        """What keeps this run's stages: under its model, calibration tokens, dtype and seed."""
+        resources = self.resources
+        about = {}
+        if resources.work_dir not in (None, "none"):
+            about = {
+                "model": model_part(self._source, self.model, self.name),
+                "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
+                                    tokens_identity(tokens)),
+                "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
+                "device": as_part(work_device(self.model).type), "states": as_part(resources.load_in or "full precision"),
+            }
+        states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
+        return resources.keeper(about, self.model, BOUNDARIES * states)
 
 
 def plain_source(source: Any) -> Any:
