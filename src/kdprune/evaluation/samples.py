@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context
+from kdprune.model.placement import input_device
 from kdprune.runtime import quiet_libraries
 
 NEW_TOKENS = 60  # of a continuation, where the context has room
@@ -51,7 +52,7 @@ def continuation(
     )
     generate: Any = model.generate
     with evaluating(model), quiet_libraries():
-        ids = generate(**encoded.to(model.device), generation_config=settings)
+        ids = generate(**encoded.to(input_device(model)), generation_config=settings)
     return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
 
 

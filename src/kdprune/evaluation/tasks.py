@@ -14,6 +14,7 @@ from kdprune.evaluation.models import evaluating, vocabulary_size
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.suites import Row, Text, local_files, suite_rows
 from kdprune.evaluation.task_loading import harness, load_task, load_text, silenced, task_names, text_source
+from kdprune.model.placement import input_device
 from kdprune.runtime import Stages
 
 BOOTSTRAP = 1000  # resamples for standard errors without a formula; accuracies have one
@@ -88,7 +89,7 @@ def run_suite(
     with silenced(), evaluating(model):
         wrapped = harness().models.huggingface.HFLM(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal",
-            batch_size=batch_size or (CPU_BATCH if model.device.type == "cpu" else BATCH),
+            batch_size=batch_size or (CPU_BATCH if input_device(model).type == "cpu" else BATCH),
             softmax_dtype="float32")
     with (stages or Stages()).stage("tasks", total=len(rows)) as advance:
         for row in rows:

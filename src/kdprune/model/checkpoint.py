@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..errors import KDPruneError
+from ..data import TokenSet
+from ..errors import KDPruneError, one_line
+from ..runtime import quiet_libraries
 from .families import family_of
-from .placement import input_device
-from .streaming import is_streamed, load_streamed, resident, source_of
+from .layerwise import forward_streamed
+from .placement import input_device, is_dispatched, sourced
+from .streaming import is_streamed, load_streamed, source_of
 
 SHARD = "5GB"  # most of the weights that one file holds
 # What safetensors calls a dtype, in the order in which its own writer puts the tensors of a file.
@@ -53,7 +57,8 @@ def save_model(
     except KDPruneError:
         raise
     except (OSError, SafetensorError, ValueError) as error:
-        raise KDPruneError(f"cannot write the checkpoint to {directory}: {error}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise KDPruneError(f"cannot write the checkpoint to {directory}: {reason}") from error
 
 
 def _save_weights(model: PreTrainedModel, directory: Path, max_shard_size: int | str) -> None:
@@ -61,11 +66,14 @@ def _save_weights(model: PreTrainedModel, directory: Path, max_shard_size: int |
     generation = model.generation_config
     try:
         model.generation_config = GenerationConfig()
-        if is_streamed(model):
-            model.save_pretrained(directory, state_dict={})  # all but weights
-            _stream_weights(model, directory, max_shard_size)
-        else:
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
+        with sourced(model), warnings.catch_warnings():
+            # transformers writes offloaded weights under the names of the model in memory, and tied ones twice.
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            if is_streamed(model):
+                model.save_pretrained(directory, state_dict={})  # all but weights
+                _stream_weights(model, directory, max_shard_size)
+            else:
+                model.save_pretrained(directory, max_shard_size=max_shard_size)
     finally:
         model.generation_config = generation
     if generation is not None:
@@ -113,7 +121,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = _weights(tensors[name])
-            assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype
+            assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
             stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -132,12 +140,14 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
     from a streamed model is streamed too. Raises KDPruneError if a weight is missing or left over, if logits are not
     finite, or if a bit differs.
     """
-    loaded = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model)
+    loaded: Any = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model)
     if type(loaded).__name__ != type(model).__name__:
         raise KDPruneError(f"{directory} loads as {type(loaded).__name__}, not as {type(model).__name__}")
     device = input_device(model)
     ids = input_ids.to(device)
-    expected, found = _logits(model, ids), _logits(loaded.to(device), ids)
+    if not is_dispatched(loaded):
+        loaded.to(device)
+    expected, found = _logits(model, ids), _logits(loaded, ids)
     if not torch.isfinite(expected).all():
         raise KDPruneError("the logits of the model in memory are not finite")
     if not torch.equal(expected, found):
@@ -148,14 +158,18 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
 
 
 def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
-    """What ``directory`` holds, in the dtype of ``model``; refused unless its weights are those asked for."""
-    result: Any = AutoModelForCausalLM.from_pretrained(
-        str(directory),
-        dtype=model.dtype,
-        attn_implementation=model.config._attn_implementation,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    """What ``directory`` holds, in the dtype of ``model`` and placed as it is; refused unless its weights are those
+    asked for."""
+    placed = {"device_map": dict(model.hf_device_map)} if is_dispatched(model) else {}
+    with quiet_libraries():
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            str(directory),
+            dtype=model.dtype,
+            attn_implementation=model.config._attn_implementation,
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
+        )
     loaded, report = result
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         _refuse(directory, problem, map(str, report.get(problem) or ()))
@@ -186,7 +200,7 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (B, T, V) in evaluation mode; the mode of ``model`` is put back."""
     training = model.training
     try:
-        with resident(model):
-            return model.eval()(ids, use_cache=False).logits
+        batch = TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), "probe")  # type: ignore[arg-type]
+        return next(forward_streamed(model.eval(), [batch]))
     finally:
         model.train(training)

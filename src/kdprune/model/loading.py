@@ -5,11 +5,12 @@ checkpoint: a model that is silently initialised at random is impossible.
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from transformers import (
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.model.families import family_of
+from kdprune.model.placement import is_dispatched
 from kdprune.runtime import quiet_libraries, resolve_device
 
 INDEX = "model.safetensors.index.json"
@@ -42,20 +44,27 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     known_family: bool = True,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """A causal LM in eval mode from a directory, a hub id, or a loaded model (which is returned itself).
 
     device: "auto" takes the accelerator if there is one and leaves a loaded model where it is; dtype: None or
     "auto" keeps the checkpoint's; known_family: refuse an architecture without a row in the family table.
+    device_map, max_memory, offload_folder: as in transformers, instead of ``device``, for a model that one device does
+    not hold: "auto" fills the accelerators, then the host's memory, then the disk. A model that is placed so already
+    stays where it is.
     Raises KDPruneError, in one line, for whatever is wrong with the checkpoint.
     """
     wanted = resolve_dtype(dtype)
     target = resolve_device(device)
+    placed = {} if device_map is None else _placed(model, device, device_map, max_memory, offload_folder)
     if isinstance(model, PreTrainedModel):
         found = model
         target = found.device if device == "auto" else target
     elif isinstance(model, str | Path):
-        found = from_checkpoint(model, wanted, trust_remote_code)
+        found = from_checkpoint(model, wanted, trust_remote_code, **placed)
     else:
         raise KDPruneError(
             f"got a model of type {type(model).__name__}, expected a directory, a hub id "
@@ -63,10 +72,30 @@ def load_model(
         )
     if known_family:
         family_of(found)
+    if is_dispatched(found) or placed:
+        if found.dtype != (wanted or found.dtype) or (device != "auto" and not placed):
+            raise KDPruneError(
+                f"got device {str(device)!r} and dtype {str(dtype)!r} with a model placed by device_map, expected "
+                f"neither: load it as it is wanted")
+        return found.eval()
     module: torch.nn.Module = found
     if (target, wanted or found.dtype) != (found.device, found.dtype):
         module.to(device=target, dtype=wanted)
     return found.eval()
+
+
+def _placed(
+    model: Any, device: str | torch.device, device_map: str | Mapping[str, Any],
+    max_memory: Mapping[int | str, int | str] | None, offload_folder: str | Path | None,
+) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of the placement. Raises KDPruneError for what cannot be."""
+    if isinstance(model, PreTrainedModel) or device != "auto":
+        given = "a loaded model" if isinstance(model, PreTrainedModel) else f"device {str(device)!r}"
+        raise KDPruneError(f"got device_map with {given}, expected it alone, with a directory or hub id")
+    if importlib.util.find_spec("accelerate") is None:
+        raise KDPruneError("device_map needs accelerate, which is not installed: pip install accelerate")
+    wanted = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    return {name: value if isinstance(value, str | Path | None) else dict(value) for name, value in wanted.items()}
 
 
 def load_tokenizer(

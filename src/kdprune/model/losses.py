@@ -6,6 +6,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
+from kdprune.model.placement import input_device
 
 IGNORED = -100  # target of a position that is not scored
 
@@ -20,7 +21,7 @@ def next_tokens(batch: TokenSet) -> Tensor:
 
 def batch_logits(model: PreTrainedModel, batch: TokenSet) -> Tensor:
     """Logits (B, T, V) of a batch, in the model's dtype, with gradients where the caller asks for them."""
-    device = next(model.get_input_embeddings().parameters()).device
+    device = input_device(model)
     mask = None if batch.mask.all() else batch.mask.to(device).long()
     return model(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False).logits
 

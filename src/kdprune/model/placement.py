@@ -96,7 +96,7 @@ def offloaded(module: nn.Module, name: str) -> Tensor | None:
     if not getattr(hook, "offload", False) or weights is None:
         return None
     found: Tensor = weights[name]
-    return found.to(torch.device(hook.execution_device))  # type: ignore[union-attr]
+    return found.to(torch.device(hook.execution_device))
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def settle(module: nn.Module) -> None:
         weights = offloaded(module, name) if parameter is not None and parameter.is_meta else None
         if parameter is not None and weights is not None:
             module._parameters[name] = nn.Parameter(weights, parameter.requires_grad)
-    hook.offload, hook.weights_map = False, None  # type: ignore[union-attr]
+    hook.offload, hook.weights_map = False, None
 
 
 # ------------------------------------------------------------------------------------------- copies and edits
@@ -235,12 +235,12 @@ def renumber(model: PreTrainedModel, path: str, sources: list[int]) -> None:
         for new, source in enumerate(sources):
             if source == int(number):
                 after[f"{path}.{new}" + (f".{rest}" if rest else "")] = device
-    model.hf_device_map = after
+    model.__dict__["hf_device_map"] = after
 
 
 def _hook(module: nn.Module) -> Any:
     """The hook that places ``module``, or None; the last of several, which is the one nearest to the forward."""
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     return hook.hooks[-1] if hasattr(hook, "hooks") else hook
 
 

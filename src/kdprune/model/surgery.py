@@ -37,11 +37,13 @@ from .modeling_kdp import (
     generated,
     place_stand_in,
 )
+from .placement import device_of, follow, free, hooks_of, release, renumber, unhooked
+from .streaming import resident
 from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "folded", "layers_replaced",
+    "folded", "layers_replaced", "plain_copy",
 ]  # fmt: skip
 
 
@@ -82,9 +84,11 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     _shorten_config(config, [slot.source for slot in slots])
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
+    renumber(pruned, family.layers, [slot.source for slot in slots])
     if substitutes or resizes:
         widths = resize_layers(pruned, resizes) if resizes else []
-        _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
+        with unhooked(pruned):
+            _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
     restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
@@ -144,7 +148,7 @@ def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn) -> nn.M
     family, layers = family_of(model), decoder_layers(model)
     if not 0 <= index < len(layers):
         raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
-    layer = copy.deepcopy(layers[index], {id(model.config): model.config})
+    layer = plain_copy(layers[index], {id(model.config): model.config})
     place_stand_in(layer, stand_in, "mlp", family)
     return layer
 
@@ -162,13 +166,22 @@ def folded(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn, place: s
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def plain_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """A copy of ``module`` with real weights of its own, streamed or offloaded ones read, on the device it computes
+    on, without accelerate's hooks. What ``memo`` holds by id is shared."""
+    with resident(module):
+        return free(copy.deepcopy(module, {**(memo or {}), **hooks_of(module)}))
+
+
 def sharing_copy(module: Module, memo: dict[int, Any] | None = None, own: Collection[str] = ()) -> Module:
     """A copy of ``module`` that shares its parameters and buffers, but those named in ``own``, and what ``memo`` holds
     by id."""
-    memo = dict(memo or {})
+    memo = dict(memo or {}) | hooks_of(module)
     memo.update((id(tensor), tensor) for name, tensor in module.named_parameters() if name not in own)
     memo.update((id(tensor), tensor) for tensor in module.buffers())
-    return copy.deepcopy(module, memo)
+    result = copy.deepcopy(module, memo)
+    release(result)
+    return result
 
 
 def check_model(model: PreTrainedModel, substitutes: bool) -> None:
@@ -233,6 +246,7 @@ def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
         for slot, place in ((before, "after"), (after, "before")):
             if slot is not None and not isinstance(slot.layer, FoldedLayer):
                 _fold(slot.layer, item, place, family)
+                follow(item, slot.layer)
                 break
         else:
             raise KDPruneError("too few layers are kept: each can hold one token-wise stand-in")
@@ -240,21 +254,19 @@ def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
 
 def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
     """Fold ``stand_in`` into ``layer`` in place. Raises KDPruneError where its forward cannot be extended."""
-    if "forward" in layer.__dict__:
-        raise KDPruneError(
-            "a layer's forward is patched, as offloading by device_map does; load the model on one device"
-        )
-    try:
-        place_stand_in(layer, stand_in, place, family)
-    except ValueError as error:
-        raise KDPruneError(str(error)) from error
+    with unhooked(layer):
+        if "forward" in layer.__dict__:
+            raise KDPruneError("a layer's forward is patched, expected that of its class; load the model anew")
+        try:
+            place_stand_in(layer, stand_in, place, family)
+        except ValueError as error:
+            raise KDPruneError(str(error)) from error
 
 
 def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Module:
     """A copy of ``module`` in the dtype and mode of ``model``, on the device of layer ``beside``."""
-    device = next(beside.parameters()).device
     result = copy.deepcopy(module, {id(model.config): model.config})
-    return result.to(device=device, dtype=model.dtype).train(model.training)
+    return result.to(device=device_of(beside), dtype=model.dtype).train(model.training)
 
 
 def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, family: Family) -> nn.Module:
@@ -262,6 +274,7 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module,
     if type(context) is not type(source) or not isinstance(getattr(context, family.mlp[0]), StandIn):
         raise KDPruneError(f"got a context layer that is not a {family.layer} with a stand-in in its MLP place")
     result = _adapted(context, model, source)
+    follow(result, source)
     twins = dict(result.named_modules())
     for name, part in source.named_modules():
         if name in twins:
@@ -289,6 +302,8 @@ def _become_kdp(
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
     config.auto_map = auto_map(config.model_type)
     model.__class__ = generated(family, "ForCausalLM")
+    # How loading renamed the stock checkpoint's weights (GPT-NeoX) is undone by saving, but is not known of this class.
+    model.__dict__.pop("_weight_conversions", None)
     own = (generated(family, role).__name__ for role in ("Layer", "SlicedLayer"))
     model._no_split_modules = {*(model._no_split_modules or ()), *own}
 

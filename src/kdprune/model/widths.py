@@ -12,6 +12,7 @@ from ..errors import KDPruneError
 from .edits import Drop, Resize, Rewrite, Substitute
 from .families import decoder_layers, family_of
 from .modeling_kdp import narrow
+from .placement import device_of, settle
 
 
 def resize_layers(model: PreTrainedModel, edits: Sequence[Resize]) -> list[dict[str, Any]]:
@@ -57,9 +58,10 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) ->
             shape = list(known[name].shape) if name in known else "no such parameter"
             raise KDPruneError(f"got {name} of shape {list(weight.shape)} for {place}, expected {shape}")
         owner, _, leaf = name.rpartition(".")
-        old = known[name]
-        weight = weight.detach().to(device=old.device, dtype=old.dtype).clone()
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, old.requires_grad))
+        old, holder = known[name], module.get_submodule(owner)
+        settle(holder)
+        weight = weight.detach().to(device=device_of(holder), dtype=old.dtype).clone()
+        setattr(holder, leaf, nn.Parameter(weight, old.requires_grad))
 
 
 def rewrite(layers: nn.ModuleList, edit: Rewrite, cuts: Sequence[Drop | Substitute]) -> None:
