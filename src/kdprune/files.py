@@ -34,6 +34,8 @@ def refusal(error: BaseException) -> str | None:
     """Why the file system refused, "No space left on device"; None for an error that is something else."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
         return error.strerror or str(error)
+    if isinstance(error, RuntimeError) and error.__context__ is not None:
+        return refusal(error.__context__)  # torch.save fails once more while it closes what could not be written
     if isinstance(error, SafetensorError) and "os error" in str(error):
         # "… I/O error: No space left on device (os error 28)"
         return str(error).rpartition(": ")[2].partition(" (os error")[0]
