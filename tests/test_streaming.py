@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.model.activations import layer_arguments, layer_states
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.layerwise import forward_streamed
 from kdprune.model.loading import load_model
+from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.streaming import (
     Scratch,
     checkpoint_bytes,
@@ -26,6 +27,7 @@ from kdprune.model.streaming import (
     resident,
     set_scratch,
 )
+from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits, bypassed, context_layer
 
 Saved = dict[str, Path]
 # Where states are between two layers: in memory, one batch at a time, all of them in files.
@@ -282,3 +284,54 @@ def test_one_row_that_does_not_fit_is_told(saved: Saved) -> None:
     run_out(decoder_layers(model)[0], most=0)
     with pytest.raises(KDPruneError, match="does not suffice for one row of 10 tokens"):
         list(layer_states(model, rows(padded=False), [3], 4, notify=lambda _: None))
+
+
+# ------------------------------------------------------------------------------------------------ edits
+
+
+def stand_in(model: PreTrainedModel, context: bool) -> StandIn:
+    """Small random weights, made in the same way for both models."""
+    options = {"residual": False, "normalize": False} if context else {}
+    made = StandIn(model.config.hidden_size, features=8, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return made
+
+
+def edits(model: PreTrainedModel, kind: str) -> list[Edit]:
+    if kind == "drop":
+        norm = family_of(model).mlp_norm + ".weight"
+        return [Drop(range(2, 4)), Rewrite(0, {norm: torch.full((WIDTH,), 1.5)})]
+    if kind == "token":
+        return [Substitute(range(2), stand_in(model, False)), Substitute(range(3, 5), stand_in(model, False))]
+    return [Substitute(range(2, 4), (made := stand_in(model, True)), context_layer(model, 2, made))]
+
+
+@pytest.mark.parametrize("kind", ["drop", "token", "context"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_edited_streamed_models_compute_what_resident_ones_do(saved: Saved, name: str, kind: str) -> None:
+    whole, streamed = both(saved[name])
+    pruned, lazy = (apply_edits(model, edits(model, kind)) for model in (whole, streamed))
+    assert is_streamed(lazy)
+    assert type(lazy) is type(pruned)
+    put_in = [key for key, p in lazy.named_parameters() if key.startswith(family_of(lazy).layers) and not p.is_meta]
+    assert put_in  # what was put in has its weights
+    batches = list(rows(padded=True).batches(4))
+    for one, other in zip(forward_streamed(lazy, batches), forward_streamed(pruned, batches), strict=True):
+        assert torch.equal(one, other)
+    assert only_layers_on_meta(streamed)
+    assert put_in == [key for key, p in lazy.named_parameters()
+                      if key.startswith(family_of(lazy).layers) and not p.is_meta]
+
+
+def test_layers_taken_out_for_a_while(saved: Saved) -> None:
+    whole, streamed = both(saved["gemma3"])
+    batch = rows(padded=True)
+    with bypassed(whole, range(1, 3)), bypassed(streamed, range(1, 3)):
+        one, other = next(forward_streamed(whole, [batch])), next(forward_streamed(streamed, [batch]))
+    assert torch.equal(one, other)
+    with torch.no_grad(), resident(streamed):
+        made = streamed(batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+    assert torch.equal(made, next(forward_streamed(whole, [batch])))

@@ -6,45 +6,21 @@ objects with the model they start from, so that a pruned model knows it too.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, find_family
 from kdprune.model.loading import check_weights, checkpoint_errors, read_config, resolve_dtype
 from kdprune.model.placement import SOURCE, offloaded
+from kdprune.model.weights import Source, Stored, stored_tensors
 from kdprune.runtime import resolve_device
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a parameter's weights are: ``key`` in a safetensors ``file``; the dtype and device they are wanted in."""
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    device: torch.device
-
-    def read(self) -> Tensor:
-        """A copy of the weights. Raises KDPruneError where the file is gone or damaged."""
-        try:
-            # Opened for each tensor: what was read of a memory-mapped file counts as resident until it is closed.
-            with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.key).to(self.device, self.dtype, copy=True)
-        except (SafetensorError, OSError) as error:
-            raise KDPruneError(
-                f"cannot read {self.key} of {self.file} ({one_line(error)}); expected the checkpoint that the run "
-                "started with, put it back"
-            ) from error
 
 
 def load_streamed(
@@ -65,7 +41,7 @@ def load_streamed(
         find_family(config)
         if getattr(config, "quantization_config", None) is not None:
             raise KDPruneError(f"got {name}, which is quantised; expected full-precision weights to stream")
-        sources = _sources(_weight_files(name), wanted or config.dtype, target)
+        sources = _sources(stored_tensors(name), wanted or config.dtype, target)
         model, info, stood_for = _skeleton(name, config, sources, trust_remote_code)
     check_weights(info, name)
     _place(model, stood_for, target)
@@ -158,67 +134,28 @@ def checkpoint_bytes(name: str | Path, dtype: str | torch.dtype | None = None) -
 
     The size of the files where they are not safetensors. Raises KDPruneError as ``load_model`` does.
     """
-    wanted, total = resolve_dtype(dtype), 0
+    wanted = resolve_dtype(dtype)
     with checkpoint_errors(name, trust_remote_code=False):
         if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
             return sum(file.stat().st_size for file in Path(name).glob("pytorch_model*.bin"))
-        for file in _weight_files(name):
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                    part = opened.get_slice(key)
-                    size = (wanted or _stored_dtype(part.get_dtype())).itemsize
-                    total += torch.Size(part.get_shape()).numel() * size
-    return total
+        return sum(tensor.shape.numel() * (wanted or tensor.dtype).itemsize for tensor in stored_tensors(name))
 
 
 # ------------------------------------------------------------------------------------- from a checkpoint
 
 
-def _weight_files(name: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint, those of the hub downloaded. Raises KDPruneError if it has none."""
-    def find(file: str) -> str | None:
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
-    if index is not None:
-        listed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-        return [Path(str(cached_file(name, file))) for file in sorted(set(listed))]
-    whole = find(SAFE_WEIGHTS_NAME)
-    if whole is None:
-        raise KDPruneError(
-            f"got {name} without {SAFE_WEIGHTS_NAME}, expected a safetensors checkpoint: no other can be streamed; "
-            "load it with transformers and save it again"
-        )
-    return [Path(whole)]
-
-
-def _sources(files: list[Path], dtype: torch.dtype | None, device: torch.device) -> list[tuple[Source, torch.Size]]:
-    """Every tensor of ``files`` with its shape, floating-point ones in ``dtype``; None: that of the first of them."""
-    found: list[tuple[Source, torch.Size]] = []
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                part = file.get_slice(key)
-                stored = _stored_dtype(part.get_dtype())
-                if stored.is_floating_point:
-                    dtype = dtype or stored
-                    stored = dtype
-                found.append((Source(path, key, stored, device), torch.Size(part.get_shape())))
-    return found
-
-
-def _stored_dtype(name: str) -> torch.dtype:
-    """What a safetensors header calls F32, BF16, … in torch."""
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-             "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-             "BOOL": torch.bool}
-    if name not in known:
-        raise KDPruneError(f"got weights of dtype {name}, expected floating point of 16 bits or more to stream")
-    return known[name]
+def _sources(stored: list[Stored], dtype: torch.dtype | None, device: torch.device) -> dict[str, Source]:
+    """The tensors by name, floating-point ones in ``dtype``; None: that of the first of them."""
+    floating = (tensor.dtype for tensor in stored if tensor.dtype.is_floating_point)
+    wanted = dtype or next(floating, torch.float32)
+    return {
+        tensor.key: Source(tensor, wanted if tensor.dtype.is_floating_point else tensor.dtype, device)
+        for tensor in stored
+    }
 
 
 def _skeleton(
-    name: str | Path, config: PreTrainedConfig, sources: list[tuple[Source, torch.Size]], trust_remote_code: bool,
+    name: str | Path, config: PreTrainedConfig, sources: dict[str, Source], trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, Any], dict[int, Source]]:
     """The model loaded from placeholders that take no memory; what each one stands for, by the address of its storage.
 
@@ -227,11 +164,11 @@ def _skeleton(
     """
     placeholders: dict[str, Tensor] = {}
     stood_for: dict[int, Source] = {}
-    for source, shape in sources:
+    for key, source in sources.items():
         number = torch.zeros((), dtype=source.dtype)
-        placeholders[source.key] = number.expand(shape)
+        placeholders[key] = number.expand(source.stored.shape)
         stood_for[number.untyped_storage().data_ptr()] = source
-    dtype = next(source.dtype for source, _ in sources if source.dtype.is_floating_point)
+    dtype = next(source.dtype for source in sources.values() if source.dtype.is_floating_point)
     with torch.device("meta"):
         own_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     loaded: Any = own_class.from_pretrained(
@@ -267,7 +204,7 @@ def _source(old: Tensor, key: str, stood_for: dict[int, Source]) -> Source:
     if found is not None:
         return found
     # Loading made a copy of the placeholder, in the dtype that the architecture wants for it.
-    named = [source for source in stood_for.values() if source.key == key]
+    named = [source for source in stood_for.values() if source.stored.key == key]
     if not named:
         raise KDPruneError(f"cannot tell where {key} is in the checkpoint; load and save the model with transformers")
     return replace(named[0], dtype=old.dtype)
