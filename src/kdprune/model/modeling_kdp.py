@@ -106,10 +106,25 @@ _ROWS = (
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 
 
+def cosines_and_sines(p: Tensor) -> Tensor:
+    """[cos p, sin p]: (…, m) → (…, 2m).
+
+    Without gradients both are written where they belong, instead of being made and then copied together. A compiler
+    writes them in one pass by itself and wants no out=; nor do tensors that stand for others (sharded, traced).
+    """
+    if p.requires_grad or type(p) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.cat((p.cos(), p.sin()), dim=-1)
+    z = p.new_empty(*p.shape[:-1], 2 * p.shape[-1])
+    cosines, sines = z.chunk(2, dim=-1)
+    torch.cos(p, out=cosines)
+    torch.sin(p, out=sines)
+    return z
+
+
 class StandIn(nn.Module):
     """Maps the state that entered a run of layers to an estimate of the state that left it, token by token.
 
-        x̂ = x / rms(x)                               if normalize, else x; computed in float32
+        x̂ = x / rms(x)                               if normalize, else x; computed in float32 or wider
         z = [cos p, sin p],  p = phase(x̂)            kind "fourier"
         z = act(phase(x̂))                            kind "mlp"
         z = x̂                                        kind "linear"
@@ -160,11 +175,10 @@ class StandIn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) → (…, d), in the dtype of x."""
         z = x
-        if self.normalize:
-            z = nn.functional.rms_norm(x.float(), (self.width,), eps=self.eps).to(x.dtype)
+        if self.normalize:  # torch computes it in float32 for narrower dtypes, and casts back
+            z = nn.functional.rms_norm(x, (self.width,), eps=self.eps)
         if self.kind == "fourier":
-            p = self.phase(z)
-            z = torch.cat((p.cos(), p.sin()), dim=-1)
+            z = cosines_and_sines(self.phase(z))
         elif self.kind == "mlp":
             z = self.act(self.phase(z))
         if self.hidden:

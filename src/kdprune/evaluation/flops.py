@@ -1,0 +1,41 @@
+"""Floating-point operations of a forward pass, counted from the modules: no weights needed, meta tensors do."""
+
+import math
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kdprune.model.families import decoder_layers, family_of
+
+
+def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0, logits: int = 1) -> int:
+    """Operations of ``model`` reading ``tokens`` new positions of ``batch`` sequences behind ``past`` cached ones.
+
+        2 · in · out         a token, for every linear map: projections, MLPs, stand-ins, shortcuts
+        4 · H·d_h · (past + tokens)   a token and layer, for attention scores and the sum they weigh; masked ones count
+        2 · d · V            for each of the last ``logits`` positions of a sequence, in the head
+
+    A multiply-add is two operations. Norms, activations, cosines, softmax, rotations and look-ups are left out, as
+    in torch's FlopCounterMode, which is the oracle. Attention with a sliding window counts as without one.
+
+    Raises KDPruneError for what is not a causal LM of a known family.
+    """
+    family, head = family_of(model), model.get_output_embeddings()
+    each = sum(_per_token(module) for module in model.modules() if module is not head)
+    for layer in decoder_layers(model):
+        each += 4 * _columns(layer.get_submodule(family.attention_out)) * (past + tokens)
+    return batch * (tokens * each + min(tokens, logits) * _per_token(head))
+
+
+def _per_token(module: nn.Module | None) -> int:
+    """Operations of one linear map on one token; 0 for everything else."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return 0
+    return 2 * math.prod(module.weight.shape)
+
+
+def _columns(projection: Any) -> int:
+    """Heads times their width: what the projection out of attention reads."""
+    return int(projection.in_features if isinstance(projection, nn.Linear) else projection.nx)
