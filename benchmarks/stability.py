@@ -40,7 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "k-max-4": ("`max_block=4`", {"max_block": 4}),
 }
 QUICK: dict[str, Any] = {"kernel_epochs": 3, "refine_epochs": 2}
-QUICK_ROWS = 200
+QUICK_ROWS = 48
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 Record = dict[str, Any]
 
