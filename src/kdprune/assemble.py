@@ -17,6 +17,7 @@ from kdprune.evaluation.samples import compare_samples
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
 from kdprune.methods.result import MethodResult
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.placement import reads_weights
 from kdprune.model.surgery import Resize
 from kdprune.report.results import (
     Calibration,
@@ -33,6 +34,7 @@ from kdprune.report.results import (
     Speed,
 )
 from kdprune.runtime import Stages, peak_memory_bytes
+from kdprune.world import world
 
 PROMPT_TOKENS = 32  # of the held-out text that both models continue
 _SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy", "lm_eval", "peft")
@@ -40,12 +42,17 @@ _SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy", "lm_eva
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Both models under one protocol, as the parts of ``results.json``."""
+    """Both models under one protocol, as the parts of ``results.json``.
+
+    speed: None, as samples are empty, where the dense model was ``streamed``: reading its weights from disk for every
+    token would measure the disk.
+    """
 
     perplexity: Perplexity
-    speed: Speed
+    speed: Speed | None
     cache: KVCache
     samples: list[Sample]
+    streamed: bool = False
 
 
 def evaluate(
@@ -54,21 +61,26 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity on the same windows, speed in turns, cache size, and a continuation of the same prompt.
 
+    Every process of the run has to call it: the windows are dealt out to them. Speed and samples are taken by the
+    first, while the others wait, and handed to all.
+
     Args:
         text: held-out tokens. tokenizer: for the samples; without one there are none.
     """
+    streamed = reads_weights(dense) or reads_weights(pruned)
     with stages.stage("evaluate", 3) as advance:
         before, after = perplexity(dense, text), perplexity(pruned, text)
         advance(1)
         pace = measured_speed(dense, pruned)
         advance(1)
-        samples = []
-        if tokenizer is not None:
+        samples: list[Sample] = []
+        if tokenizer is not None and not streamed and world().first:
             prompts = [str(tokenizer.decode(text.ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
             samples = [
                 Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
                 for found in compare_samples(dense, pruned, tokenizer, prompts)
             ]
+        samples = world().broadcast(samples)
         advance(1)
     return Evaluation(
         Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
@@ -76,11 +88,18 @@ def evaluate(
         pace,
         KVCache(dense=kv_cache_bytes_per_token(dense), pruned=kv_cache_bytes_per_token(pruned)),
         samples,
+        streamed,
     )
 
 
-def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
-    """Speed of both models, measured in turns."""
+def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed | None:
+    """Speed of both models, measured in turns by the first process of the run; None for models streamed from disk."""
+    if reads_weights(dense) or reads_weights(pruned):
+        return None
+    return world().broadcast(_speed(dense, pruned) if world().first else None)
+
+
+def _speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
     pace = compare_speed(dense, pruned)
     return Speed(
         batch=pace.batch, prompt=pace.prompt, new_tokens=pace.new_tokens, device=pace.device,
@@ -127,6 +146,6 @@ def pruning_results(
     base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
                    if isinstance(edit, Resize) and edit.layer is not None]
     base.heal = None if healed is None else Heal(**healed)
-    base.perplexity, base.speed = measured.perplexity, measured.speed
+    base.perplexity, base.speed, base.streamed = measured.perplexity, measured.speed, measured.streamed
     base.kv_cache_bytes_per_token, base.samples = measured.cache, measured.samples
     return base

@@ -1,7 +1,7 @@
 """Sliding-window perplexity: every token but the first of a row is scored once, padding never."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+from kdprune.model.layerwise import forward_streamed
 from kdprune.model.losses import IGNORED
+from kdprune.world import world
 
 LONGEST_WINDOW = 2048
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
@@ -49,24 +51,17 @@ def perplexity(
     A window feeds `window` tokens and moves on by `stride`; only its new positions are scored, so each has at
     least window − stride tokens of context before it (fewer at the start of a row). Where the rows start with
     a beginning-of-text token, so does every window. Defaults: the model's context (at most 2048), half of it.
-    Losses are taken in float32 and added in float64; the model's mode is as before afterwards.
+    Losses are taken in float32 and added in float64; the model's mode is as before afterwards. A streamed model gives
+    the same bits. In a run of several processes each has to call this: batches are dealt out to them, and all get the
+    same figures.
     Raises KDPruneError for a window or stride the model cannot use, and for a loss that is not finite.
     """
     window = default_window(model) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     _check(model, window, stride)
     size = batch_size or max(1, LOGITS // (window * vocabulary_size(model)))
-    total, count = 0.0, 0  # Python floats are float64
     with evaluating(model):
-        for number, (ids, targets) in enumerate(_batches(tokens, window, stride, size)):
-            loss = _loss(model, ids, targets)
-            if not math.isfinite(loss):
-                raise KDPruneError(
-                    f"got a loss of {loss} in batch {number} of {tokens.source}, expected a finite one; "
-                    "check the weights, or use --dtype float32"
-                )
-            total += loss
-            count += int((targets != IGNORED).sum())
+        total, count = _summed_loss(model, tokens, _batches(tokens, window, stride, size))
     if not count:
         raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
     mean = total / count
@@ -76,6 +71,31 @@ def perplexity(
             f"got a mean loss of {mean:.4g} nats, too large for a perplexity; check the weights"
         )
     return Perplexity(value, mean, count, window, stride)
+
+
+def _summed_loss(
+    model: PreTrainedModel, tokens: TokenSet, batches: Iterable[tuple[Tensor, Tensor]],
+) -> tuple[float, int]:
+    """Loss of all batches and number of scored positions, over all processes. Raises as perplexity does."""
+    own = [(number, *batch) for number, batch in enumerate(batches) if world().owner(number) == world().rank]
+    windows = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
+    total, count, wrong = 0.0, 0, None  # Python floats are float64
+    for (number, _, targets), logits in zip(own, forward_streamed(model, windows), strict=True):
+        loss = _loss(logits, targets)
+        total += loss
+        count += int((targets != IGNORED).sum())
+        if not math.isfinite(loss):
+            wrong = (number, loss)
+            break
+    # Whether to stop is decided together: a process that stopped alone would leave the others waiting for it.
+    if found := [pair for pair in world().gather(wrong) if pair is not None]:
+        number, loss = min(found)
+        raise KDPruneError(
+            f"got a loss of {loss} in batch {number} of {tokens.source}, expected a finite one; "
+            "check the weights, or use --dtype float32"
+        )
+    total, scored = world().total([total, count])
+    return total, int(scored)
 
 
 def _check(model: PreTrainedModel, window: int, stride: int) -> None:
@@ -126,9 +146,9 @@ def _stack(entries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return ids, pad([targets for _, targets in entries], batch_first=True, padding_value=IGNORED)
 
 
-def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> float:
-    """Summed loss of the scored positions of a batch (B, W)."""
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.flatten(0, 1)
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Summed loss of the scored positions of a batch: logits (B, W, V), targets (B, W)."""
+    logits = logits.flatten(0, 1)
     flat = targets.flatten().to(logits.device)
     total = torch.zeros((), dtype=torch.float64)
     for part, wanted in zip(

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+from kdprune.model.placement import input_device
+from kdprune.model.streaming import is_streamed
+from kdprune.model.surgery import sharing_copy
 
 PROMPT = 128  # tokens read, and tokens written, unless told otherwise; less where the context is shorter
 NEW_TOKENS = 32
@@ -85,19 +88,23 @@ def compare_speed(
     """
     prompt, new_tokens = _counts(dense, prompt, new_tokens)
     first, second = _measure([dense, pruned], batch, prompt, new_tokens, repeats, seed)
-    return SpeedComparison(first, second, batch, prompt, new_tokens, str(dense.device))
+    return SpeedComparison(first, second, batch, prompt, new_tokens, str(input_device(dense)))
 
 
 @torch.no_grad()
 def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
     """Bytes of keys and values a sequence adds to the cache per token, over all layers, as measured.
 
-    A layer with a sliding window counts as it does below its window. Raises KDPruneError if the model keeps
-    no such cache.
+    A layer with a sliding window counts as it does below its window. For a model streamed from disk the cache of a
+    copy without weights is measured: sizes need none. Raises KDPruneError if the model keeps no such cache.
     """
+    if is_streamed(model):
+        model = sharing_copy(model).to("meta")  # type: ignore[arg-type]  # mypy reads the decorator of PreTrainedModel.to
     with evaluating(model):
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
+        # Not input_ids: transformers looks whether they hold padding, and without weights there is nothing to look at.
+        embedded = model.get_input_embeddings()(ids)
+        cache = model(inputs_embeds=embedded, use_cache=True).past_key_values
     layers = getattr(cache, "layers", None)
     if layers is None:
         raise KDPruneError(
@@ -154,12 +161,12 @@ def _prompts(model: PreTrainedModel, batch: int, prompt: int, new_tokens: int, s
             f"got {prompt} + {new_tokens} tokens, expected at most {longest}, the model's context"
         )
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary_size(model), (batch, prompt), generator=generator).to(model.device)
+    return torch.randint(vocabulary_size(model), (batch, prompt), generator=generator).to(input_device(model))
 
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to read the prompts (B, T), and to write `new_tokens` after them, greedily."""
-    wait = _synchroniser(model.device)
+    wait = _synchroniser(input_device(model))
     # As generate does: the head sees the last position alone, where the model can be told so.
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     wait()

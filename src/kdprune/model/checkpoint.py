@@ -143,11 +143,9 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
     loaded: Any = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model)
     if type(loaded).__name__ != type(model).__name__:
         raise KDPruneError(f"{directory} loads as {type(loaded).__name__}, not as {type(model).__name__}")
-    device = input_device(model)
-    ids = input_ids.to(device)
-    if not is_dispatched(loaded):
-        loaded.to(device)
-    expected, found = _logits(model, ids), _logits(loaded, ids)
+    if not is_dispatched(loaded) and not is_streamed(loaded):
+        loaded.to(input_device(model))
+    expected, found = _logits(model, input_ids), _logits(loaded, input_ids)
     if not torch.isfinite(expected).all():
         raise KDPruneError("the logits of the model in memory are not finite")
     if not torch.equal(expected, found):
@@ -160,7 +158,8 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
 def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
     """What ``directory`` holds, in the dtype of ``model`` and placed as it is; refused unless its weights are those
     asked for."""
-    placed = {"device_map": dict(model.hf_device_map)} if is_dispatched(model) else {}
+    where: Any = model.hf_device_map if is_dispatched(model) else None
+    placed = {} if where is None else {"device_map": dict(where)}
     with quiet_libraries():
         result: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -177,15 +176,16 @@ def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
 
 
 def _loaded_streamed(directory: str | Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The same, streamed; weights of another shape are refused in loading."""
-    stored: set[str] = set()
+    """The same, streamed."""
+    stored: dict[str, list[int]] = {}
     for file in Path(directory).glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
-            stored.update(opened.keys())
-    expected = set(_state(model))
-    _refuse(directory, "missing_keys", expected - stored)
-    _refuse(directory, "unexpected_keys", stored - expected)
-    loaded = load_streamed(directory, dtype=model.dtype, device=model.device)
+            stored.update({name: opened.get_slice(name).get_shape() for name in opened.keys()})  # noqa: SIM118
+    expected = {name: list(tensor.shape) for name, tensor in _state(model).items()}
+    _refuse(directory, "missing_keys", expected.keys() - stored.keys())
+    _refuse(directory, "unexpected_keys", stored.keys() - expected.keys())
+    _refuse(directory, "mismatched_keys", (name for name, shape in stored.items() if shape != expected[name]))
+    loaded = load_streamed(directory, dtype=model.dtype, device=input_device(model))
     loaded.set_attn_implementation(model.config._attn_implementation)
     return loaded
 

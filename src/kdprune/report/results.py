@@ -74,7 +74,7 @@ class Results(Record):
     parameters: Parameters = Field(description="parameters")
     perplexity: Perplexity | None = Field(None, description="perplexity on held-out text")
     streamed: bool = Field(
-        False, description="whether the layers were read from disk as they ran; then neither speed nor samples are taken")
+        False, description="whether layers were read from disk as they ran; then neither speed nor samples are taken")
     speed: Speed | None = Field(None, description="tokens per second")
     kv_cache_bytes_per_token: KVCache | None = Field(None, description="key-value cache per token, bytes")
     calibration: Calibration | None = Field(None, description="calibration text")
