@@ -47,3 +47,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Work directories of the command line go to a place of the test run."""
+    os.environ["KDPRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))

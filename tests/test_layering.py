@@ -11,10 +11,10 @@ ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
     ("errors",), ("files",), ("runtime", "output", "world", "memory"), ("text",), ("data",),
-    ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",), ("kernel", "training", "selection"),
-    ("model",),
-    ("evaluation", "methods"), ("report",), ("analysis",), ("assemble",), ("recipe",), ("session",), ("heal",),
-    ("pipeline",), ("variants",), ("units",), ("comparison",), ("cli",), ("__main__",),
+    ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
+    ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
+    ("assemble",), ("resources",), ("recipe",), ("session",), ("heal",), ("pipeline",), ("variants",), ("units",),
+    ("comparison",), ("cli",), ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.

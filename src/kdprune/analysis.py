@@ -21,6 +21,7 @@ from kdprune.world import world
 
 CHUNK = 128   # tokens a chunk: the estimator is unbiased at any size; its cost a token grows with it
 ENOUGH = 131_072  # tokens: docs/benchmarks.md shows what fewer and more change
+STATES = 2**30  # bytes that the states of one batch at all layers may take: fewer rows pass at once where they are wide
 _PURPOSE = 500_000  # of the draws: the rows, and from the next number on the order of each batch's tokens
 
 
@@ -88,10 +89,12 @@ def score_layers(
 
     Args:
         protect: share of layers kept at either end (recorded for the plots). seed: of the rows and the shuffles.
-        batch_size: rows a forward pass. limit: tokens that are enough; of a larger set random rows are taken.
+        batch_size: rows a forward pass, at most. limit: tokens that are enough; of a larger set random rows are taken.
     """
     layers = len(decoder_layers(model))
     tokens = some_rows(tokens, limit, seed)
+    row = tokens.ids.shape[1] * model.config.hidden_size * model.dtype.itemsize * (layers + 1)
+    batch_size = min(batch_size, max(1, STATES // row))
     mine = tokens.select(world().share(len(tokens), batch_size))
     with stages.stage("analyse", len(mine)) as advance:
         chunks = _chunks(model, mine, seed, batch_size, advance)

@@ -45,7 +45,7 @@ class Checkpoint:
         return found if self.agree(found is not None) else None
 
     def save(self, state: Mapping[str, Any], force: bool = False) -> bool:
-        """Keeps the state (tensors and plain data) if it is time, or has to be: at the latest one that is ``"finished"``.
+        """Keeps the state (tensors, plain data) if it is time, or has to be: at the latest one that is ``"finished"``.
 
         Returns:
             Whether it did.

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import BoolTensor, Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from kdprune.checkpoints import Checkpoint
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
+from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.methods.options import check_values, option
 from kdprune.model.families import decoder_layers
@@ -133,6 +136,27 @@ def heal(
         record = {"loss": settings.loss, "what": settings.what, "tokens": rows.tokens, "parameters": count,
                   "curve": curve}
         return _better(pruned, healed, watched, objective, settings, record)
+
+
+def kept_heal(
+    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, seed: int,
+    stages: Stages, *, held: int, keep: Keeper, key: str,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """:func:`heal`, or what an earlier run made of the same; what is kept are the weights it trained."""
+    if (folder := keep.work.find("heal", key)) is not None:
+        stages.found("heal")
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "tensors.safetensors")
+        return (_with_weights(pruned, weights) if weights else pruned), record
+    healed, record = heal(
+        pruned, dense, edits, tokens, settings, seed, stages, held=held, checkpoint=keep.work.checkpoint("heal", key))
+    before = dict(pruned.named_parameters())
+    trained = {name: weight.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, weight in healed.named_parameters() if weight is not before[name]}
+    with keep.work.finish("heal", key) as folder:
+        (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
+        save_file(trained, folder / "tensors.safetensors")
+    return healed, record
 
 
 def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:

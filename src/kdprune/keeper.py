@@ -17,13 +17,11 @@ class Keeper:
     ``Keeper()`` keeps nothing. Stages are found again under a hash of ``about`` and of what a stage says of itself.
 
     Attributes:
-        work: the directory. about: hash of source, versions, weights, tokens and seed. states: hash of what layer states
-            follow from, which is less: states of one run serve another with other options.
+        work: the directory. about: hash of source, weights, tokens and seed, of which every stage is a function.
     """
 
     work: Work = field(default_factory=lambda: Work(None))
     about: str = ""
-    states: str = ""
 
     def key(self, *parts: Any) -> str:
         """The key of a stage that follows from these plain data beside the run's own."""
@@ -35,4 +33,4 @@ class Keeper:
 
     def home(self, corrected: str = "") -> Callable[[int], Path | None]:
         """Where the states of a boundary live, by its index; ``corrected``: hash of edits in front of it, if any."""
-        return lambda index: self.work.folder(f"boundary-{index}", digest([self.states, index, corrected]))
+        return lambda index: self.work.folder(f"boundary-{index}", digest([self.about, index, corrected]))

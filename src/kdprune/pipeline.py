@@ -11,22 +11,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdprune.analysis import Scores
-from kdprune.assemble import analysis_results, evaluate, pruning_results
+from kdprune.assemble import Evaluation, analysis_results, evaluate, pruning_results
 from kdprune.data import TokenSet
-from kdprune.heal import Heal, make_heal
-from kdprune.heal import heal as heal_model
+from kdprune.errors import KDPruneError
+from kdprune.heal import Heal, kept_heal, make_heal
+from kdprune.identity import tokens_identity
+from kdprune.keeper import Keeper
 from kdprune.methods import METHODS
+from kdprune.methods.keeping import kept
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.methods.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.output import check_output, staged_directory
 from kdprune.recipe import check_options, load_recipe, reject_unknown
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
-from kdprune.runtime import Stages
-from kdprune.session import BATCH, Session, plain_source
+from kdprune.resources import make_resources
+from kdprune.runtime import Stages, peak_memory_bytes
+from kdprune.session import BATCH, NOTHING, Session, plain_source
+from kdprune.world import start_world
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
 
@@ -101,6 +107,11 @@ def prune(
     heal_batch: int | None = None,
     heal_rank: int | None = None,
     heal_alpha: float | None = None,
+    work_dir: str | Path | None = None,
+    host_memory: str | None = None,
+    device_memory: str | None = None,
+    device_map: str | None = None,
+    load_in: str | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     progress: bool = False,
     **method_options: Any,
@@ -122,6 +133,8 @@ def prune(
         overwrite: replace a non-empty ``output_dir``. trust_remote_code: as in transformers.
         heal: train the pruned model on the calibration text afterwards: "lm" (language-model loss) or "kl" (against
             the dense model's logits). heal_what, …: the fields of :class:`kdprune.heal.Heal`.
+        work_dir, host_memory, device_memory, device_map, load_in: the fields of :class:`kdprune.resources.Resources`.
+            With a work directory a run that was stopped goes on where it was, to the same bits.
         recipe: a YAML file or mapping of any of these options; arguments that differ from their default win.
         progress: show a progress bar a stage, on stderr if that is a terminal.
         method_options: fields of the method's dataclass: ``preset``, ``context``, ``features``, ….
@@ -135,27 +148,37 @@ def prune(
     healing = make_heal({
         "heal": heal, "heal_what": heal_what, "heal_tokens": heal_tokens, "heal_rate": heal_rate,
         "heal_batch": heal_batch, "heal_rank": heal_rank, "heal_alpha": heal_alpha})
-    if output_dir is not None:
+    resources = make_resources({
+        "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
+        "load_in": load_in})
+    here = start_world(device)
+    if output_dir is not None and here.first:
         check_output(output_dir, overwrite)
-    stages = Stages(show=progress)
-    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    stages = Stages(show=progress and here.first)
+    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)
     check_run(run, settings, tokens, healing)
-    scores = run.scores_for(settings, tokens)
-    made = run_method(run, settings, tokens, scores, seed, healing)
-    measured = evaluate(run.model, made.pruned, run.tokenizer, run.heldout(heldout, tokens, settings.held), stages)
     options = {
         "model": None if run.bundled else run.name, "method": method, "seed": seed,
         "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples,
-        "length": length, "dtype": dtype,
+        "length": length, "dtype": dtype, **resources.options(),
         **({} if healing is None else healing.options()), **dataclasses.asdict(settings),
     }
-    base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
-    results = pruning_results(base, run.model, made.pruned, made.outcome, measured, made.healed)
-    result = PruneResult(made.pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
-    if output_dir is not None:
-        with stages.stage("save and verify"):
-            result.save(output_dir, overwrite)
+    with run.keeper(tokens) as keep:
+        scores = run.scores_for(settings, tokens, keep)
+        made = run_method(run, settings, tokens, scores, seed, healing, keep)
+        measured = evaluated(run, settings, healing, made.pruned, run.heldout(heldout, tokens, settings.held), keep)
+        base = analysis_results(run.name, run.model, options, tokens, scores, stages, method)
+        results = pruning_results(base, run.model, made.pruned, made.outcome, measured, made.healed)
+        result = PruneResult(made.pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
+        if output_dir is not None:
+            with stages.stage("save and verify"):
+                if here.first:
+                    result.save(output_dir, overwrite)
+                here.barrier()
+            keep.work.clean()
+    if (remark := run.memory.remark(peak_memory_bytes())) is not None:
+        stages.tell(remark)
     return result
 
 
@@ -171,22 +194,51 @@ class RunOutcome:
 def check_run(run: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
     """Raises KDPruneError if the session's model cannot be pruned, or healed, so: before any work."""
     if heal is not None:
+        if is_streamed(run.model):
+            raise KDPruneError("got heal for a model whose layers are read from disk, expected one that fits in memory; "
+                               "give it more (--host-memory), or leave healing out")
         heal.check(method, tokens)
     method.check(run.model, tokens)
 
 
 def run_method(
     run: Session, method: Method, tokens: TokenSet, scores: Scores | None, seed: int, heal: Heal | None = None,
+    keep: Keeper = NOTHING,
 ) -> RunOutcome:
     """One method on the session's model, healed if asked for; in the pruned model kept weights are shared."""
-    outcome = method(
-        run.model, tokens, None if scores is None else scores.tensors(), seed=seed, stages=run.stages, batch_size=BATCH)
+    options = method_identity(method)
+
+    def compute() -> MethodResult:
+        found = None if scores is None else scores.tensors()
+        with run.collecting():
+            return method(run.model, tokens, found, seed=seed, stages=run.stages, batch_size=BATCH, keep=keep)
+
+    outcome = compute() if method.keeps_parts else kept(
+        run.model, keep.work, "method", keep.key("method", options), compute, run.stages)
     pruned = apply_edits(run.model, outcome.edits)
     if heal is None:
         return RunOutcome(outcome, pruned)
-    held = tokens.held_out(method.held)
-    return RunOutcome(
-        outcome, *heal_model(pruned, run.model, outcome.edits, tokens, heal, seed, run.stages, held=held))
+    healed, record = kept_heal(
+        pruned, run.model, outcome.edits, tokens, heal, seed, run.stages, held=tokens.held_out(method.held),
+        keep=keep, key=keep.key("heal", options, dataclasses.asdict(heal)))
+    return RunOutcome(outcome, healed, record)
+
+
+def method_identity(method: Method) -> list[Any]:
+    """What a method's result follows from beside model, tokens and seed: its class and its options."""
+    return [type(method).__name__, dataclasses.asdict(method)]
+
+
+def evaluated(
+    run: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, text: TokenSet, keep: Keeper
+) -> Evaluation:
+    """Both models measured, found again or made."""
+    healing = None if heal is None else dataclasses.asdict(heal)
+    key = keep.key("evaluation", method_identity(method), healing, tokens_identity(text))
+    if keep.work.find("evaluation", key) is not None:
+        run.stages.found("evaluate")
+    return keep.work.record(
+        "evaluation", key, lambda: evaluate(run.model, pruned, run.tokenizer, text, run.stages), Evaluation)
 
 
 def analyze(
@@ -203,6 +255,11 @@ def analyze(
     protect: float = RankedMethod.protect,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    work_dir: str | Path | None = None,
+    host_memory: str | None = None,
+    device_memory: str | None = None,
+    device_map: str | None = None,
+    load_in: str | None = None,
     progress: bool = False,
 ) -> Scores:
     """Scores the similarity of all pairs of layer states (KDP, section 1); nothing is pruned.
@@ -215,21 +272,27 @@ def analyze(
     Returns:
         Arrays by name, with ``.plot(path)``.
     """
-    if output_dir is not None:
+    resources = make_resources({
+        "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
+        "load_in": load_in})
+    here = start_world(device)
+    if output_dir is not None and here.first:
         check_output(output_dir, overwrite)
-    stages = Stages(show=progress)
-    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages)
+    stages = Stages(show=progress and here.first)
+    run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)
-    scores = run.score(tokens, protect)
-    if output_dir is not None:
+    with run.keeper(tokens) as keep:
+        scores = run.score(tokens, protect, keep)
+    if output_dir is not None and here.first:
         options = {
             "model": None if run.bundled else run.name, "seed": seed, "calibration": plain_source(calibration),
-            "samples": samples, "length": length, "dtype": dtype, "protect": protect,
+            "samples": samples, "length": length, "dtype": dtype, "protect": protect, **resources.options(),
         }
         results = analysis_results(run.name, run.model, options, tokens, scores, stages)
         with staged_directory(output_dir, overwrite) as staging:
             results.save(staging / "results.json")
             write_analysis(results, staging / "report.html")
+    here.barrier()
     return scores
 
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
 from kdprune.methods.options import choices
+from kdprune.resources import Resources
 from kdprune.text import parse_weighted
 
 # What a recipe may hold beside the fields of its method: the arguments of kdprune.prune and their types.
@@ -20,6 +21,7 @@ RUN_OPTIONS: Mapping[str, Any] = {
     "device": str, "heldout": Any, "samples": int, "length": int, "dtype": str, "overwrite": bool,
     "trust_remote_code": bool, "heal": Literal["lm", "kl"], "heal_what": Literal["stand-ins", "lora"],
     "heal_tokens": int, "heal_rate": float, "heal_batch": int, "heal_rank": int, "heal_alpha": float,
+    **{field.name: field.type for field in dataclasses.fields(Resources)},
 }
 
 

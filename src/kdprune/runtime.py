@@ -160,5 +160,9 @@ class Stages:
     def found(self, name: str) -> None:
         """Notes, and shows, that an earlier run's result of a stage is used."""
         self.reused.append(name)
+        self.tell(f"{name:<24} found in the work directory")
+
+    def tell(self, line: str) -> None:
+        """Shows a line among the progress bars."""
         if self.show:
-            Console(stderr=sys.stderr.isatty()).print(f"  {name:<24}found in the work directory", highlight=False)
+            Console(stderr=sys.stderr.isatty()).print(f"  {line}", highlight=False, markup=False)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kdprune.analysis import Scores, score_layers
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
 from kdprune.evaluation.models import longest_context, vocabulary_size
-from kdprune.identity import Part, as_part, digest, tokens_identity
+from kdprune.identity import Part, as_part, tokens_identity
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.model.loading import load_tokenizer
@@ -36,9 +36,9 @@ class Session:
 
     def __init__(
         self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
-        trust_remote_code: bool, stages: Stages, resources: Resources = Resources(),
+        trust_remote_code: bool, stages: Stages, resources: Resources | None = None,
     ):
-        model = BUNDLED_MODEL if model is None else model
+        model, resources = BUNDLED_MODEL if model is None else model, resources or Resources()
         self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
         self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
         dtype = None if isinstance(model, PreTrainedModel) else dtype
@@ -70,7 +70,7 @@ class Session:
 
     def score(self, tokens: TokenSet, protect: float, keep: Keeper = NOTHING) -> Scores:
         """The analysis of section 1, found again or made."""
-        key = digest([keep.states, "analysis"])
+        key = keep.key("analysis")
         if keep.work.find("analysis", key) is not None:
             self.stages.found("analyse")
         kept = keep.work.tensors("analysis", key, lambda: score_layers(
@@ -104,7 +104,8 @@ class Session:
                 "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
                                     tokens_identity(tokens)),
                 "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
-                "device": as_part(work_device(self.model).type), "states": as_part(resources.load_in or "full precision"),
+                "device": as_part(work_device(self.model).type),
+                "states": as_part(resources.load_in or "full precision"),
             }
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
         return resources.keeper(about, self.model, BOUNDARIES * states)

@@ -14,7 +14,7 @@ import typer
 import kdprune
 from kdprune.cli.compare import ablate_command, compare_command
 from kdprune.cli.evaluate import eval_command, report_command
-from kdprune.cli.options import with_method_options
+from kdprune.cli.options import heal_parameters, method_parameters, resource_parameters, spelled_out
 from kdprune.cli.prune import analyze_command, prune_command
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
@@ -28,10 +28,11 @@ def build_app(method: str) -> typer.Typer:
         name="kdprune", help="Replace runs of transformer layers with one small trained module.",
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_common)
-    app.command("prune")(with_method_options(prune_command, METHODS[method]))
+    app.command("prune")(spelled_out(
+        prune_command, resource_parameters(), heal_parameters(), method_parameters(METHODS[method])))
     app.command("compare")(compare_command)
     app.command("ablate")(ablate_command)
-    app.command("analyze")(analyze_command)
+    app.command("analyze")(spelled_out(analyze_command, resource_parameters()))
     app.command("eval")(eval_command)
     app.command("report")(report_command)
     return app

@@ -12,6 +12,7 @@ import typer
 from kdprune.heal import Heal, argument
 from kdprune.methods.method import Method
 from kdprune.methods.options import choices
+from kdprune.resources import Resources
 
 Model = Annotated[str | None, typer.Argument(help="hub id or directory; left out: the bundled reference model")]
 Calibration = Annotated[
@@ -41,6 +42,27 @@ def heal_parameters() -> list[inspect.Parameter]:
             for field in fields]
 
 
+def resource_parameters() -> list[inspect.Parameter]:
+    """The same for what a run may use: ``--work-dir``, ``--host-memory``, …."""
+    return [_parameter(field, field.name, None, "Resources") for field in dataclasses.fields(Resources)]
+
+
+def spelled_out(command: Callable[..., None], *groups: list[inspect.Parameter]) -> Callable[..., None]:
+    """``command``, which takes ``**options``, with a signature that spells these out for typer to read."""
+    signature = inspect.signature(command)
+    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]
+    parameters += [item for group in groups for item in group]
+
+    @functools.wraps(command)
+    def spelled(**options: Any) -> None:
+        command(**options)
+
+    spelled.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    spelled.__annotations__ = {item.name: item.annotation for item in parameters}
+    return spelled
+
+
 def _parameter(field: dataclasses.Field[Any], name: str, filled: Any, panel: str) -> inspect.Parameter:
     """An option for a field, called ``name``; its default shown as ``filled`` has it where the field says None."""
     default = getattr(filled, field.name, None) if field.default is None or filled is None else field.default
@@ -60,19 +82,3 @@ def _plain_type(annotation: Any) -> type:
         return str
     parts = [part for part in get_args(annotation) if part is not NoneType] or [annotation]
     return parts[0] if parts[0] in (bool, int, float) else str
-
-
-def with_method_options(command: Callable[..., None], method: type[Method]) -> Callable[..., None]:
-    """``command``, which takes ``**method_options``, with a signature that spells them out for typer to read."""
-    signature = inspect.signature(command)
-    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]
-    parameters += heal_parameters() + method_parameters(method)
-
-    @functools.wraps(command)
-    def spelled(**options: Any) -> None:
-        command(**options)
-
-    spelled.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    spelled.__annotations__ = {item.name: item.annotation for item in parameters}
-    return spelled

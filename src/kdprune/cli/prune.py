@@ -15,7 +15,9 @@ from kdprune.methods import METHODS
 from kdprune.pipeline import analyze, prune
 from kdprune.recipe import check_options, dump_recipe, load_recipe
 from kdprune.report.table import print_summary
+from kdprune.resources import AUTO
 from kdprune.text import parse_weighted
+from kdprune.world import world
 
 DEFAULT_OUTPUT = "kdprune-out"
 
@@ -53,14 +55,16 @@ def prune_command(
         chosen = METHODS[options.get("method", "kdp")]
         names = {field.name for field in dataclasses.fields(chosen)}
         filled = dataclasses.asdict(chosen(**{name: value for name, value in options.items() if name in names}))
-        kept = {name: value for name, value in options.items() if name not in ("overwrite", "output_dir")}
+        kept = {name: value for name, value in options.items() if name not in ("overwrite", "output_dir", "work_dir")}
         healing = make_heal({name: value for name, value in options.items() if name in HEAL_OPTIONS})
         healed = {} if healing is None else healing.options()
         typer.echo(dump_recipe({**kept, **healed, **filled}), nl=False)
         return
-    options.setdefault("output_dir", DEFAULT_OUTPUT)
+    options = {"output_dir": DEFAULT_OUTPUT, "work_dir": AUTO, **options}
     client = _hub(push_to_hub) if push_to_hub else None
     result = prune(**options, progress=True)
+    if not world().first:
+        return
     directory = Path(options["output_dir"])
     print_summary(result.results, Console(), [directory, directory / "results.json", directory / "report.html"])
     if options.get("model") and not options.get("calibration"):
@@ -102,10 +106,12 @@ def analyze_command(
     dtype: Dtype = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
+    **resources: Any,
 ) -> None:
     """Measure how similar the layers' states are; write results.json and report.html, prune nothing."""
     analyze(
         model, parse_weighted(calibration) if calibration else None, output_dir=output, seed=seed or 0,
         device=device or "auto", samples=samples, length=length, dtype=dtype, overwrite=overwrite,
-        trust_remote_code=trust_remote_code, progress=True)
-    typer.echo(f"wrote {Path(output) / 'results.json'} and {Path(output) / 'report.html'}")
+        trust_remote_code=trust_remote_code, progress=True, **{**resources, "work_dir": resources["work_dir"] or AUTO})
+    if world().first:
+        typer.echo(f"wrote {Path(output) / 'results.json'} and {Path(output) / 'report.html'}")

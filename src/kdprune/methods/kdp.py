@@ -49,6 +49,7 @@ class KDP(RankedMethod):
     """
 
     title: ClassVar[str] = "KDP"
+    keeps_parts: ClassVar[bool] = True
     collects: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 

@@ -28,6 +28,7 @@ class Method(ABC):
     """
 
     title: ClassVar[str]  # as it stands in tables: "ShortGPT"
+    keeps_parts: ClassVar[bool] = False  # whether it keeps its own parts as it goes; else its whole result is kept
     collects: ClassVar[bool] = False  # all it asks of the running model is states, which another copy may give
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 

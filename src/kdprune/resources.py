@@ -1,0 +1,146 @@
+"""What a run may use, and where it keeps what it has done: budgets, placement, work directory."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from kdprune.errors import KDPruneError
+from kdprune.files import tell
+from kdprune.identity import Part, code_identity, digest, files_identity, model_identity
+from kdprune.keeper import Keeper
+from kdprune.memory import Memory
+from kdprune.methods.options import check_values, option
+from kdprune.model.loading import load_model
+from kdprune.model.placement import input_device
+from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
+from kdprune.model.streaming import checkpoint_bytes, is_streamed, load_streamed
+from kdprune.runtime import resolve_device
+from kdprune.work import Work, WorkInUse, cache_dir, default_work_dir
+from kdprune.world import world
+
+AUTO, NONE = "auto", "none"  # values of work_dir beside a path
+BOUNDARIES = 4               # whose states are held at once: two blocks' ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Arguments of :func:`kdprune.prune` and options of the command line, by the same names.
+
+    Raises:
+        KDPruneError: a value cannot be.
+    """
+
+    work_dir: str | None = option(
+        None, "directory that keeps finished stages, for the same command after a kill and for other ratios; "
+        "none: keep nothing (a directory of the cache)")
+    host_memory: str | None = option(
+        None, "memory this process may take, 6GiB: what does not fit is read layer by layer and spilled to the work "
+        "directory (most of what is free)")
+    device_memory: str | None = option(None, "the same on the accelerator (most of what is free)")
+    device_map: str | None = option(None, "auto: spread the model over all devices, as in transformers")
+    load_in: Literal["8bit", "4bit", "8bit-torchao", "4bit-torchao"] | None = option(
+        None, "collect states from a copy of the model in so many bits; what is pruned stays in full precision")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    def options(self) -> dict[str, str | None]:
+        """These options as the record has them; where things are kept is no part of it."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work_dir"}
+
+    def memory(self, device: str) -> Memory:
+        """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""
+        return Memory.of(self.host_memory, self.device_memory, resolve_device(device))
+
+    def load(
+        self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
+    ) -> PreTrainedModel:
+        """The dense model: as it is, spread over devices, or with its layers left in the checkpoint if it is large."""
+        if isinstance(model, PreTrainedModel):
+            return load_model(model, device=device, trust_remote_code=trust_remote_code)
+        if self.device_map is not None:
+            return load_model(
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=self.device_map,
+                max_memory=self._max_memory(), offload_folder=tempfile.gettempdir())
+        elsewhere = self.load_in is not None and resolve_device(device).type != "cpu"
+        if elsewhere or self.memory(device).streams(checkpoint_bytes(model, dtype)):
+            return load_streamed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def collector(
+        self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
+    ) -> PreTrainedModel | None:
+        """The quantised model that states are collected from, if one is asked for."""
+        if self.load_in is None:
+            return None
+        check_load_in(self.load_in, model, device)
+        bits, backend = LOAD_IN[self.load_in]
+        return load_quantised(model, bits, backend, device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def _max_memory(self) -> dict[int | str, int | str] | None:
+        """The budgets in transformers' form."""
+        found: dict[int | str, int | str] = {}
+        if self.host_memory is not None:
+            found["cpu"] = self.host_memory
+        if self.device_memory is not None:
+            found |= dict.fromkeys(range(torch.accelerator.device_count()), self.device_memory)
+        return found or None
+
+    @contextlib.contextmanager
+    def keeper(self, about: Mapping[str, Part], model: PreTrainedModel, states_bytes: int) -> Iterator[Keeper]:
+        """What keeps the stages of a run about these things; without a work directory, files of this run alone."""
+        key = digest([code_identity(), {name: part.hash for name, part in about.items()}])
+        with contextlib.ExitStack() as stack:
+            work = stack.enter_context(self._work(about))
+            fits = not is_streamed(model) and self.memory(str(input_device(model))).holds(states_bytes)
+            if work.directory is None and not fits:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kdprune-")) if world().first else ""
+                work = stack.enter_context(self._opened(Path(world().broadcast(folder)) / "work", about))
+            yield Keeper(work, key)
+
+    def _work(self, about: Mapping[str, Part]) -> Work:
+        if self.work_dir in (None, NONE):
+            return Work(None)
+        if self.work_dir != AUTO:
+            assert self.work_dir is not None
+            return self._opened(Path(self.work_dir), about)
+        try:
+            return self._opened(default_work_dir(about), about)
+        except WorkInUse as error:
+            tell(f"{error.directory} is in use by another run on the same model and text; this one keeps nothing")
+            return Work(None)
+
+    @staticmethod
+    def _opened(directory: Path, about: Mapping[str, Part]) -> Work:
+        return Work(directory, about, first=world().first, agree=world().agree)
+
+
+def make_resources(given: Mapping[str, Any]) -> Resources:
+    """The resources that arguments of these names ask for; None is as if not given."""
+    named: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
+    return Resources(**named)
+
+
+RESOURCE_OPTIONS = tuple(field.name for field in fields(Resources))
+
+
+def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, name: str) -> Part:
+    """The model as part of a run's identity: its files by content, or the weights in memory.
+
+    Raises:
+        KDPruneError: a loaded model some of whose weights are not in memory.
+    """
+    if isinstance(model, PreTrainedModel):
+        if any(parameter.is_meta for parameter in loaded.parameters()):
+            raise KDPruneError("got a loaded model with offloaded weights and a work directory, expected the name of "
+                               "its checkpoint: what is kept is found again by the checkpoint's files")
+        return Part(name, model_identity(loaded))
+    folder = Path(model) if Path(model).is_dir() else Path(str(cached_file(model, CONFIG_NAME))).parent
+    return Part(name, files_identity(folder, cache_dir() / "files.json"))
