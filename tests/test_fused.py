@@ -100,6 +100,7 @@ def test_it_compiles_and_exports_as_one_graph(kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # of parts of torch that inductor imports
 @torch.no_grad()
 def test_compiled_cosines_and_sines_are_one_loop() -> None:
     from torch._inductor.utils import run_and_get_code  # private, but the only way to see what was generated
