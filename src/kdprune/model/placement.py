@@ -86,6 +86,11 @@ def is_dispatched(model: nn.Module) -> bool:
     return any(_hook(module) is not None for module in model.modules())
 
 
+def reads_weights(model: nn.Module) -> bool:
+    """Whether weights are brought to the device anew in every pass, because the model is streamed or offloaded."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------- weights under hooks
 
 
