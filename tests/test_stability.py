@@ -3,8 +3,8 @@
 import importlib
 import json
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
+from kdprune.kernel.bounds import theorem1_bound
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, clip_spectral_norm
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks
+from kdprune.methods.diagnostics import theory
 from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, solve_operators
 from kdprune.methods.kdp import KDP
 from kdprune.methods.linear import Linear
+from kdprune.methods.site import Site
 from kdprune.model.surgery import Substitute, apply_edits
 from kdprune.recipe import load_recipe
 from kdprune.training import Schedule
@@ -154,6 +157,10 @@ def test_a_shared_kernel_is_the_same_in_every_stand_in_and_refined_apart() -> No
     refined = [edit.stand_in.state_dict()["phase.weight"] for edit in stand_ins(
         model, share_kernel=True, refine=True, rate=1e-3)]
     assert not torch.equal(refined[0], refined[1])
+    # The shared kernel is that of the dense model's states, however later blocks are fitted.
+    later = [edit.stand_in.state_dict()["phase.weight"] for edit in stand_ins(
+        model, share_kernel=True, sequential=True)]
+    assert torch.equal(later[0], later[1])
     own = [edit.stand_in.state_dict()["phase.weight"] for edit in stand_ins(model)]
     assert not torch.equal(own[0], own[1])
 
@@ -164,6 +171,34 @@ def test_with_one_block_shared_and_own_are_the_same() -> None:
     for own, shared in pairs:
         for name, value in own.stand_in.state_dict().items():
             assert torch.equal(value, shared.stand_in.state_dict()[name]), name
+
+
+def test_theory_taken_in_chunks_is_theory_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, held = growing_path(3, 300), growing_path(3, 90, seed=4)
+    [step1] = learned([path])
+    states = SimpleNamespace(path=path, path_held=held)
+    site = cast(Site, SimpleNamespace(states=states, device=torch.device("cpu"), to_kernel=lambda value: value))
+    for module in ("kdprune.methods.diagnostics.CHUNK", "kdprune.kernel.bounds._CHUNK"):
+        monkeypatch.setattr(module, 64)
+    found = theory(site, step1)
+    with torch.no_grad():
+        matrices, lifted, lifted_held = step1.dynamics.matrices(), step1.features(path), step1.features(held)
+        one_step = float((lifted[:-1] @ matrices.mT - lifted[1:]).square().sum(-1).mean(-1).max())
+        norm = float(torch.linalg.matrix_norm(matrices, 2).max())
+        state = lifted_held[0] @ step1.dynamics.product().T
+    assert found["B_A"] == pytest.approx(norm, rel=1e-5)
+    assert found["bound"] == pytest.approx([theorem1_bound(one_step, norm, 1.0, 12, 300, k) for k in (1, 2, 3)])
+    assert found["k_step_error"][-1] == pytest.approx(float((state - lifted_held[-1]).square().sum(-1).mean().sqrt()))
+    for name, (x, y), (held_x, held_y) in (
+        ("kernel_risk", lifted[[0, -1]], lifted_held[[0, -1]]), ("original_risk", path[[0, -1]], held[[0, -1]])):
+        assert found[name] == pytest.approx(affine_risk(x, y, held_x, held_y), rel=1e-2)
+
+
+def affine_risk(x: torch.Tensor, y: torch.Tensor, held_x: torch.Tensor, held_y: torch.Tensor) -> float:
+    """Held-out share of the variance that an affine least-squares map leaves, by lstsq."""
+    x, held_x = (torch.cat((value, torch.ones(len(value), 1)), 1).double() for value in (x, held_x))
+    left = held_x @ torch.linalg.lstsq(x, y.double()).solution - held_y
+    return float(left.square().sum() / (held_y - held_y.mean(0)).square().sum())
 
 
 # ------------------------------------------------------------------------------------------ the method

@@ -1,11 +1,14 @@
 """Theorem 1's bound and Theorem 2's two risks, to be reported beside what is measured (KDP, section 7)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from kdprune.kernel.operators import Moments
+
+_CHUNK = 2048  # tokens lifted at a time: features are several times as wide as states
 
 
 def error_growth(spectral_norm: float, steps: int) -> float:
@@ -34,7 +37,10 @@ def theorem1_bound(
     return math.sqrt(inner) * error_growth(spectral_norm, steps)
 
 
-def relative_risk(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 1e-6) -> float:
+def relative_risk(
+    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], ridge: float = 1e-6,
+    lift: Callable[[Tensor], Tensor] = lambda states: states,
+) -> float:
     """Held-out risk of an affine least-squares map x → y, as a share of the target's variance.
 
     Theorem 2 compares this in kernel space (x = φ(h_s), y = φ(h_e)) with the original space (x = h_s, y = h_e);
@@ -42,12 +48,22 @@ def relative_risk(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], rid
 
     Args:
         train, test: pairs (x, y) of shapes (n, p), (n, q).
+        lift: applied to both, chunk by chunk, so that what it makes of all tokens is never there at once.
     """
-    fit, held = (Moments(x.shape[-1], y.shape[-1], x.device) for x, y in (train, test))
-    fit.update(*train)
-    held.update(*test)
+    fit, held = _moments(train, lift), _moments(test, lift)
     matrix, offset = fit.solve_affine(ridge)
     return held.residual(matrix, offset) / max(held.variance(), 1e-300)
+
+
+def _moments(pair: tuple[Tensor, Tensor], lift: Callable[[Tensor], Tensor]) -> Moments:
+    """Moments of lifted pairs."""
+    sums = None
+    for first, second in zip(*(states.split(_CHUNK) for states in pair), strict=True):
+        x, y = lift(first), lift(second)
+        sums = sums or Moments(x.shape[-1], y.shape[-1], x.device)
+        sums.update(x, y)
+    assert sums is not None, "no tokens"
+    return sums
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.operators import Moments
-from kdprune.methods.dynamics import Step1, endpoint_statistics
+from kdprune.methods.dynamics import CHUNK, Step1, endpoint_statistics
 from kdprune.methods.site import Site
 from kdprune.world import world
 
@@ -26,14 +26,22 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
     """
     features, matrices = step1.features, step1.dynamics.matrices()
     fit_path, held_path = site.states.path, site.states.path_held
-    mapped_fit, mapped_held = (features(site.to_kernel(path.to(site.device))) for path in (fit_path, held_path))
-    one_step = (mapped_fit[:-1] @ matrices.transpose(1, 2) - mapped_fit[1:]).square().sum(-1).mean(-1)
-    spectral, feature_norm = float(step1.dynamics.spectral_norms().max()), float(mapped_fit.norm(dim=-1).max())
-    steps = len(matrices)
-    kernel, original = [], []
-    for step in range(1, steps + 1):
-        kernel.append(relative_risk((mapped_fit[0], mapped_fit[step]), (mapped_held[0], mapped_held[step])))
-        original.append(relative_risk((fit_path[0], fit_path[step]), (held_path[0], held_path[step])))
+
+    def mapped(states: Tensor) -> Tensor:
+        return features(site.to_kernel(states.to(site.device)))
+
+    # In chunks of tokens: φ of the whole path would take several times the path's memory.
+    squared, feature_norm = torch.zeros(len(matrices), dtype=torch.float64, device=site.device), 0.0
+    for chunk in fit_path.split(CHUNK, dim=1):
+        lifted = mapped(chunk)
+        squared += (lifted[:-1] @ matrices.mT - lifted[1:]).square().sum(-1).sum(-1, dtype=torch.float64)
+        feature_norm = max(feature_norm, float(lifted.norm(dim=-1).max()))
+    tokens, spectral = fit_path.shape[1], float(step1.dynamics.spectral_norms().max())
+    empirical = float(squared.max()) / tokens
+    steps = range(1, len(matrices) + 1)
+    kernel, original = ([
+        relative_risk((fit_path[0], fit_path[step]), (held_path[0], held_path[step]), lift=lift) for step in steps
+    ] for lift in (mapped, lambda states: states.to(site.device)))
     held = endpoint_statistics(features, step1.dynamics.product(), site.to_kernel(held_path.to(site.device)))
     return {
         "effective_rank": step1.effective_rank,
@@ -41,10 +49,9 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
         "gamma": step1.dynamics.gamma.tolist(),
         "B_A": spectral,
         "R_phi": feature_norm,
-        "k_step_error": k_step_errors(matrices, mapped_held),
+        "k_step_error": k_step_errors(matrices, mapped(held_path)),
         "bound": [
-            theorem1_bound(float(one_step.max()), spectral, feature_norm, features.features, mapped_fit.shape[1], step)
-            for step in range(1, steps + 1)
+            theorem1_bound(empirical, spectral, feature_norm, features.features, tokens, step) for step in steps
         ],
         "kernel_risk": kernel[-1],
         "original_risk": original[-1],

@@ -12,7 +12,7 @@ from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.training import Checkpoint, Schedule, Sums, fit
 from kdprune.world import world
 
-_CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
+CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def endpoint_statistics(features: FourierFeatures, product: Tensor, path: Tensor
 
 def _own_chunks(path: Tensor) -> Iterator[Tensor]:
     """This process's share of a path that all processes hold, (k+1, n, d), in chunks of tokens."""
-    return (chunk for number, chunk in enumerate(path.split(_CHUNK, dim=1)) if world().owner(number) == world().rank)
+    return (chunk for number, chunk in enumerate(path.split(CHUNK, dim=1)) if world().owner(number) == world().rank)
 
 
 def position_weights(positions: Tensor, length: int) -> Tensor:
@@ -179,7 +179,7 @@ def _curves_of(curves: dict[str, list[float]], number: int) -> dict[str, list[fl
 @torch.no_grad()
 def _feature_rank(features: FourierFeatures, states: Tensor) -> float:
     gram = torch.zeros(2 * features.features, 2 * features.features, dtype=torch.float64, device=states.device)
-    for chunk in states.split(_CHUNK):
+    for chunk in states.split(CHUNK):
         mapped = features(chunk).double()
         gram += mapped.T @ mapped
     return effective_rank(gram)
