@@ -23,7 +23,7 @@ from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, Sums, fit
+from kdprune.training import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2, "inverse_epochs": 2, "features": 6, "rank": 2}
@@ -290,7 +290,7 @@ def test_impossible_blocks_are_refused_before_any_fit(options: dict, message: st
         run(tiny_model("llama3"), random_tokens(), **options)
 
 
-# ------------------------------------------------------------------------------------------ states and training
+# ------------------------------------------------------------------------------------------ states
 
 
 def test_states_are_those_between_the_layers(tiny_model) -> None:
@@ -322,24 +322,3 @@ def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
         with torch.no_grad():
             expected = probe.base + stand_in(probe.kernel_input)
             torch.testing.assert_close(site.predict(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_training_says_where_it_failed() -> None:
-    weight = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(KDPruneError, match=r"got a nan loss while fitting block \[2, 4\) in epoch 1"):
-        fit([weight], lambda _: Sums({"loss": weight * math.nan}, 1), 4, Schedule(1, 2, 1e-3), generator(),
-            name="block [2, 4)")
-
-
-def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
-    weight = torch.nn.Parameter(torch.zeros(()))
-    seen: list[int] = []
-
-    def measure(rows: torch.Tensor) -> Sums:
-        seen.extend(rows.tolist())
-        return Sums({"loss": len(rows) * (weight - 2).square()}, len(rows))
-
-    curves = fit([weight], measure, 10, Schedule(20, 3, 0.3), generator(), name="test")
-    assert sorted(seen[:10]) == list(range(10))
-    assert curves["loss"][-1] < 0.05 * curves["loss"][0]
-    assert float(weight.detach()) == pytest.approx(2, abs=0.2)

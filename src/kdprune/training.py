@@ -14,7 +14,7 @@ from kdprune.files import tell
 from kdprune.gradients import Gradients, Measure, Sums
 from kdprune.world import world
 
-KEEP = 16  # steps from one good state kept to the next
+KEEP = 8  # steps from one good state kept to the next
 HALVINGS = 3  # of the rate, before a fit gives up
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of AdamW's group; the annealing reads the last three at every step
