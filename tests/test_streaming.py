@@ -1,6 +1,8 @@
 """Streamed models: what a model computes whose layers stay in the checkpoint equals the resident one's, bit for bit."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
@@ -9,7 +11,7 @@ import pytest
 import torch
 from families import CONFIGS, LAYERS, VOCABULARY, WIDTH, build
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
@@ -335,3 +337,21 @@ def test_layers_taken_out_for_a_while(saved: Saved) -> None:
     with torch.no_grad(), resident(streamed):
         made = streamed(batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
     assert torch.equal(made, next(forward_streamed(whole, [batch])))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark of the largest resident set is reset through /proc")
+def test_memory_follows_neither_layers_nor_tokens(tmp_path: Path) -> None:
+    """152 MiB in 24 layers of 6 MiB; states of 2 and 20 MiB at each of two boundaries."""
+    config = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=24,
+                         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="60MB")
+    script = Path(__file__).parent / "streamed_memory.py"
+    command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "scratch")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["load"] < 10, found
+    assert found["layers"] < 30, found
+    assert found["tokens_x10"] < found["tokens"] + 10, found

@@ -167,13 +167,15 @@ class _Shelf:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._held: dict[tuple[int, int], Tensor | Chunk] = {}
+        self._rows: dict[int, Tensor] = {}
 
     def put(self, index: int, number: int, state: Tensor) -> None:
         """Keeps a state. Raises KDPruneError where the disk is full."""
         if self.folder is None:
             self._held[index, number] = state
             return
-        rows = torch.arange(len(state))
+        # One tensor of row numbers for all: small ones that stay, made between large ones that go, hole the memory.
+        rows = self._rows.setdefault(len(state), torch.arange(len(state)))
         self._held[index, number] = write_chunk(
             self.folder / str(index), number, rows, state.contiguous(),  # type: ignore[arg-type]
             f"states at boundary {index} to {self.folder}", "give a --work-dir with more room, or take fewer rows")
