@@ -1,0 +1,157 @@
+"""One pruning run in a process of its own, stage by stage, in units of a forward pass: what cost.py and memory.py call.
+
+Prints one JSON object. ``python benchmarks/pruning_run.py '{"model": …}'`` with the fields of :class:`Job`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.model.activations import layer_states
+from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.families import decoder_layers
+from kdprune.model.streaming import is_streamed
+from kdprune.pipeline import make_method, run_method
+from kdprune.resources import Resources
+from kdprune.runtime import Advance, Stages, generator, peak_memory_bytes, reset_peak_memory, resolve_device
+from kdprune.session import BATCH, Session
+
+WARM = 1  # rows of the forward pass before it is timed
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run: a checkpoint, tokens in rows of ``length``, the method's options, and how far.
+
+    Attributes:
+        tokens: calibration tokens, random ids; None: the bundled text. stop: "analyse" or "save", the last stage.
+        once: take the forward pass's time from so many tokens.
+        options: of KDP. work_dir, host_memory: as of ``kdprune.prune``.
+    """
+
+    model: str
+    tokens: int | None
+    length: int = 512
+    dtype: str | None = None
+    device: str = "cpu"
+    stop: str = "save"
+    once: int | None = None
+    ratio: float = 0.25
+    options: dict[str, Any] = field(default_factory=dict)
+    work_dir: str | None = None
+    host_memory: str | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Runs it in a fresh process, so that its peak memory is its own; returns what that printed.
+
+        Raises:
+            SystemExit: the process failed; its errors are on stderr.
+        """
+        done = subprocess.run(
+            [sys.executable, __file__, json.dumps(dataclasses.asdict(self))], stdout=subprocess.PIPE, text=True,
+            check=False)
+        if done.returncode:
+            raise SystemExit(f"a run failed with exit code {done.returncode}: {self}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+class Clock:
+    """Seconds of the processor on one CPU thread, which other work on the machine does not lengthen; else of the clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.own = device, device.type == "cpu" and torch.get_num_threads() == 1
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.process_time() if self.own else time.perf_counter()
+
+
+@dataclass
+class Timed(Stages):
+    """Stages with the seconds of a :class:`Clock` and the highest resident set by the end of each."""
+
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        start = self.clock.now()
+        with super().stage(name, total) as advance:
+            yield advance
+        cost = self.costs.setdefault(name, {"seconds": 0.0})
+        cost["seconds"] += self.clock.now() - start
+        cost["peak_bytes"] = peak_memory_bytes()
+
+
+def forward_seconds(run: Session, tokens: TokenSet, clock: Clock) -> float:
+    """Seconds of one plain forward pass of the layer stack over these tokens, scaled from some of them if need be."""
+    last = len(decoder_layers(run.model))
+    start = clock.now()
+    for _ in layer_states(run.model, tokens, [last], BATCH):
+        pass
+    return clock.now() - start
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Runs the job here and returns its figures."""
+    reset_peak_memory()
+    device = resolve_device(job.device)
+    stages = Timed(clock=Clock(device))
+    resources = Resources(work_dir=job.work_dir, host_memory=job.host_memory)
+    run = Session(job.model, None, 0, job.device, job.dtype, False, stages, resources)
+    ids = None
+    if job.tokens is not None:
+        shape = (job.tokens // job.length, job.length)
+        ids = torch.randint(run.model.config.vocab_size, shape, generator=generator(0, 1))
+    tokens = run.calibration(ids, None, job.length)
+    some = tokens if job.once is None else tokens.select(slice(0, max(1, job.once // job.length)))
+    with run.keeper(tokens) as keep, tempfile.TemporaryDirectory(dir=job.work_dir) as out:
+        forward_seconds(run, some.select(slice(0, WARM)), stages.clock)
+        passes = [forward_seconds(run, some, stages.clock)]
+        method = make_method("kdp", {"ratio": job.ratio, **job.options})
+        method.check(run.model, tokens)
+        scores = run.scores_for(method, tokens, keep)
+        found: dict[str, Any] = {"blocks": [], "parameters": [run.model.num_parameters()]}
+        if job.stop != "analyse":
+            made = run_method(run, method, tokens, scores, 0, None, keep)
+            found["parameters"].append(made.pruned.num_parameters())
+            found["blocks"] = [[edit.block.start, edit.block.stop] for edit in made.outcome.edits]
+            with stages.stage("save and verify"):
+                save_model(made.pruned, Path(out), None)
+                verify(out, made.pruned, tokens.ids[:1, :64])
+        passes.append(forward_seconds(run, some, stages.clock))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
+    return {
+        "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(run.model),
+        "dtype": str(run.model.dtype).removeprefix("torch."), "model_bytes": weights,
+        "forward_seconds": [seconds * tokens.tokens / some.tokens for seconds in passes],
+        "stages": stages.costs, "wall_seconds": dict(stages.seconds), "peak_bytes": peak_memory_bytes(),
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        "method": {name: getattr(method, name) for name in ("kernel_epochs", "refine_epochs", "kernel_tokens")},
+        "features": [method.shape(run.model.config.hidden_size).features],
+    }
+
+
+def main() -> None:
+    try:
+        print(json.dumps(measure(Job(**json.loads(sys.argv[1])))))
+    except KDPruneError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

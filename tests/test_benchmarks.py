@@ -1,0 +1,112 @@
+"""The benchmarks' own parts: random checkpoints, a measured run, and pages made from records."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cost
+import memory
+import pruning_run
+import random_checkpoint
+import speed
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(speed.SHAPES, "tiny", TINY)
+        return random_checkpoint.write_checkpoint(
+            "tiny", tmp_path_factory.mktemp("shapes") / "tiny", torch.float32, shard=2**21)
+
+
+def test_a_random_checkpoint_is_one_of_transformers(tiny: Path) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    index = json.loads((tiny / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 1, "one shard is no test of sharding"
+    assert index["metadata"]["total_size"] == 4 * model.num_parameters()
+    with torch.no_grad():
+        states = model(torch.arange(64)[None], output_hidden_states=True).hidden_states
+    for before, after in zip(states[:-2], states[1:-1], strict=True):  # the last one is taken behind the final norm
+        assert 0.02 < float((after - before).norm() / before.norm()) < 0.5
+
+
+def test_the_same_seed_writes_the_same_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(speed.SHAPES, "tiny", TINY)
+    again = random_checkpoint.write_checkpoint("tiny", tmp_path / "again", torch.float32)  # one shard
+    other = random_checkpoint.write_checkpoint("tiny", tmp_path / "other", torch.float32, seed=1)
+    first = {name: value for file in sorted(tiny.glob("*.safetensors")) for name, value in load_file(file).items()}
+    same, different = (load_file(next(folder.glob("*.safetensors"))) for folder in (again, other))
+    assert first.keys() == same.keys()
+    assert all(torch.equal(value, same[name]) for name, value in first.items())
+    assert not torch.equal(first["model.embed_tokens.weight"], different["model.embed_tokens.weight"])
+
+
+def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
+    folder = random_checkpoint.write_checkpoint("bundled", tmp_path, torch.bfloat16)
+    names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "lm_head.weight" not in names
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Any]:
+    work = str(tmp_path_factory.mktemp("work"))
+    options = {"kernel_epochs": 1, "refine_epochs": 2, "kernel_tokens": 256, "protect": 0.0}
+    job = pruning_run.Job(model=str(tiny), tokens=512, length=32, ratio=0.01, options=options, work_dir=work)
+    return json.loads(json.dumps(pruning_run.measure(job)))
+
+
+def test_a_run_is_measured_stage_by_stage(measured: dict[str, Any]) -> None:
+    assert measured["tokens"] == 512
+    assert measured["parameters"][0] > measured["parameters"][1]
+    steps = cost.by_step(measured)
+    assert set(steps) == {"analyse", "layer states", "kernel", "refine", "save and verify"}
+    assert sum(steps.values()) == pytest.approx(sum(
+        value["seconds"] for stage, value in measured["stages"].items() if not stage.startswith(("load", "calib"))))
+    peaks = [value["peak_bytes"] for value in measured["stages"].values()]
+    assert 0 < peaks[0] <= max(peaks) <= measured["peak_bytes"]
+
+
+def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
+    found = {
+        "tokens": 1024, "forward_seconds": [2.0, 2.0], "features": [2048],
+        "method": {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512},
+        "stages": {name: {"seconds": 4.0} for name in ("analyse", "layer states", "kernel a", "kernel b", "refine a")},
+    }
+    passes = cost.projected(found)
+    assert passes["analyse"] == pytest.approx(2 * 131072 / 2**20)
+    assert passes["layer states"] == pytest.approx(2)
+    assert passes["refine"] == pytest.approx(2 * 15)  # epochs
+    # 8 s for one epoch over 512 tokens; ten over 8 · 2048, against 2 s a 1024 tokens.
+    assert passes["kernel"] == pytest.approx(8 * 10 * 16384 / 512 / (2 * 1024))
+
+
+def test_pages_show_the_records_figures(measured: dict[str, Any]) -> None:
+    facts = {"hardware": "a machine", "threads": 1, "torch": "2", "month": "202611", "command": "python x", "clock": "."}
+    found = {**measured, "forward_seconds": [0.5, 1.5], "peak_bytes": 3 * 2**30}
+    text = cost.page({**facts, "shapes": {"0.1b": found}})
+    row = next(line for line in text.splitlines() if line.startswith("| 0.1b"))
+    assert f"| {cost.by_step(found)['analyse']:.2f} |" in row
+    assert "| 3.00 GiB |" in row
+    rows = [
+        {"work_dir": spilled, "tokens": count, "peak_bytes": peak}
+        for spilled, count, peak in ((True, 10, 2**30), (False, 10, 2**30), (True, 100, 2**30), (False, 100, 2**31))]
+    size = {"dtype": "float32", "model_bytes": 2**32, "peak_bytes": 2**31, "streamed": True, "budget": "3GiB"}
+    text = memory.page({**facts, "shape": "0.1b", "by_tokens": rows, "by_size": {"1b": size}})
+    assert "| yes | 100 | 1.00 GiB | 1.000 |" in text
+    assert "| no | 100 | 2.00 GiB | 2.000 |" in text
+    assert "| 1b, float32 | 4.00 GiB | 3GiB | yes | 2.00 GiB | 0.50 |" in text
