@@ -5,11 +5,15 @@ import functools
 import io
 import json
 import os
+import socket
 import subprocess
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import CONFIGS, build
@@ -17,7 +21,7 @@ from pruned import PLACES, edits
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import Bench, largest_file, tree
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdprune.assemble import analysis_results, evaluate, pruning_results
 from kdprune.data import TokenSet
@@ -33,12 +37,17 @@ from kdprune.output import staged_directory
 from kdprune.pipeline import PruneResult
 from kdprune.report import summary
 from kdprune.report.card import render_card
+from kdprune.report.comparison_page import render_comparison
+from kdprune.report.comparison_records import Comparison
+from kdprune.report.comparison_table import render_markdown
 from kdprune.report.page import render_page
 from kdprune.report.results import Results
 from kdprune.report.table import print_summary
-from kdprune.runtime import Stages
+from kdprune.runtime import Stages, metered, reset_peak_memory
+from kdprune.world import start_world
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[1]
 IDS = torch.arange(3, 27).reshape(2, 12)
 Pair = tuple[PreTrainedModel, PreTrainedModel]  # resident, streamed
 Both = Callable[..., Pair]
@@ -261,3 +270,104 @@ def test_speed_and_samples_of_a_streamed_model_are_not_measured(both: Both, benc
             assert ("not measured: the model was streamed from disk" in shown) == again.streamed
         prune_result = PruneResult(pruned, again, None, IDS)
         assert (prune_result.metrics["speed"] is None) == again.streamed
+
+
+def test_a_comparison_without_speeds_says_so() -> None:
+    whole = Comparison.load(ROOT / "docs" / "results" / "peers.json")
+    units = [unit.model_copy(update={"speed": None}) for unit in whole.units]
+    found = Comparison.model_validate({**dict(whole), "units": units})
+    assert {row.decode for row in found.rows} == {None}
+    for text in (render_markdown(found), render_comparison(found)):
+        assert "Speed not measured: the model was streamed from disk." in text
+        assert "Quality against speed" not in text
+    assert "not measured" not in render_markdown(whole)
+
+
+# ------------------------------------------------------------------------------------- two processes
+
+
+def measured(checkpoint: str) -> dict[str, Any]:
+    """What a process of the run finds, and on how many batches it worked."""
+    seen: list[int] = []
+    whole, streamed = load_model(checkpoint, device="cpu"), load_streamed(checkpoint, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.model_max_length = 32
+    hook = whole.register_forward_hook(lambda *_: seen.append(1))
+    found: dict[str, Any] = {"whole": perplexity(whole, held_out(), batch_size=2), "batches": sum(seen)}
+    hook.remove()
+    found["streamed"] = perplexity(streamed, held_out(), batch_size=2)
+    evaluation = evaluate(whole, whole, tokenizer, held_out(), Stages())
+    found["speed"], found["samples"] = evaluation.speed, evaluation.samples
+    with torch.no_grad():
+        whole.get_submodule("model.norm").weight[0] = float("nan")  # type: ignore[index]
+    with pytest.raises(KDPruneError, match="got a loss of nan in batch 0"):
+        perplexity(whole, held_out(), batch_size=2)
+    return found
+
+
+def one_of_two(rank: int, port: int, folder: Path, checkpoint: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    start_world("cpu")
+    torch.save(measured(checkpoint), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow  # three processes that import everything
+def test_two_processes_measure_what_one_does(bench: Bench, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two, (port, tmp_path, str(bench.model)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    alone = measured(str(bench.model))
+    assert [alone["batches"], first["batches"], second["batches"]] == [5, 3, 2]
+    assert first["speed"] == second["speed"] is not None
+    assert first["samples"] == second["samples"] == alone["samples"] != []
+    assert alone["streamed"] == alone["whole"]
+    for found in (first, second):
+        assert found["streamed"] == found["whole"] == first["whole"]
+        assert found["whole"].loss == pytest.approx(alone["whole"].loss, rel=1e-12)
+        assert found["whole"].tokens == alone["whole"].tokens == 5 * 89
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def added(work: Callable[[], object]) -> float:
+    """MiB of memory that the process had at most while at work, beyond what it had before."""
+    if not reset_peak_memory():
+        pytest.skip("the system cannot reset the high-water mark")
+    before = psutil.Process().memory_info().rss
+    with metered() as cost:
+        work()
+    return (cost.peak_memory_bytes - before) / 2**20
+
+
+def test_saving_and_verifying_take_less_than_the_model(tmp_path: Path) -> None:
+    """76 MiB in 12 layers of 6 MiB, tensors of 1 MiB."""
+    config = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=12,
+                         num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    model = load_streamed(tmp_path / "model", device="cpu")
+    save_model(model, tmp_path / "first")  # libraries make room for themselves at their first use
+    verify(tmp_path / "first", model, IDS)
+    peaks = [added(lambda: save_model(model, tmp_path / "saved")),
+             added(lambda: verify(tmp_path / "saved", model, IDS))]
+    assert peaks[0] < 8, peaks
+    assert peaks[1] < 24, peaks
+
+
+def test_memory_does_not_follow_the_held_out_tokens() -> None:
+    """States of 4,000 and 40,000 tokens take 4 and 40 MiB; 1 is allowed."""
+    config = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        model = load_streamed(folder, device="cpu")
+        set_scratch(model, Scratch(host_bytes=2**20))
+        few, many = (held_out(rows, 100) for rows in (40, 400))
+        perplexity(model, few, 100, 100, batch_size=8)
+        peaks = [added(lambda text=text: perplexity(model, text, 100, 100, batch_size=8)) for text in (few, many)]
+    assert peaks[1] < peaks[0] + 6, peaks
