@@ -33,7 +33,7 @@ from kdprune.report.results import (
     Sample,
     Speed,
 )
-from kdprune.runtime import Stages, peak_memory_bytes
+from kdprune.runtime import BATCH, Stages, peak_memory_bytes
 from kdprune.world import world
 
 PROMPT_TOKENS = 32  # of the held-out text that both models continue
@@ -127,7 +127,8 @@ def analysis_results(
         recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
         layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
         calibration=Calibration(
-            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
+            shares=[part.tokens for part in tokens.shares(BATCH)] if world().size > 1 else []),
         analysis=None if scores is None else scores.record(), seconds=dict(stages.seconds),
         peak_memory_bytes=peak_memory_bytes(),
         versions=software_versions(),

@@ -21,7 +21,7 @@ from kdprune.text import (
     read_pieces,
     weighted_sources,
 )
-from kdprune.world import world
+from kdprune.world import World, world
 
 __all__ = [
     "DEFAULT_SAMPLES",
@@ -73,7 +73,12 @@ class TokenSet:
 
     def dealt(self, size: int) -> "TokenSet":
         """The rows of this process: batches of `size` rows are dealt out to the processes of the run in turn."""
-        return self.select(world().share(len(self), size)) if world().size > 1 else self
+        return self.shares(size)[world().rank] if world().size > 1 else self
+
+    def shares(self, size: int) -> list["TokenSet"]:
+        """The rows of every process of the run, by rank."""
+        here = world()
+        return [self.select(World(rank, here.size).share(len(self), size)) for rank in range(here.size)]
 
     def held_out(self, share: float) -> int:
         """How many rows at the end a `share` keeps out of fits: at least one, and never all."""

@@ -22,6 +22,7 @@ from kdprune.methods.keeping import kept
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.methods.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.output import check_output, staged_directory
@@ -30,8 +31,8 @@ from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.resources import make_resources
-from kdprune.runtime import Stages, peak_memory_bytes
-from kdprune.session import BATCH, NOTHING, Session, plain_source
+from kdprune.runtime import BATCH, Stages, peak_memory_bytes
+from kdprune.session import NOTHING, Session, plain_source
 from kdprune.world import start_world
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
@@ -194,11 +195,12 @@ class RunOutcome:
 def check_run(run: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
     """Raises KDPruneError if the session's model cannot be pruned, or healed, so: before any work."""
     if heal is not None:
-        if is_streamed(run.model):
-            raise KDPruneError("got heal for a model whose layers are read from disk, expected one that fits in memory; "
-                               "give it more (--host-memory), or leave healing out")
+        if is_streamed(run.model) or is_dispatched(run.model):
+            raise KDPruneError("got heal for a model whose layers are read from disk or spread over devices, expected "
+                               "one that fits on one; give it more memory (--host-memory), or leave healing out")
         heal.check(method, tokens)
-    method.check(run.model, tokens)
+    with run.collecting():
+        method.check(run.model, tokens)
 
 
 def run_method(

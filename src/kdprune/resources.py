@@ -63,16 +63,24 @@ class Resources:
         self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
     ) -> PreTrainedModel:
         """The dense model: as it is, spread over devices, or with its layers left in the checkpoint if it is large."""
-        if isinstance(model, PreTrainedModel):
-            return load_model(model, device=device, trust_remote_code=trust_remote_code)
+        if not isinstance(model, str | Path):  # loaded already, or refused there
+            return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if self.device_map is not None:
             return load_model(
                 model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=self.device_map,
                 max_memory=self._max_memory(), offload_folder=tempfile.gettempdir())
-        elsewhere = self.load_in is not None and resolve_device(device).type != "cpu"
-        if elsewhere or self.memory(device).streams(checkpoint_bytes(model, dtype)):
+        if self._streams(model, device, dtype):
             return load_streamed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+
+    def _streams(self, model: str | Path, device: str, dtype: str | None) -> bool:
+        """Whether the model's layers stay in the checkpoint: it is too large, or a quantised copy has the device."""
+        if self.load_in is not None and resolve_device(device).type != "cpu":
+            return True
+        try:
+            return self.memory(device).streams(checkpoint_bytes(model, dtype))
+        except KDPruneError:  # there is something wrong with the checkpoint: loading it whole says what
+            return False
 
     def collector(
         self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,

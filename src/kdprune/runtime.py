@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from kdprune.errors import KDPruneError
 
+BATCH = 16  # calibration rows a forward pass
 LOGGERS = ("transformers", "huggingface_hub", "datasets", "accelerate")
 
 

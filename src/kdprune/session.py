@@ -18,10 +18,9 @@ from kdprune.methods.method import Method, RankedMethod
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import collecting, work_device
 from kdprune.resources import BOUNDARIES, Resources, model_part
-from kdprune.runtime import Stages
+from kdprune.runtime import BATCH, Stages
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
-BATCH = 16           # rows a forward pass
 LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
 NOTHING = Keeper()   # keeps nothing
 HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
@@ -73,8 +72,9 @@ class Session:
         key = keep.key("analysis")
         if keep.work.find("analysis", key) is not None:
             self.stages.found("analyse")
-        kept = keep.work.tensors("analysis", key, lambda: score_layers(
-            self.model, tokens, protect=protect, seed=self.seed, batch_size=BATCH, stages=self.stages).kept())
+        with self.collecting():
+            kept = keep.work.tensors("analysis", key, lambda: score_layers(
+                self.model, tokens, protect=protect, seed=self.seed, batch_size=BATCH, stages=self.stages).kept())
         return Scores.again(kept, protect)
 
     def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:

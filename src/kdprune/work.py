@@ -35,6 +35,7 @@ from kdprune.output import staged_directory
 FORMAT = 1
 MANIFEST, LOCK, INDEX = "work.json", "lock", "files.json"
 BULKY = ("states", "checkpoints")
+LEFT = re.compile(r"\.(partial|old)-|^\.tmp")  # half-written: by `files`, by `output`, by safetensors
 ELSEWHERE = "choose another --work-dir, or remove it"
 Kept = TypeVar("Kept")
 
@@ -243,7 +244,7 @@ class Work:
                 self._check_manifest(folder / MANIFEST)
             else:
                 self._write_manifest(folder / MANIFEST)
-            for left in [path for path in folder.rglob(".*") if re.search(r"\.(partial|old)-", path.name)]:
+            for left in [path for path in folder.rglob(".*") if LEFT.search(path.name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         except OSError as error:
             raise KDPruneError(

@@ -148,6 +148,7 @@ class Calibration(Record):
     samples: int = Field(description="sequences")
     tokens: int = Field(description="real tokens, padding left out")
     length: int = Field(description="tokens per sequence at most")
+    shares: list[int] = Field(default_factory=list, description="[P] real tokens each of several processes worked on")
 
 
 class Analysis(Record):

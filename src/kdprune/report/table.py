@@ -31,6 +31,9 @@ def print_summary(results: Results, console: Console, where: Iterable[str | Path
         ("speed", summary.speed_setting(results)),
         ("healing", summary.healing(results)),
     )
+    if shares := results.calibration.shares if results.calibration else []:
+        each = ", ".join(f"{share:,}" for share in shares)
+        console.print(Text(f"calibration: {sum(shares):,} tokens in {len(shares)} processes: {each}", style="dim"))
     for name, setting in settings:
         if setting:
             console.print(Text(f"{name}: {setting}", style="dim"))

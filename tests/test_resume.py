@@ -1,0 +1,255 @@
+"""Runs that are stopped and go on, and runs in several processes, against one that is left alone."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_checkpoint import Bench, command, tree
+
+import kdprune
+from kdprune.errors import KDPruneError
+from kdprune.report.results import Results
+
+LEAST = {"ratio": "0.25"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(one_thread: None) -> None:
+    """Tiny matrices."""
+
+
+def prune(bench: Bench, work: Path, out: Path, *flags: object) -> Any:
+    """``kdprune prune`` on the tiny checkpoint with a work directory."""
+    return command("prune", bench.model, "-o", out, "--work-dir", work, *bench.flags, *flags)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model."""
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether two saved models hold the same tensors, bit for bit."""
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run without a work directory writes."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert command("prune", bench.model, "-o", out, "--work-dir", "none", *bench.flags).status == 0
+    return out
+
+
+def test_a_second_run_finds_everything(bench: Bench, alone: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    first = prune(bench, work, tmp_path / "one")
+    second = prune(bench, work, tmp_path / "two")
+    assert first.status == second.status == 0, first.err + second.err
+    assert second.out.count("found in the work directory") >= 3  # analysis, a block's fit, evaluation
+    assert same_bits(tmp_path / "one", tmp_path / "two")
+    assert same_bits(tmp_path / "one", alone)
+    assert not (work / "states").exists()  # bulky, and of no use once the model is written
+    one, two = (Results.load(tmp_path / name) for name in ("one", "two"))
+    assert one.perplexity == two.perplexity
+    assert one.fit == two.fit
+
+
+def test_scores_serve_another_ratio(bench: Bench, tmp_path: Path) -> None:
+    work, flags = tmp_path / "work", ("--calibration", bench.calibration, "--samples", 12, "--length", 32)
+    assert command("analyze", bench.model, "-o", tmp_path / "scores", "--work-dir", work, *flags).status == 0
+    for ratio in (0.2, 0.3):
+        outcome = prune(bench, work, tmp_path / f"out{ratio}", "--ratio", ratio)
+        assert outcome.status == 0, outcome.err
+        assert "analyse                  found in the work directory" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [(("--seed", 3), "seed 0 there, 3 here"), (("--samples", 10), "calibration .*12 rows of 32 there, .*10 rows"),
+     (("--dtype", "bfloat16"), "dtype float32 there, bfloat16 here")],
+)
+def test_a_work_directory_of_another_run_is_refused(
+    bench: Bench, tmp_path: Path, flags: tuple[object, ...], reason: str
+) -> None:
+    assert prune(bench, tmp_path / "work", tmp_path / "one").status == 0
+    before = tree(tmp_path / "work" / "stages")
+    outcome = prune(bench, tmp_path / "work", tmp_path / "two", *flags)
+    assert outcome.status == 2
+    assert outcome.err.count("\n") == 1
+    assert "of another run" in outcome.err
+    pytest.importorskip("re").search(reason, outcome.err) or pytest.fail(outcome.err)
+    assert tree(tmp_path / "work" / "stages") == before
+
+
+def test_a_work_directory_of_another_model_or_version_is_refused(bench: Bench, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    assert prune(bench, work, tmp_path / "one").status == 0
+    manifest = json.loads((work / "work.json").read_text())
+    (work / "work.json").write_text(json.dumps({**manifest, "kdprune": "0.0.1"}))
+    outcome = prune(bench, work, tmp_path / "two")
+    assert outcome.status == 2
+    assert f"kdprune 0.0.1 there, {kdprune.__version__} here" in outcome.err
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "streamline", "laco", "slicegpt", "llm-pruner", "replaceme"])
+def test_every_methods_result_is_kept(bench: Bench, tmp_path: Path, method: str) -> None:
+    flags = ("--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", 12, "--length", 32,
+             "--method", method, *(("--epochs", 1) if method in ("streamline",) else ()))
+    outcomes = [command("prune", bench.model, "-o", tmp_path / name, "--work-dir", tmp_path / "work", *flags)
+                for name in ("one", "two")]
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].err
+    assert "method                   found in the work directory" in outcomes[1].out
+    assert same_bits(tmp_path / "one", tmp_path / "two")
+
+
+def test_healing_is_kept(bench: Bench, tmp_path: Path) -> None:
+    flags = ("--heal", "lm", "--heal-tokens", 200)
+    outcomes = [prune(bench, tmp_path / "work", tmp_path / name, *flags) for name in ("one", "two")]
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].err
+    assert "heal                     found in the work directory" in outcomes[1].out
+    assert same_bits(tmp_path / "one", tmp_path / "two")
+
+
+# --------------------------------------------------------------------------------------------- kill -9
+
+
+def killed(run: Callable[[], Any], after: float) -> bool:
+    """Runs in a forked child that is killed after so many seconds; whether it was still running."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(1), os.close(2)
+            status = run().status
+        except BaseException:
+            status = 99
+        os._exit(status)
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0
+            return False
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def kill_at_random(run: Callable[[], Any], finished: Callable[[], bool], kills: int, seed: int) -> int:
+    """Kills ``run`` at random moments until it has been killed so often or is done; how often it was."""
+    draw, start = random.Random(seed), time.monotonic()
+    assert run().status == 0
+    whole = time.monotonic() - start
+    yielded = 0
+    while yielded < kills:
+        yield_after = draw.uniform(0.02, 0.6) * whole
+        if not killed(run, yield_after):
+            break
+        yielded += 1
+    return yielded
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_prune_survives_kill_9(bench: Bench, alone: Path, tmp_path: Path, kills: int) -> None:
+    draw = random.Random(kills)
+    start = time.monotonic()
+    assert prune(bench, tmp_path / "measured", tmp_path / "whole").status == 0
+    whole = time.monotonic() - start
+    count, rounds = 0, 0
+    while count < kills:
+        rounds += 1
+        work, out = tmp_path / f"work{rounds}", tmp_path / f"out{rounds}"
+        while count < kills and killed(lambda work=work, out=out: prune(bench, work, out), draw.uniform(.05, 1) * whole):
+            count += 1
+            assert not out.exists() or same_bits(out, alone)
+        if not out.exists():
+            outcome = prune(bench, work, out)
+            assert outcome.status == 0, outcome.err
+        assert same_bits(out, alone)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(f".out{rounds}.")] or True
+
+
+# ----------------------------------------------------------------------------------- several processes
+
+
+@pytest.fixture
+def ports() -> Iterator[int]:
+    """A free port."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        yield found.getsockname()[1]
+
+
+def launch(bench: Bench, out: Path, work: Path, port: int, *flags: object) -> list[subprocess.Popen[str]]:
+    """The command in two processes, as ``torchrun`` starts them."""
+    arguments = [sys.executable, "-m", "kdprune", "prune", bench.model, "-o", out, "--work-dir", work, "--device", "cpu",
+                 *bench.flags, *flags]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [str(argument) for argument in arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+
+
+def test_two_processes_give_the_result_of_one(bench: Bench, alone: Path, tmp_path: Path, ports: int) -> None:
+    # Batches hold 16 rows: with 40 rows both processes have some.
+    flags = ("--samples", 40)
+    one = tmp_path / "one"
+    assert command("prune", bench.model, "-o", one, "--work-dir", "none", *bench.flags, *flags).status == 0
+    processes = launch(bench, tmp_path / "two", tmp_path / "work", ports, *flags)
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    first, second = weights(one), weights(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-5)
+    found, single = Results.load(tmp_path / "two"), Results.load(one)
+    assert found.perplexity.pruned == pytest.approx(single.perplexity.pruned, rel=1e-5)
+    assert len(found.calibration.shares) == 2
+    assert sum(found.calibration.shares) == found.calibration.tokens == single.calibration.tokens
+    assert min(found.calibration.shares) > 0
+    assert "wrote" not in ends[1][0]  # the first process speaks for all
+
+
+def test_one_process_dies_and_the_other_says_so(bench: Bench, tmp_path: Path, ports: int) -> None:
+    flags = ("--samples", 40, "--refine-epochs", 4000)
+    work = tmp_path / "work"
+    processes = launch(bench, tmp_path / "out", work, ports, *flags)
+    deadline = time.monotonic() + 240
+    while not list(work.glob("stages/analysis-*/tensors.safetensors")):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.1)
+    processes[1].kill()
+    _, message = processes[0].communicate(timeout=240)
+    processes[1].communicate()
+    assert processes[0].returncode == 2
+    assert "process 0 of 2 lost another one" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+    again = command("prune", bench.model, "-o", tmp_path / "out", "--work-dir", work, "--device", "cpu", *bench.flags,
+                    "--samples", 40)
+    assert again.status == 0, again.err
+    assert "analyse                  found in the work directory" in again.out
+
+
+def test_without_an_accelerator_memory_budgets_are_the_hosts(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(KDPruneError, match="got memory 'much', expected an amount such as 6GiB"):
+        kdprune.prune(bench.model, host_memory="much")
+    with pytest.raises(KDPruneError, match="got host memory 1MiB, expected more than"):
+        kdprune.prune(bench.model, host_memory="1MiB")
