@@ -1,0 +1,173 @@
+"""The dense model in 8 or 4 bits: near enough to collect states from, and nothing that is pruned comes from it.
+
+Needs bitsandbytes (pip install kdprune[quantised]) and, for its own cases, torchao; cases of a missing one are skipped.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CONFIGS, build
+from test_method_contract import calibration, quick
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import kdprune
+from kdprune.analysis import score_layers
+from kdprune.errors import KDPruneError
+from kdprune.methods.method import RankedMethod
+from kdprune.model import quantised
+from kdprune.model.activations import layer_states
+from kdprune.model.families import decoder_layers
+from kdprune.model.placement import collecting
+from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised, quantised_share
+from kdprune.model.surgery import apply_edits
+from kdprune.runtime import Stages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MISSING = {name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None}
+HERE = ("8bit", "4bit", "8bit-torchao")  # what a CPU can do
+# Root-mean-square error of a decoded weight matrix, relative to it: steps of max/127, and NF4's of 64 normal values.
+WEIGHT_ERROR = {8: 0.02, 4: 0.11}
+
+
+def needs(load_in: str) -> None:
+    if LOAD_IN[load_in][1] in MISSING:
+        pytest.skip(f"{LOAD_IN[load_in][1]} is not installed")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose linear maps have 64 inputs, but for one with 96, which 4 bits leave whole."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=96, num_hidden_layers=5, num_attention_heads=4, vocab_size=64,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("wide")
+    model.save_pretrained(folder)
+    return folder
+
+
+def decoded(module: Any) -> torch.Tensor:
+    """The weight that a quantised linear map stands for: its answers to unit vectors."""
+    inputs = torch.eye(module.in_features)
+    with torch.no_grad():
+        output = module(inputs[None])[0] - (0 if module.bias is None else module.bias)
+    return output.T.float()
+
+
+@pytest.mark.parametrize("load_in", HERE)
+def test_weights_stand_for_those_of_the_checkpoint(load_in: str, wide: Path) -> None:
+    needs(load_in)
+    bits, backend = LOAD_IN[load_in]
+    plain = AutoModelForCausalLM.from_pretrained(wide)
+    model = load_quantised(wide, bits, backend)
+    assert type(model) is type(plain)
+    found, kept = {}, set()
+    for (name, expected), (_, module) in zip(
+            decoder_layers(plain).named_modules(), decoder_layers(model).named_modules(), strict=True):
+        if isinstance(expected, nn.Linear):
+            error = float((decoded(module) - expected.weight).detach().norm() / expected.weight.detach().norm())
+            if error:
+                found[name] = error
+            else:
+                kept.add(name)
+    assert kept == ({f"{layer}.mlp.down_proj" for layer in range(5)} if bits == 4 else set())
+    assert max(found.values()) < WEIGHT_ERROR[bits]
+    assert 0.6 < quantised_share(model) < (0.8 if bits == 4 else 1)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(model.model.norm.weight, plain.model.norm.weight)
+
+
+@pytest.mark.parametrize("load_in", ["8bit", "8bit-torchao"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_of_every_family(name: str, load_in: str, tmp_path: Path) -> None:
+    needs(load_in)
+    plain = build(name)
+    plain.save_pretrained(tmp_path)
+    if (name, load_in) == ("gpt2", "8bit-torchao"):
+        with pytest.raises(KDPruneError, match="torchao finds nothing to hold in 8 bits"):
+            load_quantised(tmp_path, *LOAD_IN[load_in])
+        return
+    model, tokens = load_quantised(tmp_path, *LOAD_IN[load_in]), calibration(plain)
+    for (batch, expected), (_, found) in zip(
+            layer_states(plain, tokens, [0, 6], 16), layer_states(model, tokens, [0, 6], 16), strict=True):
+        assert torch.equal(expected[0], found[0])
+        error = (expected[6] - found[6])[batch.mask].norm() / expected[6][batch.mask].norm()
+        assert 0 < error < 0.1
+
+
+@pytest.mark.parametrize("load_in", HERE)
+@pytest.mark.parametrize("form", ["kdp", "shortgpt", "linear", "linearpatch", "streamline-layer", "replaceme-closed"])
+def test_what_stays_is_of_full_precision(form: str, load_in: str, wide: Path) -> None:
+    needs(load_in)
+    model, collector = AutoModelForCausalLM.from_pretrained(wide).eval(), load_quantised(wide, *LOAD_IN[load_in])
+    pruned = []
+    for states in (model, collector):
+        with collecting(model, states):
+            method, tokens, scores = quick(form), calibration(model), None
+            if isinstance(method, RankedMethod):
+                scores = score_layers(
+                    model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()
+            pruned.append(apply_edits(model, method(model, tokens, scores, seed=0).edits))
+    own = {id(parameter) for parameter in model.parameters()}
+    kept = [parameter for parameter in pruned[1].parameters() if id(parameter) in own]
+    assert len(kept) > len(own) / 3
+    assert all(parameter.dtype == torch.float32 for parameter in pruned[1].parameters())
+    assert not any("kdp_source" in vars(parameter) for parameter in kept)
+    assert pruned[0].num_parameters() == pruned[1].num_parameters()
+
+
+def test_one_call(bench: Any) -> None:
+    needs("8bit")
+    plain, collected = (kdprune.prune(bench.model, load_in=load_in, **bench.options) for load_in in (None, "8bit"))
+    assert collected.results.recipe["load_in"] == "8bit"
+    assert collected.results.perplexity.dense == plain.results.perplexity.dense
+    assert collected.results.perplexity.pruned == pytest.approx(plain.results.perplexity.pruned, rel=0.1)
+    assert collected.results.perplexity.pruned != plain.results.perplexity.pruned
+
+
+def test_says_what_it_cannot(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KDPruneError, match="got load_in '3bit', expected one of 8bit, 4bit, 8bit-torchao"):
+        check_load_in("3bit", wide)
+    with pytest.raises(KDPruneError, match="got a loaded model to load in fewer bits"):
+        load_quantised(build("llama3"), 8)
+    with pytest.raises(KDPruneError, match="got 3 bits by 'bitsandbytes', expected 8 or 4"):
+        load_quantised(wide, 3)
+    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KDPruneError, match="8-bit states need bitsandbytes, which is not installed: pip install"):
+        check_load_in("8bit", wide)
+
+
+def test_torchao_in_four_bits_needs_a_gpu(wide: Path) -> None:
+    needs("4bit-torchao")
+    with pytest.raises(KDPruneError, match="torchao's 4-bit weights need a CUDA device, got cpu"):
+        check_load_in("4bit-torchao", wide, "cpu")
+
+
+def test_four_bits_need_groups_of_64_inputs(tmp_path: Path) -> None:
+    needs("4bit")
+    build("llama3").save_pretrained(tmp_path)
+    with pytest.raises(KDPruneError, match="in 4 bits; expected linear maps with a multiple of 64"):
+        load_quantised(tmp_path, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("load_in", LOAD_IN)
+def test_on_an_accelerator(load_in: str, wide: Path) -> None:
+    """The quantised copy on the device, the full-precision model on the host."""
+    needs(load_in)
+    model, collector = AutoModelForCausalLM.from_pretrained(wide), load_quantised(wide, *LOAD_IN[load_in], "cuda")
+    tokens = calibration(model)
+    with collecting(model, collector):
+        method = quick("kdp")
+        scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()
+        pruned = apply_edits(model, method(model, tokens, scores, seed=0).edits)
+    assert {parameter.device.type for parameter in pruned.parameters()} == {"cpu"}
