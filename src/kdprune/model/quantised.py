@@ -110,8 +110,8 @@ def _check(model: Any, bits: int, backend: str, device: torch.device) -> None:
         raise KDPruneError(f"got {bits} bits by {backend!r}, expected 8 or 4 by bitsandbytes or torchao")
     if importlib.util.find_spec(backend) is None:
         raise KDPruneError(
-            f"{bits}-bit states need {backend}, which is not installed: pip install 'kdprune[quantised]', or choose "
-            f"another of {', '.join(LOAD_IN)}")
+            f"{bits}-bit states need {backend}, which is not installed: pip install {backend}, or choose another of "
+            f"{', '.join(LOAD_IN)}")
     version = importlib.metadata.version(backend)
     if _numbers(version) < _numbers(_OLDEST[backend]):
         raise KDPruneError(f"got {backend} {version}, expected {_OLDEST[backend]} or later: pip install -U {backend}")
