@@ -398,6 +398,7 @@ def in_processes(case: str, folder: Path) -> Problem:
 
 def process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    training.KEEP = 5
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     start_world("cpu")
@@ -418,7 +419,10 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_fit_what_one_does(case: str, together: Path, tmp_path: Path) -> None:
+def test_two_processes_fit_what_one_does(
+    case: str, together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "KEEP", 5)
     alone = in_processes("dealt" if case == "halved" else case, tmp_path)
     [curves, told] = json.loads(next(tmp_path.glob("*.json")).read_text())
     first, second = (torch.load(together / f"{case}-{rank}-of-2.pt") for rank in range(2))
