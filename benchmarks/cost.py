@@ -36,12 +36,13 @@ from kdprune.session import BUNDLED_MODEL
 HERE = Path(__file__).parent
 MILLION = 2**20  # tokens of the projection and of the runs on a GPU
 QUICK = {"kernel_epochs": 1, "refine_epochs": 1}
-# Tokens, budget and options by shape on a CPU; "bundled" has its own text.
+# Tokens, budget and options by shape on a CPU; "bundled" has its own text. The blocks are those taken when similarity
+# falls evenly with distance and none is longer than four layers.
 PLANS: dict[str, dict[str, Any]] = {
     "bundled": {"tokens": None},
     "0.1b": {"tokens": 8192, "length": 128, "dtype": "float32", "options": {**QUICK, "kernel_tokens": 4096}},
-    "1b": {"tokens": 1024, "length": 128, "dtype": "float32", "host_memory": "4GiB",
-           "options": {**QUICK, "kernel_tokens": 512}},
+    "1b": {"tokens": 1024, "length": 128, "dtype": "float32", "host_memory": "4GiB", "options": {
+        **QUICK, "kernel_tokens": 512, "blocks": [[3, 5], [6, 9], [10, 13]]}},
     "7b": {"tokens": 512, "length": 128, "dtype": "bfloat16", "host_memory": "6GiB", "stop": "analyse"},
 }
 STEPS = {"analyse": "analyse", "layer states": "layer states", "kernel": "kernel", "inverse": "inverse",

@@ -108,7 +108,7 @@ def test_the_limit_holds_at_every_start_and_at_the_end(ols_start: bool) -> None:
     assert max(held.curves["spectral_norm"]) <= 1 + 1e-5
     assert float(torch.linalg.svdvals(held.dynamics.matrices().detach().double()).max()) <= 1 + 1e-5
     if ols_start:
-        solution = solve_operators(held.features, growing_path(), 1e-4)
+        solution = torch.stack(list(solve_operators(held.features, growing_path(), 1e-4)))
         left, values, right = torch.linalg.svd(solution)
         nearest = left @ torch.diag_embed(values.clamp_max(1)) @ right
         torch.testing.assert_close(held.dynamics.matrices().detach().double(), nearest, rtol=0, atol=1e-5)
@@ -138,7 +138,8 @@ def test_blocks_of_different_lengths_keep_their_own_operators() -> None:
     found = learned(paths)
     for step1, path in zip(found, paths, strict=True):
         torch.testing.assert_close(
-            step1.dynamics.matrices().detach().double(), solve_operators(step1.features, path, 1e-4), rtol=0, atol=1e-5)
+            step1.dynamics.matrices().detach().double(), torch.stack(list(solve_operators(step1.features, path, 1e-4))),
+            rtol=0, atol=1e-5)
         assert {"loss", "cosine", "spectral_norm", "feature_norm", "unexplained"} == set(step1.curves)
         assert len(step1.curves["unexplained"]) == 4
     assert found[0].curves["unexplained"] != found[1].curves["unexplained"]

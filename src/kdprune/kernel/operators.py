@@ -1,5 +1,7 @@
 """Linear operators fitted from streamed moments, and the form A = I + γB (KDP, section 4)."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -128,17 +130,18 @@ class LinearDynamics(nn.Module):
         return result
 
     @torch.no_grad()
-    def start(self, matrices: Tensor) -> None:
-        """Sets A_i to given matrices (k, D, D), or to the nearest within the limit (``clip_spectral_norm``).
+    def start(self, matrices: Iterable[Tensor]) -> None:
+        """Sets A_i to given matrices, k times (D, D), or to the nearest within the limit (``clip_spectral_norm``).
 
         A_i − I is split into γ_i, its spectral norm, and B_i.
         """
-        if self.limit is not None:
-            matrices = clip_spectral_norm(matrices, self.limit)
-        update = matrices.double() - torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
-        gamma = spectral_norm(update).clamp_min(1e-12)
-        self.gamma.copy_(gamma)
-        self.direction.copy_(update / gamma[:, None, None])
+        for number, matrix in enumerate(matrices):
+            if self.limit is not None:
+                matrix = clip_spectral_norm(matrix[None], self.limit)[0]
+            update = matrix.double() - torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
+            gamma = spectral_norm(update[None])[0].clamp_min(1e-12)
+            self.gamma[number] = gamma
+            self.direction[number] = update / gamma
 
     @torch.no_grad()
     def start_random(self, generator: torch.Generator) -> None:

@@ -44,20 +44,22 @@ class Parts:
 
 
 @torch.no_grad()
-def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> Tensor:
-    """Least-squares operators in the current kernel space, from streamed float64 moments: (k+1, n, d) → (k, D, D).
+def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> Iterator[Tensor]:
+    """Least-squares operators in the current kernel space, from streamed float64 moments: (k+1, n, d) → k times (D, D).
 
     The regression is of the step φ(h') − φ(h) on φ(h), with the ridge on it: A = I + γB shrinks towards the
-    identity, which is what a residual layer does when it does nothing.
+    identity, which is what a residual layer does when it does nothing. One after the other, since the moments of one
+    operator take four times its memory.
     """
     size = 2 * features.features
-    moments = [Moments(size, size, path.device) for _ in range(len(path) - 1)]
-    for chunk in _own_chunks(path):
-        mapped = features(chunk)
-        for moment, before, after in zip(moments, mapped[:-1], mapped[1:], strict=True):
-            moment.update(before, after - before)
-    steps = torch.stack([moment.reduced().solve(ridge) for moment in moments])
-    return steps + torch.eye(size, dtype=steps.dtype, device=steps.device)
+    for start in range(len(path) - 1):
+        moments = Moments(size, size, path.device)
+        for chunk in _own_chunks(path[start : start + 2]):
+            before, after = features(chunk)
+            moments.update(before, after - before)
+        step = moments.reduced().solve(ridge)
+        del moments
+        yield step + torch.eye(size, dtype=step.dtype, device=step.device)
 
 
 @torch.no_grad()
