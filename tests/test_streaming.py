@@ -30,7 +30,7 @@ from kdprune.model.streaming import (
     resident,
     set_scratch,
 )
-from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits, bypassed, context_layer
+from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, apply_edits, bypassed, context_layer
 
 Saved = dict[str, Path]
 # Where states are between two layers: in memory, one batch at a time, all of them in files.
@@ -333,6 +333,24 @@ def test_edited_streamed_models_compute_what_resident_ones_do(saved: Saved, name
     assert only_layers_on_meta(streamed)
     assert put_in == [key for key, p in lazy.named_parameters()
                       if key.startswith(family_of(lazy).layers) and not p.is_meta]
+
+
+def test_narrowed_streamed_models(saved: Saved) -> None:
+    whole, streamed = pair(saved["llama3"])
+
+    def narrower(model: PreTrainedModel) -> PreTrainedModel:
+        layer = decoder_layers(model)[2]
+        with resident(layer):
+            weights = {key: p.detach()[: sizes[key]] for key, p in layer.named_parameters() if key in sizes}
+            weights |= {key: p.detach()[:, : inputs[key]] for key, p in layer.named_parameters() if key in inputs}
+        return apply_edits(model, [Resize(2, {"groups": 1, "channels": 32}, weights)])
+
+    sizes = {"self_attn.q_proj.weight": 16, "self_attn.k_proj.weight": 8, "self_attn.v_proj.weight": 8,
+             "mlp.gate_proj.weight": 32, "mlp.up_proj.weight": 32}
+    inputs = {"self_attn.o_proj.weight": 16, "mlp.down_proj.weight": 32}
+    batch = rows(padded=True)
+    one, other = (next(forward_streamed(narrower(model), [batch])) for model in (whole, streamed))
+    assert torch.equal(one, other)
 
 
 def test_layers_taken_out_for_a_while(saved: Saved) -> None:

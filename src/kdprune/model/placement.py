@@ -67,7 +67,8 @@ def device_of(module: nn.Module) -> torch.device:
             return torch.device(device)
     for parameter in module.parameters():
         found: Any = getattr(parameter, SOURCE, parameter)
-        return torch.device(found.device)
+        if found.device.type != "meta":  # one that was narrowed without having been read is nowhere
+            return torch.device(found.device)
     return torch.device("cpu")
 
 
@@ -175,14 +176,11 @@ def settle(module: nn.Module) -> None:
 
 def hooks_of(module: nn.Module) -> dict[int, Any]:
     """A memo for ``copy.deepcopy``: copies of modules get hooks of their own, which share the weights they hold."""
-    found = {}
+    found: dict[int, Any] = {}
     for part in module.modules():
-        hook = _hook(part)
+        hook: Any = part.__dict__.get("_hf_hook")
         if hook is not None:
-            twin = copy.copy(hook)
-            if hasattr(twin, "hooks"):  # several in a row
-                twin.hooks = tuple(copy.copy(inner) for inner in twin.hooks)
-            found[id(hook)] = twin
+            found |= {id(one): copy.copy(one) for one in getattr(hook, "hooks", (hook,))}  # several in a row are one
     return found
 
 
@@ -244,9 +242,10 @@ def renumber(model: PreTrainedModel, path: str, sources: list[int]) -> None:
 
 
 def _hook(module: nn.Module) -> Any:
-    """The hook that places ``module``, or None; the last of several, which is the one nearest to the forward."""
+    """The hook that places ``module``, or None; of several the one that holds its weights, else the last."""
     hook: Any = module.__dict__.get("_hf_hook")
-    return hook.hooks[-1] if hasattr(hook, "hooks") else hook
+    several = getattr(hook, "hooks", (hook,))
+    return next((one for one in several if getattr(one, "offload", False)), several[-1])
 
 
 def _unhook(module: nn.Module) -> Any:

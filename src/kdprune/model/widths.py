@@ -12,7 +12,7 @@ from ..errors import KDPruneError
 from .edits import Drop, Resize, Rewrite, Substitute
 from .families import decoder_layers, family_of
 from .modeling_kdp import narrow
-from .placement import device_of, settle
+from .placement import SOURCE, device_of, settle
 
 
 def resize_layers(model: PreTrainedModel, edits: Sequence[Resize]) -> list[dict[str, Any]]:
@@ -60,7 +60,8 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) ->
         owner, _, leaf = name.rpartition(".")
         old, holder = known[name], module.get_submodule(owner)
         settle(holder)
-        weight = weight.detach().to(device=device_of(holder), dtype=old.dtype).clone()
+        nowhere = old.is_meta and not hasattr(old, SOURCE)  # narrowed without having been read
+        weight = weight.detach().to(device=device_of(module if nowhere else holder), dtype=old.dtype).clone()
         setattr(holder, leaf, nn.Parameter(weight, old.requires_grad))
 
 
