@@ -35,7 +35,7 @@ from kdprune.output import staged_directory
 FORMAT = 1
 MANIFEST, LOCK, INDEX = "work.json", "lock", "files.json"
 BULKY = ("states", "checkpoints")
-LEFT = re.compile(r"\.(partial|old)-|^\.tmp")  # half-written: by `files`, by `output`, by safetensors
+LEFT = re.compile(r"\.(partial|old|probe)-|^\.tmp")  # half-written: by `files`, by `output`, by safetensors
 ELSEWHERE = "choose another --work-dir, or remove it"
 Kept = TypeVar("Kept")
 
