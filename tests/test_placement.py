@@ -116,6 +116,23 @@ def test_pruned_placed_model_saves_under_the_names_it_loads_by(kind: str, tmp_pa
     verify(tmp_path / "again", pruned, torch.arange(3, 12)[None])
 
 
+def test_a_model_under_several_hooks_is_copied_without_its_weights(tmp_path: Path) -> None:
+    """Hooks that a user adds in front of those of a map; the pruned model shares what they hold."""
+    hooks: Any = pytest.importorskip("accelerate.hooks")
+    plain = build("llama3")
+    model = placed(tmp_path / "dense", plain, disk=True)
+    layer = decoder_layers(model)[4]
+    for part in (layer, layer.mlp.up_proj):
+        hooks.add_hook_to_module(part, hooks.ModelHook(), append=True)
+    new = {"mlp.up_proj.weight": torch.ones(48, WIDTH)}
+    pruned = apply_edits(model, [Rewrite(4, new), *edits_of(model, "drop")])
+    held = layer.mlp.down_proj._hf_hook.weights_map
+    assert decoder_layers(pruned)[2].mlp.down_proj._hf_hook.weights_map is held
+    expected = apply_edits(plain, [Rewrite(4, new), *edits_of(plain, "drop")])
+    assert torch.equal(logits(pruned), logits(expected))
+    assert torch.equal(logits(model), logits(plain))
+
+
 @pytest.mark.parametrize("form", SPREAD)
 def test_methods_fit_on_a_placed_model_as_on_a_plain_one(form: str, tmp_path: Path) -> None:
     plain = build("llama3")

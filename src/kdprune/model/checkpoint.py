@@ -158,7 +158,7 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
 def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
     """What ``directory`` holds, in the dtype of ``model`` and placed as it is; refused unless its weights are those
     asked for."""
-    where: Any = model.hf_device_map if is_dispatched(model) else None
+    where: Any = getattr(model, "hf_device_map", None) if is_dispatched(model) else None
     placed = {} if where is None else {"device_map": dict(where)}
     with quiet_libraries():
         result: Any = AutoModelForCausalLM.from_pretrained(
