@@ -35,13 +35,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default (K_max 8)", {}),
     "spectral-norm": ("`spectral_norm=1.0`", {"spectral_norm": 1.0}),
     "shared-kernel": ("`share_kernel`", {"share_kernel": True}),
+    "sequential": ("`sequential`: later blocks fitted on the pruned model's states", {"sequential": True}),
     "both": ("`spectral_norm=1.0 share_kernel`", {"spectral_norm": 1.0, "share_kernel": True}),
     "k-max-6": ("`max_block=6`", {"max_block": 6}),
     "k-max-4": ("`max_block=4`", {"max_block": 4}),
 }
 QUICK: dict[str, Any] = {"kernel_epochs": 3, "refine_epochs": 2}
 QUICK_ROWS = 48
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
 Record = dict[str, Any]
 
 
