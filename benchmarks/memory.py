@@ -27,7 +27,7 @@ from random_checkpoint import write_checkpoint
 from kdprune.memory import show_bytes
 
 HERE = Path(__file__).parent
-TOKENS = (4096, 40960)
+TOKENS = (2048, 20480)
 OPTIONS = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 2048}
 SIZES = {"0.1b": "float32", "1b": "float32", "7b": "bfloat16"}
 BUDGET = {"0.1b": "1GiB", "1b": "4GiB", "7b": "4GiB"}
@@ -58,7 +58,7 @@ def by_tokens(shape: str, folder: Path, checkpoints: Path) -> list[dict[str, Any
     """Runs with and without a work directory at both numbers of tokens."""
     rows = []
     for count in TOKENS:
-        job = Job(model=str(checkpoint(shape, checkpoints)), tokens=count, length=128, once=4096, options=OPTIONS)
+        job = Job(model=str(checkpoint(shape, checkpoints)), tokens=count, length=128, once=2048, options=OPTIONS)
         rows += [{"work_dir": True, **with_work_dir(job, folder)}, {"work_dir": False, **kept(job.start())}]
     return rows
 
