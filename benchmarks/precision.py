@@ -168,7 +168,9 @@ def page(record: dict[str, Any]) -> str:
     {record['command']}
 
 Bundled model, blocks {', '.join(f'{a}–{b - 1}' for a, b in BLOCKS)} replaced, fitted in float32 in a few epochs; torch
-{record['torch']}. {'; '.join(f'{key}: {value}' for key, value in WAYS.items())}.
+{record['torch']}. How a stand-in in a narrow dtype may compute its phases:
+
+{chr(10).join(f'- {key}: {value}' for key, value in WAYS.items())}
 
 Phases, in radians (root mean square over held-out states, averaged over stand-ins):
 
