@@ -72,7 +72,8 @@ def page(record: dict[str, Any]) -> str:
     """The record as a page."""
     lines = ["# Tokens of the analysis", "", "    python benchmarks/analysis_tokens.py", "",
              "Blocks are half-open ranges of layers. Largest difference from all "
-             f"{record['rows'][0]['tokens']:,} tokens over pairs of states at most {record['longest']} layers apart; of the relative update norm, the largest relative one.", "",
+             f"{record['rows'][0]['tokens']:,} tokens over pairs of states at most "
+             f"{record['longest']} layers apart; of the relative update norm, the largest relative one.", "",
              "| tokens | seed | cosine | linear CKA | RBF CKA | relative update | blocks |",
              "|---:|---:" + "|---:" * 4 + "|---|"]
     for row in record["rows"]:
