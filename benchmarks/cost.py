@@ -45,8 +45,7 @@ PLANS: dict[str, dict[str, Any]] = {
         **QUICK, "kernel_tokens": 512, "blocks": [[3, 5], [6, 9], [10, 13]]}},
     "7b": {"tokens": 512, "length": 128, "dtype": "bfloat16", "host_memory": "6GiB", "stop": "analyse"},
 }
-STEPS = {"analyse": "analyse", "layer states": "layer states", "kernel": "kernel", "inverse": "inverse",
-         "refine": "refine", "save and verify": "save and verify"}
+STEPS = ("analyse", "layer states", "kernel", "inverse", "refine", "rest", "save and verify")
 
 
 def plan(shape: str, device: torch.device, work: Path, checkpoint: Path) -> Job:
@@ -136,8 +135,8 @@ def page(record: dict[str, Any]) -> str:
             f"| {shape} | {size}{', streamed' if found['streamed'] else ''} | {found['tokens']:,} | {forward:.2f} | "
             f"{' | '.join(cells)} | {sum(seconds.values()) / forward:.2f} | {' + '.join(memory)} | "
             f"{found['job']['host_memory'] or '–'} |")
-    lines += ["", "Stages are in forward passes over the tokens of the row. Peak memory is the process's own "
-              "high-water mark, with the libraries.", ""]
+    lines += ["", "Stages are in forward passes over the tokens of the row; rest: closed forms, theory, diagnostics. "
+              "Peak memory is the process's own high-water mark, with the libraries.", ""]
     lines += [f"- {shape}: {described(record['shapes'][shape])}" for shape in shapes]
     return "\n".join([*lines, "", *projection(record["shapes"], shapes)]) + "\n"
 

@@ -127,7 +127,11 @@ def measure(job: Job) -> dict[str, Any]:
         scores = run.scores_for(method, tokens, keep)
         found: dict[str, Any] = {"blocks": [], "parameters": [run.model.num_parameters()]}
         if job.stop != "analyse":
+            start, before = stages.clock.now(), sum(cost["seconds"] for cost in stages.costs.values())
             made = run_method(run, method, tokens, scores, 0, None, keep)
+            within = sum(cost["seconds"] for cost in stages.costs.values()) - before
+            # Closed forms, theory, diagnostics: what no stage counts.
+            stages.costs["rest"] = {"seconds": stages.clock.now() - start - within, "peak_bytes": peak_memory_bytes()}
             found["parameters"].append(made.pruned.num_parameters())
             found["blocks"] = [[edit.block.start, edit.block.stop] for edit in made.outcome.edits]
             with stages.stage("save and verify"):

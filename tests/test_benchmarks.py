@@ -75,7 +75,7 @@ def test_a_run_is_measured_stage_by_stage(measured: dict[str, Any]) -> None:
     assert measured["tokens"] == 512
     assert measured["parameters"][0] > measured["parameters"][1]
     steps = cost.by_step(measured)
-    assert set(steps) == {"analyse", "layer states", "kernel", "refine", "save and verify"}
+    assert set(steps) == {"analyse", "layer states", "kernel", "refine", "rest", "save and verify"}
     assert sum(steps.values()) == pytest.approx(sum(
         value["seconds"] for stage, value in measured["stages"].items() if not stage.startswith(("load", "calib"))))
     peaks = [value["peak_bytes"] for value in measured["stages"].values()]
