@@ -28,8 +28,8 @@ from torch.nn.functional import linear, rms_norm
 from kdprune.model.modeling_kdp import StandIn, cosines_and_sines
 from kdprune.runtime import resolve_device
 
-WIDTHS, ROWS = (128, 1024, 4096), (1, 16, 512, 8192)
-MOST = 512 * 4096  # rows · d that a CPU still measures
+WIDTHS, ROWS = (128, 1024, 4096), (1, 16, 512, 2048, 8192)
+MOST = 2048 * 1024  # rows · d that a CPU still measures
 Call = Callable[[], Tensor]
 
 
@@ -46,12 +46,21 @@ def split(module: StandIn, x: Tensor) -> Tensor:
     return x + linear(p.cos(), first, module.readout.bias).addmm_(p.sin(), second.t())
 
 
+def one_buffer(p: Tensor) -> Tensor:
+    """Cosines and sines written where they belong: what the stand-in does from ``MANY`` phases on."""
+    z = p.new_empty(*p.shape[:-1], 2 * p.shape[-1])
+    cosines, sines = z.chunk(2, dim=-1)
+    torch.cos(p, out=cosines)
+    torch.sin(p, out=sines)
+    return z
+
+
 def ways(module: StandIn, x: Tensor, compiled: bool) -> dict[str, Call]:
     """What takes turns, by name."""
     p = module.phase(x)
     found: dict[str, Call] = {
         "features: cos, sin, cat": lambda: torch.cat((p.cos(), p.sin()), dim=-1),
-        "features: one buffer": lambda: cosines_and_sines(p),
+        "features: one buffer": lambda: one_buffer(p),
         "features: cos of [p, p - π/2]": lambda: torch.cat((p, p - math.pi / 2), dim=-1).cos_(),
         "stand-in: before": lambda: before(module, x),
         "stand-in: two products": lambda: split(module, x),

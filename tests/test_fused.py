@@ -40,7 +40,7 @@ def formula(module: StandIn, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (7,), (3, 16), (2, 5, 107), (0, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 107), (0, 8), (4, 512, 517)], ids=str)
 def test_features_are_the_cosines_and_the_sines_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     p = states(*shape, scale=30.0).to(dtype)
     expected = torch.cat((torch.cos(p), torch.sin(p)), dim=-1)
@@ -48,9 +48,9 @@ def test_features_are_the_cosines_and_the_sines_to_the_bit(dtype: torch.dtype, s
     assert torch.equal(cosines_and_sines(p.clone().requires_grad_()).detach(), expected)
 
 
-def test_without_gradients_nothing_is_made_twice() -> None:
+def test_many_of_them_are_not_made_twice() -> None:
     """One buffer and two writes into it; a copy, or a second buffer, is an operation that is not in the list."""
-    p = states(4, 8)
+    p = states(2048, 512)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         cosines_and_sines(p)
     names = {event.key for event in profile.key_averages()}
