@@ -28,7 +28,8 @@ NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1
 PREFIX = "kdp_"  # of the model_type
 KINDS = ("fourier", "mlp", "linear")
 PLACES = ("after", "before", "mlp")
-MANY = 2**20  # phases at once, from which on they no longer stay in a core's cache
+# Phases at once, and in a row, from which on writing them in place beats copying them (benchmarks/features.py).
+MANY, LONG = 2**20, 512
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,12 @@ FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
 def cosines_and_sines(p: Tensor) -> Tensor:
     """[cos p, sin p]: (…, m) → (…, 2m).
 
-    Many of them, without gradients, are written where they belong instead of being made and then copied together; few
-    are copied faster than addressed. A compiler writes them in one pass by itself and wants no out=; nor do tensors
+    Many of them, without gradients, are written where they belong instead of being made and then copied together; few,
+    and short rows, are copied faster. A compiler writes them in one pass by itself and wants no out=; nor do tensors
     that stand for others (sharded, traced).
     """
     traced = type(p) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or p.requires_grad or p.numel() < MANY:
+    if traced or p.requires_grad or p.numel() < MANY or p.shape[-1] < LONG:
         return torch.cat((p.cos(), p.sin()), dim=-1)
     z = p.new_empty(*p.shape[:-1], 2 * p.shape[-1])
     cosines, sines = z.chunk(2, dim=-1)
