@@ -93,7 +93,8 @@ def test_operators_restart_at_least_squares_every_epoch_and_kernel_can_be_fixed(
     assert torch.equal(before, features.frequencies())
     assert len(step1.curves["loss"]) == 3
     assert len(step1.curves["spectral_norm"]) == 4  # at the start of every epoch, and after the last
-    torch.testing.assert_close(step1.dynamics.matrices().double(), torch.stack(list(solve_operators(features, path, 1e-6))))
+    solved = torch.stack(list(solve_operators(features, path, 1e-6)))
+    torch.testing.assert_close(step1.dynamics.matrices().double(), solved)
     assert step1.curves["feature_norm"][-1] == pytest.approx(1, abs=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Runs that are stopped and go on, and runs in several processes, against one that is left alone."""
 
+import functools
 import json
 import os
 import random
@@ -157,7 +158,8 @@ def test_prune_survives_kill_9(bench: Bench, alone: Path, tmp_path: Path, kills:
     while count < kills:
         rounds += 1
         work, out = tmp_path / f"work{rounds}", tmp_path / f"out{rounds}"
-        while count < kills and killed(lambda work=work, out=out: prune(bench, work, out), draw.uniform(.05, 1) * whole):
+        run = functools.partial(prune, bench, work, out)
+        while count < kills and killed(run, draw.uniform(.05, 1) * whole):
             count += 1
             assert not out.exists() or same_bits(out, alone)
         if not out.exists():
@@ -179,9 +181,10 @@ def ports() -> int:
 
 def launch(bench: Bench, out: Path, work: Path, port: int, *flags: object) -> list[subprocess.Popen[str]]:
     """The command in two processes, as ``torchrun`` starts them."""
-    arguments = [sys.executable, "-m", "kdprune", "prune", bench.model, "-o", out, "--work-dir", work, "--device", "cpu",
-                 *bench.flags, *flags]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-m", "kdprune", "prune", bench.model, "-o", out, "--work-dir", work,
+                 "--device", "cpu", *bench.flags, *flags]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [str(argument) for argument in arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},

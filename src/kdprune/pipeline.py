@@ -14,6 +14,7 @@ from kdprune.analysis import Scores
 from kdprune.assemble import Evaluation, analysis_results, evaluate, pruning_results
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.files import tell
 from kdprune.heal import Heal, kept_heal, make_heal
 from kdprune.identity import tokens_identity
 from kdprune.keeper import Keeper
@@ -179,7 +180,7 @@ def prune(
                 here.barrier()
             keep.work.clean()
     if (remark := run.memory.remark(peak_memory_bytes())) is not None:
-        stages.tell(remark)
+        tell(remark)
     return result
 
 

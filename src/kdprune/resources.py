@@ -20,12 +20,13 @@ from kdprune.methods.options import check_values, option
 from kdprune.model.loading import load_model
 from kdprune.model.placement import input_device
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
-from kdprune.model.streaming import checkpoint_bytes, is_streamed, load_streamed
+from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
 from kdprune.runtime import resolve_device
 from kdprune.work import Work, WorkInUse, cache_dir, default_work_dir
 from kdprune.world import world
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
+SCRATCH_SHARE = 0.25         # of what is left of the host's budget: states between two layers of a streamed model
 BOUNDARIES = 4               # whose states are held at once: two blocks' ends
 
 
@@ -78,9 +79,10 @@ class Resources:
         if self.load_in is not None and resolve_device(device).type != "cpu":
             return True
         try:
-            return self.memory(device).streams(checkpoint_bytes(model, dtype))
+            large = self.memory(device).streams(checkpoint_bytes(model, dtype))
         except KDPruneError:  # there is something wrong with the checkpoint: loading it whole says what
-            return False
+            large = False
+        return any(world().gather(large))
 
     def collector(
         self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
@@ -107,10 +109,13 @@ class Resources:
         key = digest([code_identity(), {name: part.hash for name, part in about.items()}])
         with contextlib.ExitStack() as stack:
             work = stack.enter_context(self._work(about))
-            fits = not is_streamed(model) and self.memory(str(input_device(model))).holds(states_bytes)
-            if work.directory is None and not fits:
+            memory = self.memory(str(input_device(model)))
+            fits = not is_streamed(model) and memory.holds(states_bytes)
+            if work.directory is None and not world().agree(fits):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kdprune-")) if world().first else ""
                 work = stack.enter_context(self._opened(Path(world().broadcast(folder)) / "work", about))
+            if is_streamed(model):
+                set_scratch(model, Scratch(work.folder("scratch", key), int(SCRATCH_SHARE * memory.room())))
             yield Keeper(work, key)
 
     def _work(self, about: Mapping[str, Part]) -> Work:
@@ -121,8 +126,12 @@ class Resources:
             return self._opened(Path(self.work_dir), about)
         try:
             return self._opened(default_work_dir(about), about)
-        except WorkInUse as error:
-            tell(f"{error.directory} is in use by another run on the same model and text; this one keeps nothing")
+        except KDPruneError as error:  # in all processes, or in none
+            if not world().broadcast(isinstance(error, WorkInUse)):
+                raise
+            if world().first:
+                tell(f"{default_work_dir(about)} is in use by another run on the same model and text; this one keeps "
+                     "nothing, and cannot go on if it is stopped")
             return Work(None)
 
     @staticmethod

@@ -19,6 +19,7 @@ from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import collecting, work_device
 from kdprune.resources import BOUNDARIES, Resources, model_part
 from kdprune.runtime import BATCH, Stages
+from kdprune.world import world
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
 LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
@@ -100,7 +101,8 @@ class Session:
         about = {}
         if resources.work_dir not in (None, "none"):
             about = {
-                "model": model_part(self._source, self.model, self.name),
+                "model": world().broadcast(
+                    model_part(self._source, self.model, self.name) if world().first else Part(self.name, "")),
                 "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
                                     tokens_identity(tokens)),
                 "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),

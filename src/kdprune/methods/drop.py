@@ -115,6 +115,7 @@ class ShortGPT(DropMethod):
 
     title: ClassVar[str] = "ShortGPT"
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     def choose(
@@ -148,6 +149,7 @@ class UIDL(DropMethod):
 
     title: ClassVar[str] = "UIDL"
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     def check_ratio(self, model: PreTrainedModel) -> None:

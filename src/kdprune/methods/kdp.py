@@ -51,6 +51,7 @@ class KDP(RankedMethod):
     title: ClassVar[str] = "KDP"
     keeps_parts: ClassVar[bool] = True
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     preset: Literal["default", "paper"] = option(

@@ -25,7 +25,8 @@ def pack(outcome: MethodResult) -> tuple[Plain, dict[str, Tensor]]:
     for number, edit in enumerate(outcome.edits):
         entry, own = _pack_edit(edit)
         plain.append(entry)
-        tensors |= {f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in own.items()}
+        tensors |= {f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    for name, tensor in own.items()}
     replaced = None if outcome.replaced is None else [_ends(block) for block in outcome.replaced]
     return {"edits": plain, "fit": list(outcome.fit), "tokens": outcome.tokens, "replaced": replaced}, tensors
 

@@ -42,6 +42,7 @@ class Linear(RankedMethod):
 
     title: ClassVar[str] = "Linear (KDP w/o kernel)"
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     ridge: float = option(1e-4, "relative ridge of the least-squares solve", above=0)

@@ -43,6 +43,7 @@ class LinearPatch(DepthMethod):
 
     title: ClassVar[str] = "LinearPatch"
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:

@@ -30,6 +30,7 @@ class Method(ABC):
     title: ClassVar[str]  # as it stands in tables: "ShortGPT"
     keeps_parts: ClassVar[bool] = False  # whether it keeps its own parts as it goes; else its whole result is kept
     collects: ClassVar[bool] = False  # all it asks of the running model is states, which another copy may give
+    streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
     ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)")
@@ -48,6 +49,10 @@ class Method(ABC):
         if not self.collects and collector_of(model) is not model:
             raise KDPruneError(
                 f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
+        if not self.streams and is_streamed(model):
+            raise KDPruneError(
+                f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
+                f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory)")
         spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
         if (spread or is_dispatched(model)) and not (self.spreads and is_dispatched(model)):
             raise KDPruneError(

@@ -53,6 +53,7 @@ class Streamline(DepthMethod):
 
     title: ClassVar[str] = "LLM-Streamline"
     collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
     stand_in: Literal["none", "ffn", "layer"] = option(
