@@ -1,6 +1,9 @@
 """Output directories appear whole or not at all."""
 
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,19 @@ def test_other_errors_are_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), staged_directory(tmp_path / "out") as staging:
         (staging / "missing").read_text()
     assert tree(tmp_path) == {}
+
+
+def test_what_killed_processes_left_is_cleared_up(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    host = socket.gethostname()
+    names = [f".out.partial-{child.pid}-0@{host}", f".out.old-{child.pid}-0@{host}",
+             f".out.partial-{os.getpid()}-7@{host}", f".out.partial-{child.pid}-0@elsewhere", f".outer.partial-{child.pid}-0@{host}"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    # Killed while it was replacing: what stood there is back, and counts as not empty.
+    with pytest.raises(KDPruneError, match="not empty"), staged_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "file").read_text() == names[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "out"])

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_comparison import KDP_FAST, LINEAR, figures, options
 from tiny_checkpoint import Bench, command, tree
 
 import kdprune
+from kdprune.comparison import Comparison
 from kdprune.errors import KDPruneError
 from kdprune.report.results import Results
 
@@ -37,6 +39,12 @@ def prune(bench: Bench, work: Path, out: Path, *flags: object) -> Any:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a saved model."""
     return load_file(folder / "model.safetensors")
+
+
+def pruned_well(bench: Bench, work: Path, out: Path) -> None:
+    """A run that has to succeed."""
+    outcome = prune(bench, work, out)
+    assert outcome.status == 0, outcome.err
 
 
 def same_bits(first: Path, second: Path) -> bool:
@@ -130,12 +138,13 @@ def killed(run: Callable[[], Any], after: float) -> bool:
     """Runs in a forked child that is killed after so many seconds; whether it was still running."""
     child = os.fork()
     if child == 0:
+        status = 99
         try:
             os.close(1), os.close(2)
-            status = run().status
-        except BaseException:
-            status = 99
-        os._exit(status)
+            run()
+            status = 0
+        finally:
+            os._exit(status)
     deadline = time.monotonic() + after
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -158,14 +167,30 @@ def test_prune_survives_kill_9(bench: Bench, alone: Path, tmp_path: Path, kills:
     while count < kills:
         rounds += 1
         work, out = tmp_path / f"work{rounds}", tmp_path / f"out{rounds}"
-        run = functools.partial(prune, bench, work, out)
+        run = functools.partial(pruned_well, bench, work, out)
         while count < kills and killed(run, draw.uniform(.05, 1) * whole):
             count += 1
             assert not out.exists() or same_bits(out, alone)
         if not out.exists():
-            outcome = prune(bench, work, out)
-            assert outcome.status == 0, outcome.err
+            pruned_well(bench, work, out)
         assert same_bits(out, alone)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_compare_survives_kill_9(bench: Bench, tmp_path: Path, kills: int) -> None:
+    def compare(out: Path) -> Comparison:
+        return kdprune.compare(str(bench.model), [LINEAR, KDP_FAST], seeds=2, output_dir=out, **options(bench))
+
+    start, draw = time.monotonic(), random.Random(kills)
+    expected, whole = figures(compare(tmp_path / "alone")), time.monotonic() - start
+    count, rounds = 0, 0
+    while count < kills:
+        rounds += 1
+        out = tmp_path / f"out{rounds}"
+        while count < kills and killed(functools.partial(compare, out), draw.uniform(.05, 1) * whole):
+            count += 1
+        assert figures(compare(out)) == expected
 
 
 # ----------------------------------------------------------------------------------- several processes

@@ -3,9 +3,13 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from kdprune.errors import KDPruneError
 from kdprune.files import refusal
@@ -39,11 +43,13 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
 def staged_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A new directory beside `path` to write into; renamed to `path` when the body ends well, removed when not.
 
-    With `overwrite` an earlier directory gives way only then, and comes back if the last step fails.
+    With `overwrite` an earlier directory gives way only then, and comes back if the last step fails. What a killed
+    process of this machine left beside `path` is removed, or put back if it is what stood there.
     Raises KDPruneError as :func:`check_output` does, and when the disk is full or refuses to be written.
     """
-    check_output(path, overwrite)
     target = Path(os.path.realpath(path))
+    _tidy(target)
+    check_output(path, overwrite)
     made = [folder for folder in target.parents if not folder.exists()]  # deepest first
     staging: Path | None = None
     try:
@@ -78,11 +84,25 @@ def _refusal(path: str | Path, error: OSError) -> KDPruneError:
 def _new_sibling(target: Path, kind: str) -> Path:
     """An empty directory beside `target`, hidden, with a name of its own."""
     for number in itertools.count():
-        sibling = target.with_name(f".{target.name}.{kind}-{os.getpid()}-{number}")
+        sibling = target.with_name(f".{target.name}.{kind}-{os.getpid()}-{number}@{socket.gethostname()}")
         with contextlib.suppress(FileExistsError):
             sibling.mkdir()
             return sibling
     raise AssertionError("unreachable: the count has no end")
+
+
+def _tidy(target: Path) -> None:
+    """Clears up after killed processes of this machine; whose number is in use again may wait for the next time."""
+    if not target.parent.is_dir():
+        return
+    for sibling in target.parent.iterdir():
+        found = re.fullmatch(rf"\.{re.escape(target.name)}\.(\w+)-(\d+)-\d+@(.+)", sibling.name)
+        if found is None or found[3] != socket.gethostname() or psutil.pid_exists(int(found[2])):
+            continue
+        if found[1] == "old" and not target.exists():
+            sibling.replace(target)
+        else:
+            shutil.rmtree(sibling, ignore_errors=True)
 
 
 def _swap(staging: Path, target: Path, overwrite: bool) -> None:
