@@ -155,7 +155,8 @@ def test_what_killed_processes_left_is_cleared_up(tmp_path: Path) -> None:
     child.wait()
     host = socket.gethostname()
     names = [f".out.partial-{child.pid}-0@{host}", f".out.old-{child.pid}-0@{host}",
-             f".out.partial-{os.getpid()}-7@{host}", f".out.partial-{child.pid}-0@elsewhere", f".outer.partial-{child.pid}-0@{host}"]
+             f".out.partial-{os.getpid()}-7@{host}", f".out.partial-{child.pid}-0@elsewhere",
+             f".outer.partial-{child.pid}-0@{host}"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)

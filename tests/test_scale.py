@@ -89,6 +89,13 @@ def test_later_blocks_may_see_the_pruned_models_states(bench: Bench, tmp_path: P
     assert first[1].dropped_error != second[1].dropped_error
 
 
+def test_memory_above_the_budget_is_said(bench: Bench, tmp_path: Path) -> None:
+    outcome = prune(bench, tmp_path / "work", tmp_path / "out", "--host-memory", memory.resident_bytes() + 2**20)
+    assert outcome.status == 0, outcome.err
+    assert "of host memory in use, more than the" in outcome.err
+    assert outcome.err.count("memory in use") == 1
+
+
 # --------------------------------------------------------------------------------------------- faults
 
 

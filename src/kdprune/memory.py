@@ -39,44 +39,56 @@ class Memory:
 
     Attributes:
         host: resident set of this process. device: allocations on the accelerator; None without one.
-        given: whether a person named the host's budget; then a peak above it is worth a word.
+        given: which of the two a person named; the others are most of what was free.
     """
 
     host: int
     device: int | None
-    given: bool = False
+    given: frozenset[str] = frozenset()
 
     @staticmethod
     def of(host: str | int | None, device: str | int | None, place: torch.device) -> "Memory":
-        """The budgets as given; else most of what is free now. ``place`` is where the run computes."""
+        """The budgets as given; else most of what is free now. ``place`` is where the run computes.
+
+        Raises:
+            KDPruneError: no amount of memory, or less than the libraries alone take.
+        """
         free = psutil.virtual_memory().available + resident_bytes()
-        given = None if host is None else parse_bytes(host)
-        if given is not None and given <= resident_bytes():
+        most = int(SHARE * free) if host is None else parse_bytes(host)
+        if host is not None and most <= resident_bytes():
             raise KDPruneError(
                 f"got host memory {host}, expected more than {show_bytes(resident_bytes())}, which the libraries alone "
                 "take")
         on_device = None
         if place.type != "cpu":
             on_device = int(SHARE * torch.cuda.mem_get_info(place)[0]) if device is None else parse_bytes(device)
-        return Memory(int(SHARE * free) if given is None else given, on_device, given is not None)
+        given = {name for name, value in (("host", host), ("device", device)) if value is not None}
+        return Memory(most, on_device, frozenset(given))
+
+    def enforce(self, place: torch.device) -> None:
+        """Makes the accelerator refuse more than was given, so that batches halve there; the host cannot."""
+        if "device" in self.given and self.device is not None and place.type == "cuda":
+            total = torch.cuda.mem_get_info(place)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.device / total), place)
 
     def room(self) -> int:
         """What is left of the host's budget now."""
         return max(0, self.host - resident_bytes())
 
     def streams(self, model_bytes: int) -> bool:
-        """Whether a model of this size is read layer by layer: it takes more than its share of a budget."""
-        tightest = min(self.host, self.device or self.host)
+        """Whether a model of this size is read layer by layer: it takes more than its share of what is left."""
+        tightest = min(self.room(), self.device or self.room())
         return model_bytes > MODEL_SHARE * tightest
 
     def holds(self, states_bytes: int) -> bool:
         """Whether states of this size stay in memory; else they are spilled to the work directory."""
         return states_bytes <= STATES_SHARE * self.room()
 
-    def remark(self, peak: int) -> str | None:
-        """One line if ``peak``, in bytes, is above the budget that was given."""
-        if self.given and peak > self.host:
-            return f"the peak of {show_bytes(peak)} is above the host budget of {show_bytes(self.host)}"
+    def remark(self, host_peak: int, device_peak: int) -> str | None:
+        """What is to be said of peaks, in bytes, that are above a budget that was given."""
+        for name, peak, budget in (("host", host_peak, self.host), ("device", device_peak, self.device or 0)):
+            if name in self.given and peak > budget:
+                return f"{show_bytes(peak)} of {name} memory in use, more than the {show_bytes(budget)} allowed"
         return None
 
 

@@ -14,7 +14,6 @@ from kdprune.analysis import Scores
 from kdprune.assemble import Evaluation, analysis_results, evaluate, pruning_results
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import tell
 from kdprune.heal import Heal, kept_heal, make_heal
 from kdprune.identity import tokens_identity
 from kdprune.keeper import Keeper
@@ -32,7 +31,7 @@ from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.resources import make_resources
-from kdprune.runtime import BATCH, Stages, peak_memory_bytes
+from kdprune.runtime import BATCH, Stages
 from kdprune.session import NOTHING, Session, plain_source
 from kdprune.world import start_world
 
@@ -179,8 +178,6 @@ def prune(
                     result.save(output_dir, overwrite)
                 here.barrier()
             keep.work.clean()
-    if (remark := run.memory.remark(peak_memory_bytes())) is not None:
-        tell(remark)
     return result
 
 

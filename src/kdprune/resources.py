@@ -18,7 +18,6 @@ from kdprune.keeper import Keeper
 from kdprune.memory import Memory
 from kdprune.methods.options import check_values, option
 from kdprune.model.loading import load_model
-from kdprune.model.placement import input_device
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
 from kdprune.runtime import resolve_device
@@ -61,7 +60,8 @@ class Resources:
         return Memory.of(self.host_memory, self.device_memory, resolve_device(device))
 
     def load(
-        self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
+        self, model: str | Path | PreTrainedModel, memory: Memory, *, device: str, dtype: str | None,
+        trust_remote_code: bool,
     ) -> PreTrainedModel:
         """The dense model: as it is, spread over devices, or with its layers left in the checkpoint if it is large."""
         if not isinstance(model, str | Path):  # loaded already, or refused there
@@ -70,16 +70,16 @@ class Resources:
             return load_model(
                 model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=self.device_map,
                 max_memory=self._max_memory(), offload_folder=tempfile.gettempdir())
-        if self._streams(model, device, dtype):
+        if self._streams(model, memory, device, dtype):
             return load_streamed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
 
-    def _streams(self, model: str | Path, device: str, dtype: str | None) -> bool:
+    def _streams(self, model: str | Path, memory: Memory, device: str, dtype: str | None) -> bool:
         """Whether the model's layers stay in the checkpoint: it is too large, or a quantised copy has the device."""
         if self.load_in is not None and resolve_device(device).type != "cpu":
             return True
         try:
-            large = self.memory(device).streams(checkpoint_bytes(model, dtype))
+            large = memory.streams(checkpoint_bytes(model, dtype))
         except KDPruneError:  # there is something wrong with the checkpoint: loading it whole says what
             large = False
         return any(world().gather(large))
@@ -104,12 +104,13 @@ class Resources:
         return found or None
 
     @contextlib.contextmanager
-    def keeper(self, about: Mapping[str, Part], model: PreTrainedModel, states_bytes: int) -> Iterator[Keeper]:
+    def keeper(
+        self, about: Mapping[str, Part], model: PreTrainedModel, memory: Memory, states_bytes: int
+    ) -> Iterator[Keeper]:
         """What keeps the stages of a run about these things; without a work directory, files of this run alone."""
         key = digest([code_identity(), {name: part.hash for name, part in about.items()}])
         with contextlib.ExitStack() as stack:
             work = stack.enter_context(self._work(about))
-            memory = self.memory(str(input_device(model)))
             fits = not is_streamed(model) and memory.holds(states_bytes)
             if work.directory is None and not world().agree(fits):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kdprune-")) if world().first else ""

@@ -54,10 +54,15 @@ def generator(seed: int, purpose: int = 0) -> torch.Generator:
 
 def peak_memory_bytes() -> int:
     """High-water mark of this process: resident set on the host plus allocations on the accelerator."""
-    return _host_peak() + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return host_peak_bytes() + device_peak_bytes()
 
 
-def _host_peak() -> int:
+def device_peak_bytes() -> int:
+    """Most that was allocated on the accelerator, in bytes; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def host_peak_bytes() -> int:
     """Largest resident set, in bytes; Linux's own mark can be reset, which the one of getrusage may survive."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -134,12 +139,13 @@ class Stages:
     """Names, times and shows the stages of a run, one progress bar each.
 
     ``seconds`` maps a stage to the wall time spent in it (a stage entered twice adds up); ``reused`` names those whose
-    result an earlier run left behind.
+    result an earlier run left behind. ``watch`` is called with a stage's name when it ends.
     """
 
     show: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
+    watch: Callable[[str], None] = lambda _: None
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
@@ -157,6 +163,7 @@ class Stages:
             # A stage without a known length is complete when it ends.
             progress.update(task, total=total or 1, completed=total or 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.watch(name)
 
     def found(self, name: str) -> None:
         """Notes, and shows, that an earlier run's result of a stage is used."""

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from kdprune.analysis import Scores, score_layers
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
 from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.files import tell
 from kdprune.identity import Part, as_part, tokens_identity
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import collecting, work_device
 from kdprune.resources import BOUNDARIES, Resources, model_part
-from kdprune.runtime import BATCH, Stages
+from kdprune.runtime import BATCH, Stages, device_peak_bytes, host_peak_bytes, resolve_device
 from kdprune.world import world
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
@@ -42,9 +43,13 @@ class Session:
         self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
         self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
         dtype = None if isinstance(model, PreTrainedModel) else dtype
+        self._warned = False
         self.memory = resources.memory(device)
+        self.memory.enforce(resolve_device(device))
+        stages.watch = self._watch
         with stages.stage("load model"):
-            self.model = resources.load(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.model = resources.load(
+                model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             self._collector = resources.collector(
                 model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
@@ -52,6 +57,13 @@ class Session:
             self.name = model.config.name_or_path or type(model).__name__
         else:
             self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def _watch(self, stage: str) -> None:
+        """Says, once, when a stage took more memory than was allowed."""
+        remark = None if self._warned else self.memory.remark(host_peak_bytes(), device_peak_bytes())
+        if remark is not None:
+            self._warned = True
+            tell(f"{remark}; since stage {stage!r}")
 
     def again(self, seed: int, stages: Stages) -> "Session":
         """The same model and tokenizer for a run with another seed and stages of its own."""
@@ -110,7 +122,7 @@ class Session:
                 "states": as_part(resources.load_in or "full precision"),
             }
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
-        return resources.keeper(about, self.model, BOUNDARIES * states)
+        return resources.keeper(about, self.model, self.memory, BOUNDARIES * states)
 
 
 def plain_source(source: Any) -> Any:
