@@ -325,5 +325,5 @@ def test_memory_states_take_no_memory_before_they_are_written() -> None:
 
 
 def test_more_than_memory_holds_is_refused() -> None:
-    with pytest.raises(KDPruneError, match=r"cannot hold the states .* in memory \(1048576 GiB\).*spill"):
+    with pytest.raises(KDPruneError, match=r"cannot hold the states .* in memory \(1024 TiB\).*spill"):
         MemoryStates((2**30, 2**10, 2**8), torch.float32, NAME)

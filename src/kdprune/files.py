@@ -47,12 +47,18 @@ def crc32(path: str | Path, start: int = 0, value: int = 0) -> int:
 
     It is there for accidents, not for attackers, and fast: 4.0 GB/s on one core (BLAKE2b .83, SHA-256 1.7).
     """
+    for piece in pieces(path, start):
+        value = zlib.crc32(piece, value)
+    return value
+
+
+def pieces(path: str | Path, start: int = 0) -> Iterator[memoryview]:
+    """A file's bytes from `start` on, a few at a time; each piece is overwritten by the next."""
     piece = bytearray(PIECE)
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while got := file.readinto(piece):
-            value = zlib.crc32(memoryview(piece)[:got], value)
-    return value
+            yield memoryview(piece)[:got]
 
 
 @contextlib.contextmanager
@@ -92,10 +98,10 @@ def partial_name(path: Path) -> Path:
 
 
 def readable_bytes(count: float) -> str:
-    """ "1.5 GiB", "32 MiB", "96 bytes"."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+    """Three digits in binary units: "1.22 GiB", "32 MiB", "96 bytes"."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:.0f} {unit}"
     return f"{count:.0f} bytes"
 
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import whole_file
+from kdprune.files import pieces, whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # what a checkpoint directory's model is read from
-PIECE = 2**22
 
 
 class Part(NamedTuple):
@@ -117,10 +116,9 @@ def files_identity(folder: str | Path, cache: str | Path | None = None) -> str:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
-    found, piece = hashlib.sha256(), bytearray(PIECE)
-    with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(piece):
-            found.update(memoryview(piece)[:got])
+    found = hashlib.sha256()
+    for piece in pieces(path):
+        found.update(piece)
     return found.hexdigest()
 
 

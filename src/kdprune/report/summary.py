@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from kdprune.files import readable_bytes
 from kdprune.report.records import Number, Pace
 from kdprune.report.results import Results
 
@@ -72,12 +73,7 @@ def times(ratio: float | None) -> str:
 
 def size(number: float | None) -> str:
     """Bytes in binary units: 1310000000 → 1.22 GiB."""
-    if number is None:
-        return MISSING
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= 0.9995 * unit:
-            return f"{_short(number / unit)}{SPACE}{name}"
-    return f"{number:.0f}{SPACE}bytes"
+    return MISSING if number is None else readable_bytes(number).replace(" ", SPACE)
 
 
 def duration(seconds: float | None) -> str:
