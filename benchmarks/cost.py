@@ -28,7 +28,7 @@ from random_checkpoint import write_checkpoint
 from speed import SHAPES
 
 from kdprune.analysis import ENOUGH
-from kdprune.memory import show_bytes
+from kdprune.files import readable_bytes
 from kdprune.methods.kdp import KDP, PRESETS
 from kdprune.runtime import resolve_device
 from kdprune.session import BUNDLED_MODEL
@@ -127,10 +127,10 @@ def page(record: dict[str, Any]) -> str:
         found = record["shapes"][shape]
         forward, seconds = statistics.mean(found["forward_seconds"]), by_step(found)
         cells = [f"{seconds[step] / forward:.2f}" if step in seconds else "–" for step in STEPS]
-        memory = [show_bytes(found["peak_bytes"] - found["device_peak_bytes"])]
+        memory = [readable_bytes(found["peak_bytes"] - found["device_peak_bytes"])]
         if found["device_peak_bytes"]:
-            memory.append(f"{show_bytes(found['device_peak_bytes'])} on the device")
-        size = f"{found['parameters'][0] / 1e6:,.1f} M, {found['dtype']}, {show_bytes(found['model_bytes'])}"
+            memory.append(f"{readable_bytes(found['device_peak_bytes'])} on the device")
+        size = f"{found['parameters'][0] / 1e6:,.1f} M, {found['dtype']}, {readable_bytes(found['model_bytes'])}"
         lines.append(
             f"| {shape} | {size}{', streamed' if found['streamed'] else ''} | {found['tokens']:,} | {forward:.2f} | "
             f"{' | '.join(cells)} | {sum(seconds.values()) / forward:.2f} | {' + '.join(memory)} | "

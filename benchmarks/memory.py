@@ -24,7 +24,7 @@ import torch
 from pruning_run import Job
 from random_checkpoint import write_checkpoint
 
-from kdprune.memory import show_bytes
+from kdprune.files import readable_bytes
 
 HERE = Path(__file__).parent
 TOKENS = (2048, 20480)
@@ -81,15 +81,15 @@ def page(record: dict[str, Any]) -> str:
     for spilled in (True, False):
         rows = [row for row in record["by_tokens"] if row["work_dir"] is spilled]
         for row in rows:
-            lines.append(f"| {'yes' if spilled else 'no'} | {row['tokens']:,} | {show_bytes(row['peak_bytes'])} | "
+            lines.append(f"| {'yes' if spilled else 'no'} | {row['tokens']:,} | {readable_bytes(row['peak_bytes'])} | "
                          f"{row['peak_bytes'] / rows[0]['peak_bytes']:.3f} |")
     lines += ["", "## Against size: the analysis, 512 tokens", "",
               "| shape | weights | budget | read layer by layer | peak memory | of the weights |",
               "|---|---:|---:|---|---:|---:|"]
     for shape, row in record["by_size"].items():
         lines.append(
-            f"| {shape}, {row['dtype']} | {show_bytes(row['model_bytes'])} | {row['budget']} | "
-            f"{'yes' if row['streamed'] else 'no'} | {show_bytes(row['peak_bytes'])} | "
+            f"| {shape}, {row['dtype']} | {readable_bytes(row['model_bytes'])} | {row['budget']} | "
+            f"{'yes' if row['streamed'] else 'no'} | {readable_bytes(row['peak_bytes'])} | "
             f"{row['peak_bytes'] / row['model_bytes']:.2f} |")
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from kdprune.errors import KDPruneError
+from kdprune.files import readable_bytes
 
 SHARE = 0.8  # of the memory that is free at the start, where no budget is given
 MODEL_SHARE = 0.5  # of a budget that a whole model may take; fits and states need the rest
@@ -26,11 +27,6 @@ def parse_bytes(text: str | int) -> int:
     if found <= 0:
         raise KDPruneError(f"got memory {str(text)!r}, expected an amount such as 6GiB or 500MB")
     return found
-
-
-def show_bytes(count: float) -> str:
-    """``"5.93 GiB"``, or MiB below a tenth of it."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,8 @@ class Memory:
         most = int(SHARE * free) if host is None else parse_bytes(host)
         if host is not None and most <= resident_bytes():
             raise KDPruneError(
-                f"got host memory {host}, expected more than {show_bytes(resident_bytes())}, which the libraries alone "
-                "take")
+                f"got host memory {host}, expected more than {readable_bytes(resident_bytes())}, which the libraries "
+                "alone take")
         on_device = None
         if place.type != "cpu":
             on_device = int(SHARE * torch.cuda.mem_get_info(place)[0]) if device is None else parse_bytes(device)
@@ -88,7 +84,7 @@ class Memory:
         """What is to be said of peaks, in bytes, that are above a budget that was given."""
         for name, peak, budget in (("host", host_peak, self.host), ("device", device_peak, self.device or 0)):
             if name in self.given and peak > budget:
-                return f"{show_bytes(peak)} of {name} memory in use, more than the {show_bytes(budget)} allowed"
+                return f"{readable_bytes(peak)} of {name} memory in use, more than the {readable_bytes(budget)} allowed"
         return None
 
 

@@ -4,14 +4,13 @@ The parts are defined in `records`; ``docs/results-schema.md`` lists every field
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from kdprune.errors import KDPruneError
+from kdprune.files import whole_file
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
     Analysis,
@@ -131,16 +130,8 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
     """Write a sibling, then rename it over `path`; on an error nothing half-written is left behind."""
     file, data = Path(path), content.encode() if isinstance(content, str) else content
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(name, 0o644)
-            os.replace(name, file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with whole_file(file) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise KDPruneError(f"cannot write {file}: {error.strerror}") from error
     return file
