@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from families import build
-from tiny_checkpoint import Bench, build_bench
+from tiny_checkpoint import Bench, build_bench, pruned_well
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -38,6 +38,14 @@ def bundled() -> PreTrainedModel:
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A tiny checkpoint with its tokenizer, and text. Shared: do not change it."""
     return build_bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``prune`` of the tiny checkpoint writes without a work directory. Shared: do not change it."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    pruned_well(bench, "none", out)
+    return out
 
 
 @pytest.fixture(scope="module")

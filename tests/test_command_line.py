@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from faults import largest_file
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import Bench, Outcome, command, largest_file, tiny_llama, tree
+from tiny_checkpoint import Bench, Outcome, command, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from kdprune.report.results import Results

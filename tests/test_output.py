@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import largest_file
 from safetensors.torch import save_file
-from tiny_checkpoint import largest_file, tree
+from tiny_checkpoint import tree
 
 from kdprune.errors import KDPruneError
 from kdprune.output import check_output, staged_directory

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults import largest_file
 from safetensors import safe_open
-from tiny_checkpoint import QUICK, Bench, largest_file, random_ids, tiny_llama, tree
+from tiny_checkpoint import QUICK, Bench, random_ids, tiny_llama, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kdprune

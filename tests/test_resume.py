@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_comparison import KDP_FAST, LINEAR, figures, options
-from tiny_checkpoint import Bench, command, tree
+from tiny_checkpoint import Bench, command, prune, pruned_well, same_bits, tree
 
 import kdprune
 from kdprune.comparison import Comparison
@@ -31,46 +32,21 @@ def _quick(one_thread: None) -> None:
     """Tiny matrices."""
 
 
-def prune(bench: Bench, work: Path, out: Path, *flags: object) -> Any:
-    """``kdprune prune`` on the tiny checkpoint with a work directory."""
-    return command("prune", bench.model, "-o", out, "--work-dir", work, *bench.flags, *flags)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a saved model."""
-    return load_file(folder / "model.safetensors")
-
-
-def pruned_well(bench: Bench, work: Path, out: Path) -> None:
-    """A run that has to succeed."""
-    outcome = prune(bench, work, out)
-    assert outcome.status == 0, outcome.err
-
-
-def same_bits(first: Path, second: Path) -> bool:
-    """Whether two saved models hold the same tensors, bit for bit."""
-    one, two = weights(first), weights(second)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.fixture(scope="module")
-def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run without a work directory writes."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    assert command("prune", bench.model, "-o", out, "--work-dir", "none", *bench.flags).status == 0
-    return out
+def finished(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run left behind: "work" and "out". Shared: do not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    pruned_well(bench, folder / "work", folder / "out")
+    return folder
 
 
-def test_a_second_run_finds_everything(bench: Bench, alone: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    first = prune(bench, work, tmp_path / "one")
-    second = prune(bench, work, tmp_path / "two")
-    assert first.status == second.status == 0, first.err + second.err
+def test_a_second_run_finds_everything(bench: Bench, alone: Path, finished: Path, tmp_path: Path) -> None:
+    second = pruned_well(bench, finished / "work", tmp_path / "two")
     assert second.out.count("found in the work directory") >= 3  # analysis, a block's fit, evaluation
-    assert same_bits(tmp_path / "one", tmp_path / "two")
-    assert same_bits(tmp_path / "one", alone)
-    assert not (work / "states").exists()  # bulky, and of no use once the model is written
-    one, two = (Results.load(tmp_path / name) for name in ("one", "two"))
+    assert same_bits(finished / "out", tmp_path / "two")
+    assert same_bits(finished / "out", alone)
+    assert not (finished / "work" / "states").exists()  # bulky, and of no use once the model is written
+    one, two = Results.load(finished / "out"), Results.load(tmp_path / "two")
     assert one.perplexity == two.perplexity
     assert one.fit == two.fit
 
@@ -90,21 +66,19 @@ def test_scores_serve_another_ratio(bench: Bench, tmp_path: Path) -> None:
      (("--dtype", "bfloat16"), "dtype float32 there, bfloat16 here")],
 )
 def test_a_work_directory_of_another_run_is_refused(
-    bench: Bench, tmp_path: Path, flags: tuple[object, ...], reason: str
+    bench: Bench, finished: Path, tmp_path: Path, flags: tuple[object, ...], reason: str
 ) -> None:
-    assert prune(bench, tmp_path / "work", tmp_path / "one").status == 0
-    before = tree(tmp_path / "work" / "stages")
-    outcome = prune(bench, tmp_path / "work", tmp_path / "two", *flags)
+    before = tree(finished / "work" / "stages")
+    outcome = prune(bench, finished / "work", tmp_path / "two", *flags)
     assert outcome.status == 2
     assert outcome.err.count("\n") == 1
     assert "of another run" in outcome.err
     assert re.search(reason, outcome.err), outcome.err
-    assert tree(tmp_path / "work" / "stages") == before
+    assert tree(finished / "work" / "stages") == before
 
 
-def test_a_work_directory_of_another_model_or_version_is_refused(bench: Bench, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    assert prune(bench, work, tmp_path / "one").status == 0
+def test_a_work_directory_of_another_version_is_refused(bench: Bench, finished: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(finished / "work", tmp_path / "work")
     manifest = json.loads((work / "work.json").read_text())
     (work / "work.json").write_text(json.dumps({**manifest, "kdprune": "0.0.1"}))
     outcome = prune(bench, work, tmp_path / "two")
@@ -112,7 +86,9 @@ def test_a_work_directory_of_another_model_or_version_is_refused(bench: Bench, t
     assert f"kdprune 0.0.1 there, {kdprune.__version__} here" in outcome.err
 
 
-@pytest.mark.parametrize("method", ["shortgpt", "streamline", "laco", "slicegpt", "llm-pruner", "replaceme"])
+@pytest.mark.parametrize(  # each kind of edit once: Drop, Substitute, Rewrite, Resize
+    "method", ["shortgpt", "streamline", "laco", "slicegpt",
+               *(pytest.param(name, marks=pytest.mark.slow) for name in ("llm-pruner", "replaceme"))])
 def test_every_methods_result_is_kept(bench: Bench, tmp_path: Path, method: str) -> None:
     flags = ("--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", 12, "--length", 32,
              "--method", method, *(("--epochs", 1) if method in ("streamline",) else ()))
@@ -161,7 +137,7 @@ def killed(run: Callable[[], Any], after: float) -> bool:
 def test_prune_survives_kill_9(bench: Bench, alone: Path, tmp_path: Path, kills: int) -> None:
     draw = random.Random(kills)
     start = time.monotonic()
-    assert prune(bench, tmp_path / "measured", tmp_path / "whole").status == 0
+    pruned_well(bench, tmp_path / "measured", tmp_path / "whole")
     whole = time.monotonic() - start
     count, rounds = 0, 0
     while count < kills:
@@ -226,7 +202,7 @@ def test_two_processes_give_the_result_of_one(bench: Bench, alone: Path, tmp_pat
     processes = launch(bench, tmp_path / "two", tmp_path / "work", ports, *flags)
     ends = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
-    first, second = weights(one), weights(tmp_path / "two")
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-5)

@@ -10,8 +10,7 @@ import torch
 from families import CONFIGS, build
 from faults import flip, largest_file
 from safetensors.torch import load_file
-from test_resume import prune, same_bits
-from tiny_checkpoint import QUICK, Bench, command, random_ids
+from tiny_checkpoint import QUICK, Bench, command, prune, pruned_well, random_ids, same_bits
 
 import kdprune
 from kdprune import memory
@@ -37,8 +36,12 @@ def tensors(result: kdprune.PruneResult, folder: Path) -> dict[str, torch.Tensor
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("name", "context"), [(name, ("attention", "none")[number % 2]) for number, name in enumerate(CONFIGS)])
+FEW = ("llama3.1", "opt-350m", "gpt2")  # every run: layers that differ; tests/test_streaming.py has all families
+
+
+@pytest.mark.parametrize(("name", "context"), [
+    pytest.param(name, ("attention", "none")[number % 2], marks=() if name in FEW else pytest.mark.slow)
+    for number, name in enumerate(CONFIGS)])
 def test_a_streamed_run_gives_the_same_bits(
     name: str, context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,8 +114,7 @@ def states_left(bench: Bench, work: Path, out: Path) -> list[Path]:
     return sorted((work / "states").rglob("*.safetensors"))
 
 
-def test_a_corrupted_chunk_of_states_is_computed_again(bench: Bench, tmp_path: Path) -> None:
-    assert prune(bench, tmp_path / "other", tmp_path / "alone").status == 0
+def test_a_corrupted_chunk_of_states_is_computed_again(bench: Bench, alone: Path, tmp_path: Path) -> None:
     chunks = states_left(bench, tmp_path / "work", tmp_path / "out")
     assert chunks
     flip(chunks[0], -5)
@@ -120,12 +122,11 @@ def test_a_corrupted_chunk_of_states_is_computed_again(bench: Bench, tmp_path: P
     assert outcome.status == 0, outcome.err
     assert "corrupted (checksum)" in outcome.err
     assert "computed again" in outcome.err
-    assert same_bits(tmp_path / "alone", tmp_path / "out")
+    assert same_bits(alone, tmp_path / "out")
 
 
-@pytest.mark.parametrize("size", [4_000, 40_000, 120_000])
-def test_a_full_disk_is_said_and_the_run_goes_on_later(bench: Bench, tmp_path: Path, size: int) -> None:
-    assert prune(bench, tmp_path / "other", tmp_path / "alone").status == 0
+@pytest.mark.parametrize("size", [4_000, pytest.param(40_000, marks=pytest.mark.slow), 120_000])
+def test_a_full_disk_is_said_and_the_run_goes_on_later(bench: Bench, alone: Path, tmp_path: Path, size: int) -> None:
     with largest_file(size):
         outcome = prune(bench, tmp_path / "work", tmp_path / "out")
     assert outcome.status == 2
@@ -133,11 +134,13 @@ def test_a_full_disk_is_said_and_the_run_goes_on_later(bench: Bench, tmp_path: P
     assert outcome.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
-    assert prune(bench, tmp_path / "work", tmp_path / "out").status == 0
-    assert same_bits(tmp_path / "alone", tmp_path / "out")
+    pruned_well(bench, tmp_path / "work", tmp_path / "out")
+    assert same_bits(alone, tmp_path / "out")
 
 
-def test_a_model_in_use_elsewhere_keeps_nothing(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_use_elsewhere_keeps_nothing(
+    bench: Bench, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KDPRUNE_CACHE", str(tmp_path / "cache"))
     assert command("prune", bench.model, "-o", tmp_path / "one", *bench.flags).status == 0
     work, = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -152,4 +155,4 @@ def test_a_model_in_use_elsewhere_keeps_nothing(bench: Bench, tmp_path: Path, mo
     assert "is using" in refused.err
     assert outcome.status == 0, outcome.err
     assert "in use by another run" in outcome.err
-    assert same_bits(tmp_path / "one", tmp_path / "two")
+    assert same_bits(alone, tmp_path / "two")

@@ -17,10 +17,11 @@ import psutil
 import pytest
 import torch
 from families import CONFIGS, build
+from faults import largest_file
 from pruned import PLACES, edits
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import Bench, largest_file, tree
+from tiny_checkpoint import Bench, tree
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kdprune.assemble import analysis_results, evaluate, pruning_results

@@ -2,13 +2,12 @@
 
 import contextlib
 import io
-import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -59,6 +58,24 @@ def command(*arguments: object) -> Outcome:
     return Outcome(status, out.getvalue(), err.getvalue())
 
 
+def prune(bench: Bench, work: Path | str, out: Path, *flags: object) -> Outcome:
+    """``kdprune prune`` on the tiny checkpoint with a work directory, or "none"."""
+    return command("prune", bench.model, "-o", out, "--work-dir", work, *bench.flags, *flags)
+
+
+def pruned_well(bench: Bench, work: Path | str, out: Path, *flags: object) -> Outcome:
+    """The same where it has to succeed."""
+    outcome = prune(bench, work, out, *flags)
+    assert outcome.status == 0, outcome.err
+    return outcome
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether two saved models hold the same tensors, bit for bit."""
+    one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 def tiny_llama(layers: int = 6, **options: Any) -> LlamaForCausalLM:
     """A seeded random Llama whose layers matter: width 32, 64 positions."""
     config = LlamaConfig(
@@ -96,17 +113,6 @@ def build_bench(directory: Path) -> Bench:
 def random_ids(rows: int = 12, length: int = 32, seed: int = 0) -> torch.Tensor:
     """Token ids (rows, length) the tiny model knows, without the padding id, whose embedding is zero."""
     return torch.randint(1, WORDS, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """For a while the system refuses every file larger than this, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def tree(directory: Path) -> dict[str, bytes | None]:
