@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from random_checkpoint import write_checkpoint
 from kdprune.files import readable_bytes
 
 HERE = Path(__file__).parent
-TOKENS = (2048, 20480)
-OPTIONS = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 2048}
+TOKENS = (1024, 10240)
+OPTIONS = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512}
 SIZES = {"0.1b": "float32", "1b": "float32", "7b": "bfloat16"}
 BUDGET = {"0.1b": "1GiB", "1b": "4GiB", "7b": "4GiB"}
 
@@ -54,22 +55,19 @@ def kept(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in names} | {"budget": found["job"]["host_memory"]}
 
 
-def by_tokens(shape: str, folder: Path, checkpoints: Path) -> list[dict[str, Any]]:
+def by_tokens(shape: str, folder: Path, checkpoints: Path) -> Iterator[dict[str, Any]]:
     """Runs with and without a work directory at both numbers of tokens."""
-    rows = []
     for count in TOKENS:
-        job = Job(model=str(checkpoint(shape, checkpoints)), tokens=count, length=128, once=2048, options=OPTIONS)
-        rows += [{"work_dir": True, **with_work_dir(job, folder)}, {"work_dir": False, **kept(job.start())}]
-    return rows
+        job = Job(model=str(checkpoint(shape, checkpoints)), tokens=count, length=128, once=1024, options=OPTIONS)
+        yield {"work_dir": True, **with_work_dir(job, folder)}
+        yield {"work_dir": False, **kept(job.start())}
 
 
-def by_size(folder: Path, checkpoints: Path, shapes: list[str]) -> dict[str, dict[str, Any]]:
-    """The analysis of each shape, read layer by layer."""
-    return {
-        shape: with_work_dir(
-            Job(model=str(checkpoint(shape, checkpoints)), tokens=512, length=128, host_memory=BUDGET[shape],
-                stop="analyse"), folder)
-        for shape in shapes}
+def of_size(shape: str, folder: Path, checkpoints: Path) -> dict[str, Any]:
+    """The analysis of a shape, read layer by layer."""
+    return with_work_dir(
+        Job(model=str(checkpoint(shape, checkpoints)), tokens=512, length=128, host_memory=BUDGET[shape],
+            stop="analyse"), folder)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -94,6 +92,12 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(record: dict[str, Any], file: Path) -> None:
+    """The record and its page, after every run."""
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(page(record), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SIZES, default="0.1b", help="of the table against tokens")
@@ -109,17 +113,21 @@ def main() -> None:
         return
     device = torch.device("cpu")
     file = given.out / f"memory_{hardware.name(device)}_{hardware.month()}.json"
-    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"by_tokens": [], "by_size": {}}
+    record: dict[str, Any] = {"shape": given.shape, "by_tokens": [], "by_size": {}}
+    record |= json.loads(file.read_text()) if file.is_file() else {}
     record |= {**hardware.facts(device), "command": shlex.join(["python", "benchmarks/memory.py"])}
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         checkpoints = given.checkpoints or folder
         if given.only != "size":
-            record |= {"shape": given.shape, "by_tokens": by_tokens(given.shape, folder, checkpoints)}
+            record |= {"shape": given.shape, "by_tokens": []}
+            for row in by_tokens(given.shape, folder, checkpoints):
+                record["by_tokens"].append(row)
+                write(record, file)
         if given.only != "tokens":
-            record["by_size"] |= by_size(folder, checkpoints, given.sizes)
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(page(record), encoding="utf-8")
+            for shape in given.sizes:
+                record["by_size"][shape] = of_size(shape, folder, checkpoints)
+                write(record, file)
     print(file.with_suffix(".md").read_text(), file=sys.stdout)
 
 
