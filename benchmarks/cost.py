@@ -146,7 +146,7 @@ def projection(found: dict[str, Any], shapes: list[str]) -> list[str]:
     steps = ("analyse", "layer states", "kernel", "refine")
     lines = [f"## The default's epochs over {MILLION:,} tokens", "",
              f"From the runs above: states and refinement go with the tokens, analysis takes {ENOUGH:,} of them, "
-             "step 1 its own number; epochs and tokens of step 1 are scaled as if all of it went with them, which is too "
+             "step 1 its own number; step 1 is scaled as if all of it went with its tokens and epochs, which is too "
              "much where solving for the operators is most of it. Without rest and saving. In forward passes over the "
              "million. ~: not run so.", "",
              f"| shape | {' | '.join(steps)} | all |", "|---" + "|---:" * 5 + "|"]

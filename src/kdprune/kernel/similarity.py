@@ -11,8 +11,8 @@ def u_centre(grams: Tensor) -> Tensor:
         K̃_ij = K_ij − Σ_l K_il/(n−2) − Σ_l K_lj/(n−2) + Σ_lm K_lm/((n−1)(n−2)),  i ≠ j;  K̃_ii = 0,
         HSIC₁(K, M) = ⟨K̃, M̃⟩ / (n(n−3)).
 
-    The sums alone would do for HSIC₁, without a centred matrix; but one token of a large norm makes them cancel to
-    less than float32 holds, and such tokens are the rule.
+    The sums alone would do for HSIC₁, without a centred matrix; but one token of a large norm makes them cancel, which
+    costs two of float32's digits, and such tokens are the rule.
 
     Args:
         grams: symmetric, shape (…, n, n), n ≥ 4. Sources: Székely & Rizzo 2014; Song et al. 2012 (the estimator).
