@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import kdprune
+from kdprune import pipeline
 
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -55,6 +56,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def no_pictures() -> Iterator[None]:
+    """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "write_page", lambda results, path: Path(path).write_text("no pictures"))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

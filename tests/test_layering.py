@@ -10,7 +10,7 @@ import kdprune
 ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
-    ("errors",), ("files",), ("runtime", "output", "world", "memory"), ("text",), ("data",),
+    ("errors",), ("files",), ("runtime", "output", "world", "memory", "tensors"), ("text",), ("data",),
     ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
     ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
     ("assemble",), ("resources",), ("recipe",), ("session",), ("heal",), ("pipeline",), ("variants",), ("units",),

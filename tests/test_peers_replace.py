@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from kdprune.analysis import score_layers
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.gradients import Sums
 from kdprune.methods import METHODS
 from kdprune.methods.block_data import block_states
 from kdprune.methods.linear import Linear, fit_affine
@@ -29,7 +30,7 @@ from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypassed
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, Sums, fit
+from kdprune.training import Schedule, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -28,8 +28,8 @@ from kdprune.report.results import Results
 
 
 @pytest.fixture(autouse=True)
-def _quick(one_thread: None) -> None:
-    """Tiny matrices."""
+def _quick(one_thread: None, no_pictures: None) -> None:
+    """Tiny matrices, many runs."""
 
 
 @pytest.fixture(scope="module")

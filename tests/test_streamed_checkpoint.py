@@ -30,10 +30,12 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.result import MethodResult
-from kdprune.model.checkpoint import _write_tensors, save_model, verify
+from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.families import decoder_layers
 from kdprune.model.loading import load_model
-from kdprune.model.streaming import Scratch, Source, is_streamed, layer_bytes, load_streamed, set_scratch
+from kdprune.model.streaming import Scratch, Source, is_streamed, load_streamed, set_scratch
 from kdprune.model.surgery import Drop, apply_edits
+from kdprune.model.weights import write_tensors
 from kdprune.output import staged_directory
 from kdprune.pipeline import PruneResult
 from kdprune.report import summary
@@ -96,7 +98,7 @@ def within_a_layer(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, besi
     with monkeypatch.context() as patch:
         patch.setattr(Source, "read", counted)
         yield
-    assert 0 < most <= layer_bytes(model) + beside
+    assert 0 < most <= beside + max(sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model))
 
 
 # --------------------------------------------------------------------------------------- saving
@@ -123,7 +125,7 @@ def test_weights_of_every_dtype_are_laid_out_as_by_the_library(tmp_path: Path) -
              torch.int8, torch.uint8, torch.bool]
     tensors = {f"{number}.é\"\\": torch.arange(number + 1).to(kind) for number, kind in enumerate(kinds)}
     tensors |= {"scalar": torch.tensor(2.5), "none": torch.zeros(0, 3)}
-    _write_tensors(tensors, tmp_path / "own")
+    write_tensors(tensors, tmp_path / "own", torch.Tensor.cpu)
     save_file(tensors, tmp_path / "library", metadata={"format": "pt"})
     assert (tmp_path / "own").read_bytes() == (tmp_path / "library").read_bytes()
 

@@ -25,7 +25,6 @@ from kdprune.model.streaming import (
     Scratch,
     checkpoint_bytes,
     is_streamed,
-    layer_bytes,
     load_streamed,
     resident,
     set_scratch,
@@ -113,8 +112,6 @@ def test_sizes_are_read_from_the_headers(saved: Saved, name: str) -> None:
     model = load_model(saved[name], device="cpu")
     assert checkpoint_bytes(saved[name]) == sum(p.numel() * 4 for p in model.parameters())
     assert checkpoint_bytes(saved[name], "bfloat16") * 2 == checkpoint_bytes(saved[name])
-    largest = max(sum(p.numel() * 4 for p in layer.parameters()) for layer in decoder_layers(model))
-    assert layer_bytes(model) == layer_bytes(load_streamed(saved[name], device="cpu")) == largest
 
 
 def test_names_without_the_prefix_of_the_base_model(saved: Saved, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from kdprune import training
 from kdprune.checkpoints import Checkpoint
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.gradients import Sums
 from kdprune.heal import Heal, heal
 from kdprune.model.surgery import Substitute, apply_edits
 from kdprune.runtime import Stages
-from kdprune.training import Schedule, Sums, fit
+from kdprune.training import Schedule, fit
 from kdprune.world import start_world, world
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kdprune.files import crc32, tell, whole_file
+from kdprune.files import Notify, crc32, tell, whole_file
 
 
 class Checkpoint:
@@ -23,7 +23,7 @@ class Checkpoint:
 
     def __init__(
         self, path: Path | None, stage: str = "", seconds: float = 30.0, *, writes: bool = True,
-        agree: Callable[[bool], bool] = bool, notify: Callable[[str], None] = tell,
+        agree: Callable[[bool], bool] = bool, notify: Notify = tell,
     ):
         self.path, self.stage, self.seconds = path, stage, seconds
         self.writes, self.agree, self.notify = writes, agree, notify

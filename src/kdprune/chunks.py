@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import LongTensor, Tensor
 
 from kdprune.files import crc32, whole_file
+from kdprune.tensors import raw_bytes
 
 TENSOR = "states"  # the one tensor in a file
 
@@ -62,7 +63,7 @@ class Chunk:
             with open(self.path, "rb", buffering=0) as file:
                 for place, target in zip(places, targets, strict=True):
                     file.seek(self.offset + place * size)
-                    if file.readinto(_bytes(into[target])) != size:
+                    if file.readinto(raw_bytes(into[target])) != size:
                         raise BrokenChunk("is corrupted (too short)")
         except FileNotFoundError:
             raise BrokenChunk("is missing") from None
@@ -81,7 +82,7 @@ def write_chunk(folder: Path, number: int, rows: LongTensor, values: Tensor, wha
     """
     text = rows_text(rows)
     path = folder / f"{number:06d}-{zlib.crc32(text.encode()):08x}.safetensors"
-    checksum = zlib.crc32(text.encode(), zlib.crc32(_bytes(values)))
+    checksum = zlib.crc32(text.encode(), zlib.crc32(raw_bytes(values)))
     with whole_file(path, what, advice) as partial:
         save_file({TENSOR: values}, partial, metadata={"rows": text, "crc32": f"{checksum:08x}"})
         offset = partial.stat().st_size - values.nbytes
@@ -119,8 +120,3 @@ def _rows(text: str) -> LongTensor:
     first, colon, last = text.partition(":")
     numbers = range(int(first), int(last)) if colon else [int(row) for row in text.split(",")]
     return torch.tensor(numbers)  # type: ignore[return-value]
-
-
-def _bytes(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, not a copy; bfloat16 has no numpy form, its bytes do."""
-    return memoryview(values.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ REFUSALS = (
 )
 PARTIAL = ".partial-"  # in the name of everything that is still being written
 PIECE = 2**20  # bytes read at once: a checksum needs no more memory than that
+Notify = Callable[[str], None]  # is told in one line what went wrong and was mended
 
 
 def refusal(error: BaseException) -> str | None:
@@ -106,5 +107,5 @@ def readable_bytes(count: float) -> str:
 
 
 def tell(line: str) -> None:
-    """The default of every ``notify``: a line among the messages."""
+    """The default of every :data:`Notify`: a line among the messages."""
     print(f"kdprune: {line}", file=sys.stderr)

@@ -8,6 +8,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from kdprune.errors import KDPruneError
+from kdprune.files import Notify
 from kdprune.world import world
 
 
@@ -44,7 +45,7 @@ class Gradients:
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], measure: Measure, mine: Callable[[Tensor], Tensor], part: int,
-        name: str, notify: Callable[[str], None],
+        name: str, notify: Notify,
     ):
         self.parameters, self.measure, self.mine, self.part = parameters, measure, mine, part
         self.name, self.notify = name, notify

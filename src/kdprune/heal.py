@@ -21,6 +21,7 @@ from kdprune.checkpoints import Checkpoint
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
+from kdprune.gradients import Sums
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.methods.options import check_values, option
@@ -28,7 +29,7 @@ from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.runtime import Stages, generator
-from kdprune.training import Schedule, Sums, fit
+from kdprune.training import Schedule, fit
 from kdprune.world import world
 
 _PURPOSE = 1_000  # of the generator: its draws disturb no method's

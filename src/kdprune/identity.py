@@ -65,7 +65,7 @@ def code_identity() -> str:
 
 def tokens_identity(tokens: TokenSet) -> str:
     """A hash of the tokens themselves, whatever file they came from."""
-    found = hashlib.sha256(tokens.source.encode())
+    found = hashlib.sha256(f"{tokens.source} {tokens.bos}".encode())  # windows of perplexity start with bos
     for part in (tokens.ids, tokens.mask):
         _feed(found, part)
     return found.hexdigest()
@@ -75,7 +75,8 @@ def model_identity(model: PreTrainedModel) -> str:
     """A hash of architecture and weights, wherever the model was loaded from."""
     left_out = ("_name_or_path", "transformers_version")
     config = {key: value for key, value in model.config.to_dict().items() if key not in left_out}
-    found = hashlib.sha256(digest([type(model).__name__, config]).encode())
+    attention = getattr(model.config, "_attn_implementation", None)  # to_dict leaves it out; last bits follow from it
+    found = hashlib.sha256(digest([type(model).__name__, config, attention]).encode())
     for name, weight in model.named_parameters():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         _feed(found, weight)

@@ -1,5 +1,6 @@
 """Memory budgets: what is held in memory, what is streamed or spilled, and whether that was enough."""
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -49,15 +50,18 @@ class Memory:
         Raises:
             KDPruneError: no amount of memory, or less than the libraries alone take.
         """
-        free = psutil.virtual_memory().available + resident_bytes()
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of the run that share this host
+        free = psutil.virtual_memory().available // beside + resident_bytes()
         most = int(SHARE * free) if host is None else parse_bytes(host)
         if host is not None and most <= resident_bytes():
             raise KDPruneError(
                 f"got host memory {host}, expected more than {readable_bytes(resident_bytes())}, which the libraries "
                 "alone take")
-        on_device = None
-        if place.type != "cpu":
-            on_device = int(SHARE * torch.cuda.mem_get_info(place)[0]) if device is None else parse_bytes(device)
+        on_device = None if device is None else parse_bytes(device)
+        if place.type == "cpu":
+            on_device = None
+        elif on_device is None:
+            on_device = int(SHARE * torch.cuda.mem_get_info(place)[0])
         given = {name for name, value in (("host", host), ("device", device)) if value is not None}
         return Memory(most, on_device, frozenset(given))
 
@@ -66,6 +70,11 @@ class Memory:
         if "device" in self.given and self.device is not None and place.type == "cuda":
             total = torch.cuda.mem_get_info(place)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.device / total), place)
+
+    def lift(self, place: torch.device) -> None:
+        """Undoes :meth:`enforce`: the process goes on after the run."""
+        if "device" in self.given and place.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, place)
 
     def room(self) -> int:
         """What is left of the host's budget now."""

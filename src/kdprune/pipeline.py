@@ -153,8 +153,10 @@ def prune(
         "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
         "load_in": load_in})
     here = start_world(device)
-    if output_dir is not None and here.first:
-        check_output(output_dir, overwrite)
+    if output_dir is not None:
+        resources.check_apart(output_dir)
+        if here.first:
+            check_output(output_dir, overwrite)
     stages = Stages(show=progress and here.first)
     run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)
@@ -234,7 +236,8 @@ def evaluated(
 ) -> Evaluation:
     """Both models measured, found again or made."""
     healing = None if heal is None else dataclasses.asdict(heal)
-    key = keep.key("evaluation", method_identity(method), healing, tokens_identity(text))
+    reader = None if run.tokenizer is None else [type(run.tokenizer).__name__, run.tokenizer.name_or_path]  # of samples
+    key = keep.key("evaluation", method_identity(method), healing, tokens_identity(text), reader)
     if keep.work.find("evaluation", key) is not None:
         run.stages.found("evaluate")
     return keep.work.record(
@@ -276,8 +279,10 @@ def analyze(
         "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
         "load_in": load_in})
     here = start_world(device)
-    if output_dir is not None and here.first:
-        check_output(output_dir, overwrite)
+    if output_dir is not None:
+        resources.check_apart(output_dir)
+        if here.first:
+            check_output(output_dir, overwrite)
     stages = Stages(show=progress and here.first)
     run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)

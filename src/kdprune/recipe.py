@@ -22,6 +22,7 @@ RUN_OPTIONS: Mapping[str, Any] = {
     "trust_remote_code": bool, "heal": Literal["lm", "kl"], "heal_what": Literal["stand-ins", "lora"],
     "heal_tokens": int, "heal_rate": float, "heal_batch": int, "heal_rank": int, "heal_alpha": float,
     **{field.name: field.type for field in dataclasses.fields(Resources)},
+    "work_dir": str | Path, "host_memory": str | int, "device_memory": str | int,
 }
 
 

@@ -4,10 +4,11 @@ import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+from accelerate.utils import get_max_memory
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -15,7 +16,7 @@ from kdprune.errors import KDPruneError
 from kdprune.files import tell
 from kdprune.identity import Part, code_identity, digest, files_identity, model_identity
 from kdprune.keeper import Keeper
-from kdprune.memory import Memory
+from kdprune.memory import Memory, parse_bytes
 from kdprune.methods.options import check_values, option
 from kdprune.model.loading import load_model
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
@@ -50,10 +51,19 @@ class Resources:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.work_dir == "":
+            raise KDPruneError("got an empty work_dir, expected a directory, or none")
 
     def options(self) -> dict[str, str | None]:
         """These options as the record has them; where things are kept is no part of it."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work_dir"}
+
+    def check_apart(self, output_dir: str | Path) -> None:
+        """Raises KDPruneError for a work directory in the output's place, which is written whole at the end."""
+        if self.work_dir not in (None, NONE, AUTO):
+            work, output = Path(str(self.work_dir)).resolve(), Path(output_dir).resolve()
+            if output in (work, *work.parents):
+                raise KDPruneError(f"got work directory {self.work_dir} in output {output_dir}, expected it elsewhere")
 
     def memory(self, device: str) -> Memory:
         """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""
@@ -95,20 +105,23 @@ class Resources:
         return load_quantised(model, bits, backend, device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def _max_memory(self) -> dict[int | str, int | str] | None:
-        """The budgets in transformers' form."""
-        found: dict[int | str, int | str] = {}
+        """The budgets in transformers' form, which leaves a device alone that it does not name."""
+        if self.host_memory is None and self.device_memory is None:
+            return None
+        found = dict(get_max_memory())
         if self.host_memory is not None:
-            found["cpu"] = self.host_memory
+            found["cpu"] = parse_bytes(self.host_memory)
         if self.device_memory is not None:
-            found |= dict.fromkeys(range(torch.accelerator.device_count()), self.device_memory)
-        return found or None
+            found |= dict.fromkeys((name for name in found if name != "cpu"), parse_bytes(self.device_memory))
+        return found
 
     @contextlib.contextmanager
     def keeper(
         self, about: Mapping[str, Part], model: PreTrainedModel, memory: Memory, states_bytes: int
     ) -> Iterator[Keeper]:
         """What keeps the stages of a run about these things; without a work directory, files of this run alone."""
-        key = digest([code_identity(), {name: part.hash for name, part in about.items()}])
+        libraries = [version(name) for name in ("torch", "transformers")]
+        key = digest([code_identity(), libraries, {name: part.hash for name, part in about.items()}])
         with contextlib.ExitStack() as stack:
             work = stack.enter_context(self._work(about))
             fits = not is_streamed(model) and memory.holds(states_bytes)

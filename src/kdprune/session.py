@@ -1,8 +1,9 @@
 """What a run works on: the dense model, its tokenizer and its texts, loaded as the user named them."""
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from kdprune.analysis import Scores, score_layers
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
 from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.files import tell
-from kdprune.identity import Part, as_part, tokens_identity
+from kdprune.identity import Part, as_part, digest, model_identity, tokens_identity
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method, RankedMethod
 from kdprune.model.loading import load_tokenizer
-from kdprune.model.placement import collecting, work_device
+from kdprune.model.placement import collecting, reads_weights, work_device
 from kdprune.resources import BOUNDARIES, Resources, model_part
 from kdprune.runtime import BATCH, Stages, device_peak_bytes, host_peak_bytes, resolve_device
 from kdprune.world import world
@@ -43,9 +44,9 @@ class Session:
         self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
         self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
         dtype = None if isinstance(model, PreTrainedModel) else dtype
-        self._warned = False
-        self.memory = resources.memory(device)
-        self.memory.enforce(resolve_device(device))
+        self._warned, self._before = False, (host_peak_bytes(), device_peak_bytes())
+        self.memory, self._place = resources.memory(device), resolve_device(device)
+        self.memory.enforce(self._place)
         stages.watch = self._watch
         with stages.stage("load model"):
             self.model = resources.load(
@@ -60,7 +61,9 @@ class Session:
 
     def _watch(self, stage: str) -> None:
         """Says, once, when a stage took more memory than was allowed."""
-        remark = None if self._warned else self.memory.remark(host_peak_bytes(), device_peak_bytes())
+        peaks = (host_peak_bytes(), device_peak_bytes())
+        grown = [peak if peak > before else 0 for peak, before in zip(peaks, self._before, strict=True)]  # by this run
+        remark = None if self._warned else self.memory.remark(*grown)
         if remark is not None:
             self._warned = True
             tell(f"{remark}; since stage {stage!r}")
@@ -107,7 +110,14 @@ class Session:
         """Inside, layer states come from the quantised model, if there is one."""
         return collecting(self.model, self._collector or self.model)
 
-    def keeper(self, tokens: TokenSet) -> AbstractContextManager[Keeper]:
+    def weights_identity(self) -> str:
+        """A hash of the model: of its weights, or of its files and dtype where it is not in memory whole."""
+        if not reads_weights(self.model):
+            return model_identity(self.model)
+        return digest([model_part(self._source, self.model, self.name).hash, str(self.model.dtype)])
+
+    @contextlib.contextmanager
+    def keeper(self, tokens: TokenSet) -> Iterator[Keeper]:
         """What keeps this run's stages: under its model, calibration tokens, dtype and seed."""
         resources = self.resources
         about = {}
@@ -122,7 +132,11 @@ class Session:
                 "states": as_part(resources.load_in or "full precision"),
             }
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
-        return resources.keeper(about, self.model, self.memory, BOUNDARIES * states)
+        try:
+            with resources.keeper(about, self.model, self.memory, BOUNDARIES * states) as keep:
+                yield keep
+        finally:
+            self.memory.lift(self._place)
 
 
 def plain_source(source: Any) -> Any:

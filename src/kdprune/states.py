@@ -13,10 +13,9 @@ from torch import BoolTensor, LongTensor, Tensor
 
 from kdprune.chunks import BrokenChunk, Chunk, open_chunk, rows_text, write_chunk
 from kdprune.errors import KDPruneError
-from kdprune.files import readable_bytes, tell
+from kdprune.files import Notify, readable_bytes, tell
 
 Recompute = Callable[[LongTensor], Tensor]
-Notify = Callable[[str], None]
 Rows = slice | Tensor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdprune.checkpoints import Checkpoint
 from kdprune.errors import KDPruneError
-from kdprune.files import tell
+from kdprune.files import Notify, tell
 from kdprune.gradients import Gradients, Measure, Sums
 from kdprune.world import world
 
@@ -59,7 +59,7 @@ def fit(
     on_epoch: OnEpoch | None = None,
     mine: Callable[[Tensor], Tensor] = lambda rows: rows,
     checkpoint: Checkpoint | None = None,
-    notify: Callable[[str], None] = tell,
+    notify: Notify = tell,
 ) -> dict[str, list[float]]:
     """Minimises the mean of ``measure(rows)``'s ``"loss"`` over mini-batches of row numbers.
 

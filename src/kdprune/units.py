@@ -16,7 +16,7 @@ from kdprune.data import TokenSet
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.evaluation.tasks import run_suite
-from kdprune.identity import code_identity, digest, model_identity, tokens_identity
+from kdprune.identity import code_identity, digest, tokens_identity
 from kdprune.methods.method import RankedMethod
 from kdprune.model.families import decoder_layers
 from kdprune.pipeline import RunOutcome, run_method
@@ -100,7 +100,7 @@ class Bench:
     def __init__(self, session: Session, texts: Texts, protocol: Protocol, store: Store, show: bool):
         self.session, self.texts, self.protocol, self.store, self.show = session, texts, protocol, store, show
         self._common = digest([
-            code_identity(), software_versions(), COMPARISON_VERSION, model_identity(session.model),
+            code_identity(), software_versions(), COMPARISON_VERSION, session.weights_identity(),
             str(session.model.device), protocol.identity(),
         ])
         self._tokens: dict[Any, TokenSet] = {}

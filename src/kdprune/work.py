@@ -245,7 +245,7 @@ class Work:
             else:
                 self._write_manifest(folder / MANIFEST)
             for left in [path for path in folder.rglob(".*") if LEFT.search(path.name)]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)  # gone with its folder
         except OSError as error:
             raise KDPruneError(
                 f"cannot use work directory {folder}: {error.strerror or error}; choose another --work-dir") from error

@@ -49,7 +49,7 @@ def fit_blocks(
     identity = plan.identity()
     names = [f"fit-{block.start}-{block.stop}" for block in plan.blocks]
     keys = [keep.key("kdp", identity, number) for number in range(len(names))]
-    lazy = _States(model, tokens, plan, seed, stages, batch_size, keep, identity)
+    lazy = _Supply(model, tokens, plan, seed, stages, batch_size, keep, identity)
     done: list[MethodResult] = []
     for number, (name, key) in enumerate(zip(names, keys, strict=True)):
         edits = [edit for part in done for edit in part.edits]
@@ -58,7 +58,7 @@ def fit_blocks(
 
 
 @dataclass
-class _States:
+class _Supply:
     """States and shared kernels of the plan, collected when the first block asks for them."""
 
     model: PreTrainedModel

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from kdprune.checkpoints import Checkpoint
+from kdprune.gradients import Sums
 from kdprune.kernel.features import FourierFeatures, effective_rank
 from kdprune.kernel.operators import LinearDynamics, Moments
-from kdprune.training import Checkpoint, Schedule, Sums, fit
+from kdprune.training import Schedule, fit
 from kdprune.world import world
 
 CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
@@ -152,7 +154,7 @@ def fit_dynamics(
     trained = [*(features.parameters() if learn_kernel else []), *(p for block in blocks for p in block.parameters())]
     if parts.operators:
         curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
-                     mine=lambda chosen: chosen[world().rank :: world().size], checkpoint=checkpoint)
+                     mine=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
     else:
         with torch.no_grad():
             curves = {key: [value] for key, value in measure(torch.arange(tokens)).means().items()}

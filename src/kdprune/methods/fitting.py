@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kdprune.checkpoints import Checkpoint
+from kdprune.gradients import Measure, Sums
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
@@ -19,7 +21,7 @@ from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
-from kdprune.training import Checkpoint, Measure, Schedule, Sums, advancing, fit
+from kdprune.training import Schedule, advancing, fit
 from kdprune.world import world
 
 Checkpoints = Callable[[str], Checkpoint | None]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.gradients import Sums
 from kdprune.keeper import Keeper
 from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import candidates, check_rows, choose
@@ -19,13 +20,14 @@ from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import named, read
-from kdprune.model.activations import recorded, run
+from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, normalises_behind
+from kdprune.model.passes import run
 from kdprune.model.placement import collector_of, input_device, work_device
 from kdprune.model.streaming import resident
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.runtime import Stages, generator
-from kdprune.training import Schedule, Sums, advancing, fit
+from kdprune.training import Schedule, advancing, fit
 
 # From a batch to (M, h_s − M, h_e) of its real tokens, each (n, d).
 Interface = Callable[[TokenSet], tuple[Tensor, Tensor, Tensor]]

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
+from kdprune.gradients import Measure, Sums
 from kdprune.kernel.features import rms_normalize
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Substitute, context_layer, plain_copy
-from kdprune.training import Measure, Sums
 from kdprune.world import world
 
 PASS_ROWS = 32  # rows a pass when nothing is trained

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import tell
+from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.layerwise import streamed_states
-from kdprune.model.passes import Arguments, Notify, RowLimit, entering, joined, let_pass, run, standing_in
+from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run, standing_in
 from kdprune.model.placement import collector_of, input_device
 from kdprune.model.streaming import Scratch, is_streamed
 

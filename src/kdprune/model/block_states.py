@@ -9,9 +9,9 @@ from torch import BoolTensor, LongTensor, Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
-from kdprune.files import tell
+from kdprune.files import Notify, tell
 from kdprune.model.activations import layer_states, place
-from kdprune.states import Notify, States, open_states
+from kdprune.states import States, open_states
 from kdprune.world import world
 
 Home = Callable[[int], Path | None]  # boundary → folder its states are spilled to; None: memory
@@ -72,13 +72,7 @@ def collect_block_states(
         notify: told in one line what was found damaged. advance: told the number of rows done.
     """
     walk = _Walk(model, tokens, batch_size, advance)
-    shape = (*tokens.ids.shape, model.config.hidden_size)
-    ends = {
-        index: open_states(
-            shape, model.dtype, f"the states {place(index, model)}", home(index), recompute=walk.states_of(index),
-            notify=notify)
-        for block in blocks for index in (block.start, block.stop)
-    }
+    ends = {index: walk.opened(index, home, notify) for block in blocks for index in (block.start, block.stop)}
     paths = walk.run(ends, blocks, path)
     dealt = torch.zeros(len(tokens), dtype=torch.bool)
     dealt[world().share(len(tokens), batch_size)] = True
@@ -99,10 +93,7 @@ def boundary_states(
 ) -> States:
     """The states at one boundary of all rows (this process's share of them); arguments as above."""
     walk = _Walk(model, tokens, batch_size, advance)
-    shape = (*tokens.ids.shape, model.config.hidden_size)
-    states = open_states(
-        shape, model.dtype, f"the states {place(index, model)}", home(index), recompute=walk.states_of(index),
-        notify=notify)
+    states = walk.opened(index, home, notify)
     walk.run({index: states}, [], PathRows(0, 0))
     return states
 
@@ -115,6 +106,12 @@ class _Walk:
     tokens: TokenSet
     batch_size: int
     advance: Callable[[int], None]
+
+    def opened(self, index: int, home: Home, notify: Notify) -> States:
+        """Room for the states at this boundary, with what is in its home already."""
+        return open_states(
+            (*self.tokens.ids.shape, self.model.config.hidden_size), self.model.dtype,
+            f"the states {place(index, self.model)}", home(index), recompute=self.states_of(index), notify=notify)
 
     def run(
         self, ends: Mapping[int, States], blocks: Sequence[range], path: PathRows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,9 @@ from .families import family_of
 from .layerwise import forward_streamed
 from .placement import input_device, is_dispatched, sourced
 from .streaming import is_streamed, load_streamed, source_of
+from .weights import write_tensors
 
 SHARD = "5GB"  # most of the weights that one file holds
-# What safetensors calls a dtype, in the order in which its own writer puts the tensors of a file.
-_DTYPES = {
-    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
-    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def save_model(
@@ -85,7 +81,7 @@ def _stream_weights(model: PreTrainedModel, directory: Path, max_shard_size: int
     state = _state(model)
     shards = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
     for file, names in shards.filename_to_tensors.items():
-        _write_tensors({name: state[name] for name in names}, directory / file)
+        write_tensors({name: state[name] for name in names}, directory / file, _weights)
     if shards.is_sharded:
         metadata = {"total_parameters": model.num_parameters(), **shards.metadata}
         index = {"metadata": metadata, "weight_map": shards.tensor_to_filename}
@@ -100,29 +96,6 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
     left_out = model._keys_to_ignore_on_save or ()
     state = {name: tensor for name, tensor in state.items() if name not in left_out}
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A safetensors file, written one tensor at a time: its library wants all of them in memory at once.
-
-    The format: length of the header (8 bytes, little-endian), header (JSON, padded to a multiple of 8), the tensors.
-    """
-    kinds = list(_DTYPES)
-    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        dtype, shape = _DTYPES[tensors[name].dtype], list(tensors[name].shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = _weights(tensors[name])
-            assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
-            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _weights(tensor: Tensor) -> Tensor:

@@ -17,20 +17,20 @@ from transformers import PreTrainedModel
 from kdprune.chunks import BrokenChunk, Chunk, write_chunk
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import tell
+from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
-from kdprune.model.passes import Arguments, Forward, Notify, RowLimit, entering, joined, standing_in
+from kdprune.model.passes import Arguments, Forward, RowLimit, entering, joined, standing_in
 from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
 
-States = dict[int, Tensor]
+ByIndex = dict[int, Tensor]  # boundary → states (B, T, d)
 
 
 @torch.no_grad()
 def streamed_states(
     model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], *,
     scratch: Scratch | None = None, notify: Notify = tell,
-) -> Iterator[States]:
+) -> Iterator[ByIndex]:
     """For each batch its states {l: (B, T, d)} on the model's device, l in its ``wanted``; layers read one at a time.
 
     Equal bit for bit to what the model computes when it is resident: every layer gets the arguments that the model's
@@ -96,7 +96,7 @@ class _Group:
         self._unpadded: dict[torch.Size, list[Arguments]] = {}
         self._padded: tuple[object, list[Arguments]] = (None, [])
 
-    def states(self) -> Iterator[States]:
+    def states(self) -> Iterator[ByIndex]:
         """What is wanted of each batch, batch by batch."""
         layers, top = decoder_layers(self.model), [max(own, default=-1) for own in self.wanted]
         for number, batch in enumerate(self.batches):
@@ -151,7 +151,7 @@ def _shelf(folder: Path | None) -> Iterator["_Shelf"]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = Path(tempfile.mkdtemp(prefix="states-", dir=folder))
+        own = Path(tempfile.mkdtemp(prefix=".partial-states-", dir=folder))  # whoever opens next removes it
     except OSError as error:
         raise KDPruneError(f"cannot write to {folder}: {error.strerror}; give another --work-dir") from error
     try:

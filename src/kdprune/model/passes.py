@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import tell
+from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.placement import input_device
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Notify = Callable[[str], None]
 Forward = Callable[[int, Tensor, Arguments], Tensor]
 Result = TypeVar("Result")
 

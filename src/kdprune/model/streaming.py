@@ -118,17 +118,6 @@ def source_of(parameter: nn.Parameter) -> Source:
     return found
 
 
-def home(parameter: Tensor) -> torch.device:
-    """The device a parameter is on, or for one in the checkpoint the device it is read to."""
-    found = getattr(parameter, SOURCE, None) if parameter.is_meta else None
-    return parameter.device if found is None else found.device
-
-
-def layer_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters of the largest decoder layer."""
-    return max(sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in decoder_layers(model))
-
-
 def checkpoint_bytes(name: str | Path, dtype: str | torch.dtype | None = None) -> int:
     """Bytes of a checkpoint's weights in ``dtype`` (None: as they are stored), from the files' headers alone.
 

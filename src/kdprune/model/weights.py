@@ -1,10 +1,12 @@
-"""Tensors in safetensors files, read one at a time.
+"""Tensors in safetensors files, read and written one at a time: the format's library wants all of a file in memory.
 
-With plain reads, not through a map: pages of a map count as resident until it is closed. The format is the length of
-the header (8 bytes, little-endian), the header (JSON: dtype, shape and bytes from … to of each tensor), the tensors.
+Read with plain reads, not through a map: pages of a map count as resident until it is closed. The format is the length
+of the header (8 bytes, little-endian), the header (JSON, padded to a multiple of 8: dtype, shape and bytes from … to of
+each tensor), the tensors.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from kdprune.errors import KDPruneError, one_line
+from kdprune.tensors import raw_bytes
 
+# What the format calls a dtype, in the order in which its own writer puts the tensors of a file.
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -34,8 +38,7 @@ class Stored:
     def read(self) -> Tensor:
         """A copy on the host. Raises KDPruneError where the file is gone or shorter than it was."""
         found = torch.empty(self.shape, dtype=self.dtype)
-        # A view of the tensor's own bytes; bfloat16 has no numpy form, its bytes do.
-        into = memoryview(found.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        into = raw_bytes(found)
         try:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.start)
@@ -71,6 +74,26 @@ def stored_tensors(name: str | Path) -> list[Stored]:
     Raises KDPruneError for a checkpoint in other files, and for tensors in fewer than 16 bits.
     """
     return [tensor for file in _weight_files(name) for tensor in _header(file)]
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, values: Callable[[Tensor], Tensor]) -> None:
+    """A safetensors file of these tensors; ``values`` gives the weights, on the CPU, of one that may hold none."""
+    kinds = {dtype: (number, name) for number, (name, dtype) in enumerate(_DTYPES.items())}
+    names = sorted(tensors, key=lambda name: (kinds[tensors[name].dtype][0], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = kinds[tensors[name].dtype][1], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = values(tensors[name])
+            assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
+            stream.write(raw_bytes(tensor.contiguous()))
 
 
 def _weight_files(name: str | Path) -> list[Path]:

@@ -1,0 +1,102 @@
+"""What a run may use: amounts, places and identities, told apart before any work."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kdprune
+from kdprune import memory
+from kdprune.errors import KDPruneError
+from kdprune.identity import model_identity
+from kdprune.memory import Memory
+from kdprune.recipe import check_options
+from kdprune.resources import Resources
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_memory": "much"}, "got memory 'much', expected an amount such as 6GiB"),
+        ({"work_dir": ""}, "got an empty work_dir, expected a directory, or none"),
+        ({"work_dir": "out"}, "got work directory out in output out, expected it elsewhere"),
+        ({"work_dir": "out/work"}, "got work directory out/work in output out, expected it elsewhere"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KDPruneError, match=message):
+        kdprune.prune(bench.model, "out", device="cpu", **options, **bench.options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_work_directory_may_hold_the_output(bench: Bench, tmp_path: Path) -> None:
+    Resources(work_dir=str(tmp_path)).check_apart(tmp_path / "out")
+
+
+def test_recipes_take_what_python_takes(tmp_path: Path) -> None:
+    options = {"work_dir": tmp_path, "host_memory": 6 * 10**9, "device_memory": "3GiB"}
+    assert check_options(options) == options
+
+
+def test_budgets_of_a_spread_model_leave_the_other_devices_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {0: 100, 1: 200, "cpu": 300}  # as accelerate finds them
+    monkeypatch.setattr("kdprune.resources.get_max_memory", lambda: dict(free))
+    assert Resources()._max_memory() is None
+    assert Resources(host_memory="6000")._max_memory() == {**free, "cpu": 6000}
+    assert Resources(device_memory="1KiB")._max_memory() == {0: 1024, 1: 1024, "cpu": 300}
+
+
+def test_an_amount_without_a_unit_serves_a_spread_model(bench: Bench) -> None:
+    result = kdprune.prune(bench.model, device_map="auto", host_memory=str(2**40), **bench.options)
+    assert result.results.recipe["host_memory"] == str(2**40)
+
+
+def test_processes_of_one_host_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = Memory.of(None, None, torch.device("cpu")).room()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert Memory.of(None, None, torch.device("cpu")).room() == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_a_peak_before_the_run_is_not_its_own(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.ones(2**27)  # 512 MiB, gone at once
+    kdprune.prune(bench.model, device="cpu", host_memory=str(memory.resident_bytes() + 2**28), **bench.options)
+    assert "more than the" not in capsys.readouterr().err
+
+
+def test_the_kind_of_attention_is_part_of_a_models_identity(bench: Bench) -> None:
+    kinds = ("eager", "sdpa", "eager")
+    first, second, again = (
+        model_identity(AutoModelForCausalLM.from_pretrained(bench.model, attn_implementation=kind)) for kind in kinds)
+    assert first == again != second
+
+
+def test_samples_of_another_tokenizer_are_not_found_again(bench: Bench, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        **QUICK, "calibration": random_ids(), "heldout": random_ids(4, seed=2), "work_dir": tmp_path / "work"}
+    model = tiny_llama()
+    assert not kdprune.prune(model, **options).results.samples
+    assert kdprune.prune(model, tokenizer=AutoTokenizer.from_pretrained(bench.model), **options).results.samples
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_comparison_of_a_streamed_model(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    if streamed:
+        monkeypatch.setattr(memory, "MODEL_SHARE", 0.0)
+    flags = ["--methods", "shortgpt,sleb", "--seeds", 1, "--calibration", bench.calibration, "--heldout", bench.heldout,
+             "--samples", 12, "--length", 32]
+    for _ in range(2):
+        outcome = command("compare", bench.model, "-o", tmp_path / "out", *flags)
+        assert outcome.status == 0, outcome.err
+    assert ("read from disk one at a time" in outcome.out) == streamed
+    assert len(os.listdir(tmp_path / "out" / "runs")) == (2 if streamed else 3)  # the dense model among them
