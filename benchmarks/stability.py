@@ -32,13 +32,13 @@ from kdprune.session import BATCH
 RATIOS = (0.25, 0.4, 0.5)
 # name: (what it is, options). The default's K_max is 8, half the layers of the bundled model and the largest allowed.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("default (K_max 8)", {}),
-    "spectral-norm": ("`spectral_norm=1.0`", {"spectral_norm": 1.0}),
-    "shared-kernel": ("`share_kernel`", {"share_kernel": True}),
-    "sequential": ("`sequential`: later blocks fitted on the pruned model's states", {"sequential": True}),
-    "both": ("`spectral_norm=1.0 share_kernel`", {"spectral_norm": 1.0, "share_kernel": True}),
-    "k-max-6": ("`max_block=6`", {"max_block": 6}),
-    "k-max-4": ("`max_block=4`", {"max_block": 4}),
+    "default": ("without `sequential` (K_max 8)", {"sequential": False}),
+    "spectral-norm": ("`spectral_norm=1.0`", {"spectral_norm": 1.0, "sequential": False}),
+    "shared-kernel": ("`share_kernel`", {"share_kernel": True, "sequential": False}),
+    "sequential": ("`sequential`, the default: later blocks fitted on the pruned model's states", {"sequential": True}),
+    "both": ("`spectral_norm=1.0 share_kernel`", {"spectral_norm": 1.0, "share_kernel": True, "sequential": False}),
+    "k-max-6": ("`max_block=6`", {"max_block": 6, "sequential": False}),
+    "k-max-4": ("`max_block=4`", {"max_block": 4, "sequential": False}),
 }
 QUICK: dict[str, Any] = {"kernel_epochs": 3, "refine_epochs": 2}
 QUICK_ROWS = 48

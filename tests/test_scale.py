@@ -92,11 +92,11 @@ def test_later_blocks_may_see_the_pruned_models_states(bench: Bench, tmp_path: P
     assert first[1].dropped_error != second[1].dropped_error
 
 
-def test_memory_above_the_budget_is_said(bench: Bench, tmp_path: Path) -> None:
-    outcome = prune(bench, tmp_path / "work", tmp_path / "out", "--host-memory", memory.resident_bytes() + 2**20)
-    assert outcome.status == 0, outcome.err
-    assert "of host memory in use, more than the" in outcome.err
-    assert outcome.err.count("memory in use") == 1
+def test_memory_above_the_budget_is_said() -> None:
+    budget = memory.resident_bytes() + 2**30
+    found = memory.Memory.of(budget, None, torch.device("cpu"))
+    assert found.remark(budget, 0) is None
+    assert "of host memory in use, more than the" in str(found.remark(budget + 1, 0))
 
 
 # --------------------------------------------------------------------------------------------- faults

@@ -28,7 +28,7 @@ from kdprune.training import Schedule
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": False,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
