@@ -165,7 +165,8 @@ def described(found: dict[str, Any]) -> str:
     if found["job"]["stop"] == "analyse":
         return "the analysis alone."
     options = ", ".join(f"{name}={value}" for name, value in found["job"]["options"].items())
-    return f"in part: {options}." + ("" if "rest" in found["stages"] else " The rest was not timed, nor is it in the sum.")
+    left_out = "" if "rest" in found["stages"] else " The rest was not timed, nor is it in the sum."
+    return f"in part: {options}.{left_out}"
 
 
 def main() -> None:

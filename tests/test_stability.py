@@ -302,7 +302,7 @@ def test_the_benchmark_keeps_every_unit_and_measures_none_twice(
     assert found == [(0.25, "default", 0), (0.4, "spectral-norm", 0), (0.4, "spectral-norm", 1), (0.5, "k-max-4", 0)]
     stability.render(file)
     page = file.with_suffix(".md").read_text()
-    assert "| default (K_max 8) | 2–5 | 25.0% | 0.025 | 0.300 | 1.5000 | 0.200 | 2 | 1 |" in page
+    assert "| without `sequential` (K_max 8) | 2–5 | 25.0% | 0.025 | 0.300 | 1.5000 | 0.200 | 2 | 1 |" in page
     assert "| `spectral_norm=1.0` | 2–5 | 40.0% | 0.045 ± 0.007 |" in page
     assert "cannot: at most 45.2%" in page
     assert file.with_suffix(".svg").is_file()
