@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from architectures import FAMILIES
 from matplotlib.figure import Figure
 
 Point = Mapping[str, float]
@@ -39,7 +40,8 @@ SOURCES: dict[str, tuple[str, str, str]] = {
         "the stories' writers, translators and illustrators; African Storybook, "
         "https://www.africanstorybook.org"),
 }
-
+OPTIMIZERS = {"adamw": "AdamW (0.9, 0.95)",
+              "muon": "Muon for the layers' matrices, AdamW (0.9, 0.95) for the rest"}
 
 CHANGES = """\
 Changes to the texts: markup, headers and tables removed, documents cut into windows of tokens. Passages
@@ -80,11 +82,12 @@ def sources_table(files: Sequence[str]) -> str:
 def architecture(record: Mapping[str, Any]) -> str:
     """The shape of the model in one sentence."""
     config = record["config"]
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
     return (
-        f"Llama architecture (RMSNorm, rotary positions, SwiGLU, grouped-query attention), "
+        f"{FAMILIES[config['model_type']].words}, "
         f"{record['parameters'] / 1e6:.2f} M parameters: {config['num_hidden_layers']} layers, width "
-        f"{config['hidden_size']}, feed-forward width {config['intermediate_size']}, "
-        f"{config['num_attention_heads']} query heads over {config['num_key_value_heads']} key-value heads, "
+        f"{config['hidden_size']}, feed-forward width {config.get('intermediate_size') or config['ffn_dim']}, "
+        f"{heads} {f'query heads over {groups} key-value heads' if groups else 'heads'}, "
         f"tied embeddings, byte-level BPE vocabulary of {config['vocab_size']}, context "
         f"{config['max_position_embeddings']}. The weights are stored in bfloat16."
     )
@@ -103,8 +106,8 @@ def training(record: Mapping[str, Any]) -> str:
         f"{settings['batch']} × {settings['length']} tokens, {tokens / packed:.2f} epochs over "
         f"{packed / 1e6:.1f} M packed tokens ({settings['sample']:.0%} of the documents, `</s>` after each), "
         f"{record['seconds'] / 60:.0f} minutes on {'a GPU' if settings['device'] != 'cpu' else 'a CPU'}. "
-        f"AdamW (0.9, 0.95), weight decay {settings['weight_decay']:g}, gradients clipped at "
-        f"{settings['clip']:g}, learning rate up to {settings['lr']:g} over the first "
+        f"{OPTIMIZERS[settings.get('optimizer', 'adamw')]}, weight decay {settings['weight_decay']:g}, gradients "
+        f"clipped at {settings['clip']:g}, learning rate up to {settings['lr']:g} over the first "
         f"{settings['warmup']:.0%}, then down a cosine to zero; bfloat16 autocast; seed {settings['seed']}."
     )
 

@@ -12,10 +12,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {      # cpu: 3.5 M parameters, 7 MB 
             "num_key_value_heads": 2, "vocab_size": 4096},
     "gpu": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 18, "num_attention_heads": 6,
             "num_key_value_heads": 2, "vocab_size": 4096},
+    # The three families of docs/results: 4 M parameters, and 28–32 M.
+    "suite": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 16, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192},
+    "suite-gpu": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 24, "num_attention_heads": 10,
+                  "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192},
 }
 BUDGETS: dict[str, dict[str, Any]] = {            # defaults that a command-line option overrides
     "cpu": {"tokens": 15_000_000, "batch": 8, "lr": 4e-3, "compile": False},
     "gpu": {"tokens": 500_000_000, "batch": 128, "lr": 4e-3, "compile": True},
+    # On a CPU eager attention is the quicker one at such lengths; Muon learns more from few tokens.
+    "suite": {"tokens": 6_000_000, "batch": 16, "length": 256, "window": 256, "stride": 128, "lr": 4e-3,
+              "optimizer": "muon", "attention": "eager", "sample": 0.2, "threads": 1},
+    "suite-gpu": {"tokens": 400_000_000, "batch": 128, "lr": 2e-3, "compile": True},
 }
 FREE_TO_CHANGE = {"data", "out", "held_out", "history", "tokens", "minutes", "threads", "checkpoint_minutes"}
 
@@ -32,6 +41,8 @@ class Settings:
     minutes: float | None = None
     init_from: Path | None = None        # directory of weights and tokenizer to go on from
     history: str = ""                    # what the card says of those weights
+    family: str = "llama"                # a row of architectures.py
+    tokenizer: Path | None = None        # directory of a tokenizer to use; None: train one
     architecture: dict[str, Any] = field(default_factory=dict)     # replaces single values of the preset
     length: int = 512
     batch: int = 8
@@ -44,6 +55,8 @@ class Settings:
     seed: int = 0
     device: str = "cpu"
     compile: bool = False
+    optimizer: str = "adamw"             # or muon: for the matrices of the layers, AdamW for the rest
+    attention: str = "sdpa"
     threads: int = 0                     # 0: as torch chooses
     record_every: int = 10               # steps between points of the loss curve
     evaluate_every: int = 100            # steps between held-out losses on it

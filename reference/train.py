@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train the bundled reference model: tokenizer, packed tokens, training, held-out perplexity, model card.
+"""Train a reference model: tokenizer, packed tokens, training, held-out perplexity, model card.
 
 Usage: python reference/train.py --data ../shared/data/train --out reference-out
 The same command run again goes on from the last checkpoint. reference/README.md has the options.
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import FAMILIES
 from card import write_card
 from corpus import CorpusError, text_files
 from heldout import evaluate
 from settings import BUDGETS, Settings
 from trainer import Trainer, write_json
 
-PATHS = ("data", "out", "held_out", "init_from")       # of the machine, not of the run: not recorded
+PATHS = ("data", "out", "held_out", "init_from", "tokenizer")       # of the machine, not of the run: not recorded
 
 
 def finish(trainer: Trainer) -> Path:
@@ -77,6 +78,9 @@ def parse(arguments: list[str] | None = None) -> Settings:
                         help="held-out files or folders of them (default: DATA/../heldout)")
     parser.add_argument("--out", type=Path, default=Path("reference-out"))
     parser.add_argument("--preset", choices=tuple(BUDGETS), default="cpu")
+    parser.add_argument("--family", choices=tuple(FAMILIES), help="architecture (default: llama)")
+    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer to use instead of training one")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"))
     parser.add_argument("--tokens", type=int, help="stop after so many tokens (default: the preset's)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes of training")
     parser.add_argument("--init-from", type=Path, help="go on from the weights and tokenizer in a directory")

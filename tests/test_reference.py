@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 REFERENCE = Path(__file__).parents[1] / "reference"
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "vocab_size": 320}
-MODULES = ("card", "corpus", "heldout", "settings", "train", "trainer")
+MODULES = ("architectures", "card", "corpus", "heldout", "settings", "train", "trainer")
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,40 @@ def test_learning_rate_and_presets(train: ModuleType) -> None:
     for name in settings.ARCHITECTURES:
         run = train.parse(["--data", str(REFERENCE), "--preset", name, "--minutes", "3"])
         assert (run.minutes, run.tokens) == (3.0, None)
-        shape = settings.ARCHITECTURES[name]
-        with torch.device("meta"):
-            model = sys.modules["trainer"].LlamaForCausalLM(
-                sys.modules["trainer"].LlamaConfig(**shape, tie_word_embeddings=True))
-        assert model.num_parameters() * 2 <= 17e6
-        assert shape["num_hidden_layers"] >= 16
+
+
+# Millions of parameters, least and most, and layers; the bundled weights stay below 17 MB.
+SIZES = {"cpu": (3, 8.5, 16), "gpu": (3, 8.5, 18), "suite": (3, 4.5, 16), "suite-gpu": (25, 35, 24)}
+
+
+@pytest.mark.parametrize(("preset", "family"), [
+    (preset, family) for preset in SIZES for family in ("llama", "opt", "qwen3")
+    if preset.startswith("suite") or family == "llama"])
+def test_families_have_the_size_asked_for(train: ModuleType, settings, preset: str, family: str) -> None:
+    least, most, layers = SIZES[preset]
+    shape = sys.modules["settings"].ARCHITECTURES[preset]
+    config = sys.modules["architectures"].FAMILIES[family].config(
+        shape | {"tie_word_embeddings": True, "max_position_embeddings": 256})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert config.model_type == family
+    assert least <= model.num_parameters() / 1e6 <= most
+    assert config.num_hidden_layers == layers
+
+
+@pytest.mark.parametrize("family", ["opt", "qwen3"])
+def test_other_families_and_muon(train: ModuleType, settings, family: str) -> None:
+    made = train.train(replace(settings, family=family, architecture=TINY | {"head_dim": 16}, optimizer="muon"))
+    curve = json.loads((settings.out / "loss_curve.json").read_text())
+    assert curve[-1]["held_out_loss"] < curve[0]["held_out_loss"] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert model.config.model_type == family
+    assert model.config.tie_word_embeddings
+    card = (made / "README.md").read_text(encoding="utf-8")
+    assert "Muon" in card
+    assert sys.modules["architectures"].FAMILIES[family].words in card
+    with pytest.raises(train.CorpusError, match=r"family = .*, not llama"):
+        train.Trainer(replace(settings, family="llama", architecture=TINY | {"head_dim": 16}, optimizer="muon"))
+    again = replace(settings, out=settings.out.with_name("again"), tokenizer=made, tokens=4 * 32)
+    assert len(train.Trainer(again).tokenizer) == len(AutoTokenizer.from_pretrained(made))
+    assert not (again.out / "tokenizer").exists()
