@@ -113,7 +113,8 @@ def test_decisions_are_those_of_the_model_itself(
         right.append(max(range(4), key=sums.__getitem__) == 3)
         found = task_loading.load_task("sciq", [folder])["sciq"].instances[4 * (len(right) - 1) :][:4]
         assert [item.resps[0][0] for item in found] == pytest.approx(sums, abs=2e-3)
-    assert score == TaskScore("sciq", "sciq", "acc", sum(right) / 8, score.stderr, 0.25, 8, True)
+    items = "".join(str(int(value)) for value in right)
+    assert score == TaskScore("sciq", "sciq", "acc", sum(right) / 8, score.stderr, 0.25, 8, True, (items,))
     assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / 7))
 
 
@@ -135,13 +136,15 @@ def test_blimp_is_a_mean_over_the_paradigms_of_a_phenomenon(
     for score in scores:
         names = [f"blimp_{name}" for name in PHENOMENA[score.group]]
         tasks = [task_loading.load_task(name, [tmp_path])[name] for name in names]
-        found, errors = [], []
+        found, errors, items = [], [], []
         for task in tasks:
             sums = [item.resps[0][0] for item in task.instances]
             right = [good > bad for good, bad in zip(sums[::2], sums[1::2], strict=True)]
             found.append(sum(right) / len(right))
+            items.append("".join(str(int(value)) for value in right))
             errors.append(found[-1] * (1 - found[-1]) / (len(right) - 1))
         assert score.value == pytest.approx(sum(found) / len(found))
+        assert score.right == tuple(items)
         assert score.stderr == pytest.approx(math.sqrt(sum(errors)) / len(errors))
         assert (score.chance, score.items) == (pytest.approx(0.5), sum(len(task.instances) for task in tasks) // 2)
 
@@ -157,6 +160,8 @@ def test_lambada_and_texts_have_perplexities_without_chance(
     assert (perplexity.metric, perplexity.chance, perplexity.higher_is_better) == ("perplexity", None, False)
     sums = [item.resps[0][0] for item in task_loading.load_task(suite[0], [tmp_path])[suite[0]].instances]
     assert perplexity.value == pytest.approx(math.exp(-sum(sums) / len(sums)))
+    assert (len(accuracy.right[0]), accuracy.right[0].count("1") / 12) == (12, accuracy.value)
+    assert perplexity.right == ()
     assert perplexity.stderr is not None
     again = run_suite(bundled, tokenizer, suite, data=[tmp_path])
     assert again == [accuracy, perplexity]

@@ -30,7 +30,9 @@ class TaskScore:
 
     task, group: the benchmark and the row within it (the task again where it is one row); metric: lm-eval's name;
     stderr: of the value over the items, None where there is none; chance: what guessing scores, None for
-    perplexities and metrics without such; items: scored (tokens, for a text's perplexity).
+    perplexities and metrics without such; items: scored (tokens, for a text's perplexity); right: item by item in
+    the data's order, 1 or 0, as strings whose shares of 1 have the value as their mean, one a task, or one of all
+    tasks where these weigh as many items as they have; empty where items score anything else.
     """
 
     task: str
@@ -41,6 +43,7 @@ class TaskScore:
     chance: float | None
     items: int
     higher_is_better: bool
+    right: tuple[str, ...] = ()
 
 
 def check_suite(suite: str | Sequence[str], data: Sequence[Path] = ()) -> None:
@@ -132,7 +135,7 @@ def _row_scores(row: Row, wrapped: Any, tasks: Mapping[str, Any], limit: int | N
         with silenced():
             found = harness().evaluator.evaluate(
                 lm=wrapped, task_dict={"tasks": dict(tasks), "groups": {}}, limit=limit, bootstrap_iters=BOOTSTRAP,
-                log_samples=False)
+                log_samples=True)
     except AssertionError as error:  # lm-eval's way to say that an answer or a prompt does not fit
         raise KDPruneError(
             f"got task {row.task!r}, which does not fit the model's {wrapped.max_length} tokens; leave it out"
@@ -164,7 +167,21 @@ def _score(row: Row, metric: str, tasks: Mapping[str, Any], found: Mapping[str, 
         chance=None if None in chances else sum(w * c for w, c in zip(weights, chances, strict=True) if c is not None),
         items=sum(sizes),
         higher_is_better=all(task.higher_is_better().get(name, True) for task in tasks.values()),
+        right=_right(row, [_item_scores(found["samples"][task], name, kind) for task in tasks]),
     )
+
+
+def _item_scores(samples: Sequence[Mapping[str, Any]], name: str, kind: str) -> list[Any]:
+    """A metric of every item of a task, in the data's order; lm-eval lists each item once a filter."""
+    return [item.get(name) for item in sorted(samples, key=lambda item: item["doc_id"]) if item["filter"] == kind]
+
+
+def _right(row: Row, scores: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+    """TaskScore's `right` from the scores of every task's items."""
+    if not all(isinstance(value, int | float) and value in (0, 1) for values in scores for value in values):
+        return ()
+    strings = ["".join(str(int(value)) for value in values) for values in scores]
+    return ("".join(strings),) if row.by_size else tuple(strings)
 
 
 def _chance(task: Any, metric: str) -> float | None:

@@ -16,3 +16,8 @@ class TaskScore(Record):
     chance: Number = Field(None, description="the score of guessing; null for perplexities")
     items: int = Field(description="items scored; tokens for the perplexity of a text")
     higher_is_better: bool = Field(description="false for perplexities")
+    right: list[str] = Field(
+        default_factory=list,
+        description="item by item 1 or 0, strings whose shares of 1 have the value as their mean (one a task, or one of "
+                    "all tasks that weigh as many items as they have); empty where items score anything else, and in "
+                    "records that are older")
