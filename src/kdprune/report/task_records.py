@@ -18,6 +18,6 @@ class TaskScore(Record):
     higher_is_better: bool = Field(description="false for perplexities")
     right: list[str] = Field(
         default_factory=list,
-        description="item by item 1 or 0, strings whose shares of 1 have the value as their mean (one a task, or one of "
-                    "all tasks that weigh as many items as they have); empty where items score anything else, and in "
-                    "records that are older")
+        description="item by item 1 or 0: strings whose shares of 1 have the value as their mean, one a task, or one "
+                    "of all tasks where these weigh as many items as they have; empty where items score anything else, "
+                    "and in older records")
