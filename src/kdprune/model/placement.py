@@ -87,6 +87,13 @@ def is_dispatched(model: nn.Module) -> bool:
     return any(_hook(module) is not None for module in model.modules())
 
 
+def is_outline(module: nn.Module) -> bool:
+    """Whether ``module`` has no weights anywhere: made on the meta device, neither streamed nor offloaded."""
+    found = list(module.parameters())
+    return bool(found) and not is_dispatched(module) and all(
+        parameter.is_meta and not hasattr(parameter, SOURCE) for parameter in found)
+
+
 def reads_weights(model: nn.Module) -> bool:
     """Whether weights are brought to the device anew in every pass, because the model is streamed or offloaded."""
     return any(parameter.is_meta for parameter in model.parameters())

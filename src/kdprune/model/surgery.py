@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -37,7 +38,7 @@ from .modeling_kdp import (
     generated,
     place_stand_in,
 )
-from .placement import device_of, follow, free, hooks_of, release, renumber, unhooked
+from .placement import device_of, follow, free, hooks_of, is_outline, release, renumber, unhooked
 from .streaming import resident
 from .widths import resize_layers, rewrite
 
@@ -168,7 +169,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def plain_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """A copy of ``module`` with real weights of its own, streamed or offloaded ones read, on the device it computes
-    on, without accelerate's hooks. What ``memo`` holds by id is shared."""
+    on, without accelerate's hooks; of an outline another outline. What ``memo`` holds by id is shared."""
+    if is_outline(module):
+        return copy.deepcopy(module, memo)
     with resident(module):
         return free(copy.deepcopy(module, {**(memo or {}), **hooks_of(module)}))
 
@@ -266,7 +269,8 @@ def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> No
 def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Module:
     """A copy of ``module`` in the dtype and mode of ``model``, on the device of layer ``beside``."""
     result = copy.deepcopy(module, {id(model.config): model.config})
-    return result.to(device=device_of(beside), dtype=model.dtype).train(model.training)
+    device = torch.device("meta") if is_outline(beside) else device_of(beside)
+    return result.to(device=device, dtype=model.dtype).train(model.training)
 
 
 def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, family: Family) -> nn.Module:
