@@ -1,0 +1,283 @@
+"""The main table: all methods on several models, a `kdprune compare` each, and whether KDP's lead is more than chance.
+
+    kdprune compare reference/models/llama --methods … --suite small --seeds 3 -o main-llama
+    python benchmarks/main_table.py --add main-llama llama      # → docs/results/main-llama.json, and the page
+    python benchmarks/main_table.py                             # the page again, from docs/results/main-*.json
+
+Every figure of docs/results/main.md comes from these records; docs/results/main-notes.md, if there is one, is appended.
+"""
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from publish import command
+
+from kdprune.report import summary
+from kdprune.report.bootstrap import RESAMPLES, Lead, lead, without_items
+from kdprune.report.comparison_records import Comparison, Row, Stat, Unit
+from kdprune.report.comparison_table import COLUMNS, UNITS, failure, stat
+from kdprune.report.style import MARKERS, SERIES, Canvas, legend_below
+from kdprune.report.summary import MISSING, SPACE
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+OURS = "kdp"
+# Title of a table, its column in a comparison's table, what it says.
+TABLES = (
+    ("Excess loss", "excess loss", "ln(pruned / dense perplexity), nats per token; the last column is the mean over "
+     "the models."),
+    ("Retained performance, as the paper has it", "retained", "Sum of the scores over that of the dense model's, all "
+     "tasks but perplexities."),
+    ("Retained performance above chance", "above chance", "Mean of (score − chance) / (dense − chance) over the rows "
+     "where the dense model is above chance by two standard errors."),
+    ("Net ratio", "net ratio", "Share of the parameters that went, stand-ins counted."),
+    ("Time of pruning", "time", "Depends on what else the machine does."),
+    ("Peak memory of pruning", "peak memory", "Of the process, model and libraries included."),
+    ("Prefill speed", "prefill", "Against the dense model, in turns."),
+    ("Decode speed", "decode", "Against the dense model, in turns."),
+    ("KV cache saved", "KV cache saved", "Bytes a token, against the dense model."),
+)
+NOT_KEPT = "not kept item by item"
+Models = Mapping[str, Comparison]
+
+
+def load() -> dict[str, Comparison]:
+    """Name of the model → its comparison, by name."""
+    return {file.stem.removeprefix("main-"): Comparison.load(file) for file in sorted(RESULTS.glob("main-*.json"))}
+
+
+def row_of(found: Comparison, name: str) -> Row | None:
+    """The row of a variant; None where this comparison has none of that name."""
+    return next((row for row in found.rows if row.variant.name == name), None)
+
+
+def mean(found: Stat | None) -> float | None:
+    return None if found is None else found.mean
+
+
+def order(models: Models) -> list[str]:
+    """Names of all variants, least mean excess loss first, those that lack a model behind the others."""
+    names = dict.fromkeys(row.variant.name for found in models.values() for row in found.rows)
+
+    def place(name: str) -> tuple[int, float]:
+        values = [value for found in models.values() if (row := row_of(found, name))
+                  and (value := mean(row.excess_loss)) is not None]
+        return len(models) - len(values), statistics.fmean(values) if values else 0.0
+
+    return sorted(names, key=place)
+
+
+def title(models: Models, name: str) -> str:
+    """A variant as tables show it, with its name where that says more."""
+    shown = next(row.variant.title for found in models.values() if (row := row_of(found, name)))
+    return shown if name in (shown, shown.lower()) else f"{shown} `{name}`"
+
+
+def table(models: Models, column: str) -> str:
+    """Methods × models under one column of the comparisons; the least (excess loss) or largest mean in bold."""
+    field, form, spread = COLUMNS[column]
+    with_mean = column == "excess loss"
+    lines = ["| | " + " | ".join([*models, *(["mean"] if with_mean else [])]) + " |",
+             "|---" + "|---:" * (len(models) + with_mean) + "|"]
+    best = {model: _best(found, field) for model, found in models.items()} if column in (
+        "excess loss", "retained", "above chance") else {}
+    for name in order(models):
+        cells, values = [], []
+        for model, found in models.items():
+            row = row_of(found, name)
+            if row is None or not row.seeds:
+                cells.append(MISSING if row is None else "failed")
+                continue
+            text = stat(getattr(row, field), form, spread, UNITS.get(field, ""))
+            values.append(mean(getattr(row, field)))
+            cells.append(f"**{text}**" if best.get(model) == name else text)
+        if with_mean:
+            known = [value for value in values if value is not None]
+            cells.append(form(statistics.fmean(known)) if len(known) == len(models) else "")
+        lines.append(f"| {title(models, name)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _best(found: Comparison, field: str) -> str:
+    """Name of the variant with the best mean: least excess loss, otherwise the largest."""
+    known = [(value, row.variant.name) for row in found.rows if (value := mean(getattr(row, field))) is not None]
+    return (min(known) if field == "excess_loss" else max(known))[1] if known else ""
+
+
+def best_peers(found: Comparison) -> dict[str, str]:
+    """The measure → the best of the other methods by it."""
+    rows = [row for row in found.rows if row.variant.options.get("method") != OURS and row.seeds]
+    peers = found.model_copy(update={"rows": rows})
+    return {column: name for column in ("excess loss", "retained", "above chance")
+            if (name := _best(peers, COLUMNS[column][0]))}
+
+
+def units_of(found: Comparison, name: str) -> list[Unit]:
+    return [unit for unit in found.units if unit.variant == name]
+
+
+def seed_lead(found: Comparison, ours: str, peer: str) -> str:
+    """Excess loss of KDP less the peer's over the seeds both have: mean ± sd, and for how many KDP loses less."""
+    one, other = ({unit.seed: unit.perplexity.excess_loss for unit in units_of(found, name)} for name in (ours, peer))
+    pairs = [(one[seed], other[seed]) for seed in one if seed in other]
+    values = [left - right for left, right in pairs if left is not None and right is not None]
+    if not values:
+        return MISSING
+    less = sum(value < 0 for value in values)
+    spread = f"{SPACE}±{SPACE}{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.3f}{spread}, less for {less} of {len(values)} seeds"
+
+
+def significance(found: Comparison, ours: str, seed: int = 0) -> list[str]:
+    """A line a peer: what KDP keeps more than it, item by item, in both forms."""
+    best = best_peers(found)
+    names = [row.variant.name for row in found.rows if row.seeds and row.variant.options.get("method") != OURS]
+    lines = ["| KDP against | excess loss | retained | above chance |", "|---|---|---|---|"]
+    for name in names:
+        cells = [f"{'**' if best.get('excess loss') == name else ''}{seed_lead(found, ours, name)}"
+                 f"{'**' if best.get('excess loss') == name else ''}"]
+        for column, above in (("retained", False), ("above chance", True)):
+            measured = lead(found.dense.tasks, *([unit.tasks for unit in units_of(found, which)]
+                                                 for which in (ours, name)), above_chance=above, seed=seed)
+            text = NOT_KEPT if measured is None else shown(measured)
+            text = "no signal" if above and not found.signal else text
+            cells.append(f"**{text}**" if best.get(column) == name else text)
+        lines.append(f"| {title({'': found}, name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def shown(found: Lead) -> str:
+    """"+2.1 [+0.4, +3.8], p = .014", in points."""
+    p = "p < .001" if found.p < 0.001 else f"p = {found.p:.3f}".replace("0.", ".", 1)
+    return f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], {p}"
+
+
+def verdict(model: str, found: Comparison, ours: str, seed: int = 0) -> str:
+    """Whether KDP leads the best peer above chance, in one sentence."""
+    peer = best_peers(found).get("above chance", "")
+    measured = lead(found.dense.tasks, [unit.tasks for unit in units_of(found, ours)],
+                    [unit.tasks for unit in units_of(found, peer)], above_chance=True, seed=seed) if peer else None
+    if measured is None:
+        return f"- **{model}**: no items to compare by."
+    word = "leads" if measured.difference > 0 else "trails"
+    sure = "more" if measured.p < 0.05 else "no more"
+    return (f"- **{model}**: above chance KDP {word} the best peer, {title({'': found}, peer)}, by "
+            f"{abs(100 * measured.difference):.1f} points, {sure} than the choice of items explains "
+            f"({shown(measured)}; {measured.items:,} items).")
+
+
+def missing(model: str, found: Comparison) -> list[str]:
+    """What of this comparison failed, and which rows were measured before items were kept."""
+    lines = [f"- {model}, {title({'': found}, row.variant.name)}: {failure(row)}" for row in found.rows if row.failures]
+    old = [row.variant.name for row in found.rows
+           if any(without_items(found.dense.tasks, unit.tasks) for unit in units_of(found, row.variant.name))]
+    if old:
+        lines.append(f"- {model}: {', '.join(old)} were measured before items were kept; run the comparison again.")
+    return lines
+
+
+def setting(model: str, found: Comparison) -> str:
+    """A line of the table of models."""
+    dense, calibration = found.dense, found.calibration
+    return (f"| {model} | {found.family} | {summary.count(dense.parameters)} | {dense.layers} | "
+            f"{summary.decimals(dense.perplexity)} | {calibration.tokens:,} | {len(found.seeds)} | "
+            f"{len(found.signal)} of {len(found.signal) + len(found.left_out)} |")
+
+
+def picture(models: Models) -> str:
+    """Excess loss of every method, a marker a model."""
+    names = order(models)[::-1]
+    canvas = Canvas("Excess loss of every method on every model", 5.8, max(2.4, 1.1 + 0.3 * len(names)))
+    with canvas as figure:
+        axes = figure.add_subplot()
+        for number, (model, found) in enumerate(models.items()):
+            rows = [(place, row.excess_loss) for place, name in enumerate(names)
+                    if (row := row_of(found, name)) and mean(row.excess_loss) is not None]
+            axes.errorbar([stat.mean for _, stat in rows], [place for place, _ in rows],
+                          xerr=[stat.sd or 0.0 for _, stat in rows], fmt=MARKERS[number % len(MARKERS)],
+                          color=SERIES[number % len(SERIES)], capsize=2.5, label=model)
+        axes.set_yticks(range(len(names)), [title(models, name).split(" `")[0] for name in names])
+        axes.set(xlabel="excess loss, nats per token", ylim=(-0.6, len(names) - 0.4))
+        axes.grid(axis="x")
+        legend_below(figure, axes)
+    return canvas.svg
+
+
+def ours_of(found: Comparison) -> str:
+    """KDP's row: with default options if there is one, otherwise the first."""
+    names = [row.variant.name for row in found.rows if row.variant.options.get("method") == OURS]
+    return OURS if OURS in names else names[0]
+
+
+def page(models: Models) -> str:
+    """docs/results/main.md without its notes."""
+    commands = "\n".join(
+        f"    {command(found)} -o main-{model}\n    python benchmarks/main_table.py --add main-{model} {model}"
+        for model, found in models.items())
+    tables = "\n\n".join(
+        f"## {heading}\n\n{says}\n\n{table(models, column)}" for heading, column, says in TABLES
+        if any(getattr(row, COLUMNS[column][0]) for found in models.values() for row in found.rows))
+    ours = {model: ours_of(found) for model, found in models.items()}
+    tests = "\n\n".join(f"### {model}\n\n" + "\n".join(significance(found, ours[model]))
+                        for model, found in models.items())
+    verdicts = "\n".join(verdict(model, found, ours[model]) for model, found in models.items())
+    lacking = [line for model, found in models.items() for line in missing(model, found)]
+    lacks = "\n\n## What is missing\n\n" + "\n".join(lacking) if lacking else ""
+    ratios = " and ".join(sorted({summary.percent(found.ratio) for found in models.values()}))
+    settings = "\n".join([
+        "| model | family | parameters | layers | dense perplexity | calibration tokens | seeds | rows with signal |",
+        "|---|---|---:|---:|---:|---:|---:|---:|", *(setting(model, found) for model, found in models.items())])
+    count = f"{len(models)} {'model' if len(models) == 1 else 'models'}"
+    return f"""# The main table: all methods on {count} at {ratios} net
+
+Does KDP keep more of a model than its peers at equal net parameters, and is its lead more than chance?
+
+{commands}
+
+{settings}
+
+Mean ± standard deviation over seeds; rows in the order of their mean excess loss; the best of a column in bold.
+
+![excess loss of every method on every model](main-excess.svg)
+
+{tables}
+
+## Is the lead more than the choice of items?
+
+{verdicts}
+
+How many points of the dense model's performance KDP keeps more (+) or less (−) than a peer, with a 95 % interval and a
+two-sided p from a paired bootstrap: {RESAMPLES:,} times the items of every task are drawn with replacement, for both
+methods together; answers are averaged over the seeds first, the dense model's scores are held fixed
+(`report/bootstrap.py`). The interval is about items, not about seeds or training text, and p is not corrected for the
+number of peers. The best peer by each measure in bold. Excess loss is the difference over the seeds, in nats per token.
+
+{tests}{lacks}
+"""
+
+
+def render() -> None:
+    """Writes the page and its picture."""
+    models = load()
+    if not models:
+        raise SystemExit("no docs/results/main-*.json: python benchmarks/main_table.py --add FOLDER MODEL")
+    notes = RESULTS / "main-notes.md"
+    text = page(models) + ("\n" + notes.read_text(encoding="utf-8") if notes.is_file() else "")
+    (RESULTS / "main.md").write_text(text, encoding="utf-8")
+    (RESULTS / "main-excess.svg").write_text(picture(models), encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs=2, metavar=("FOLDER", "MODEL"),
+                        help="a finished comparison (results.json in it), and the model's name in the table")
+    options = parser.parse_args(arguments)
+    if options.add:
+        folder, model = options.add
+        Comparison.load(folder).save(RESULTS / f"main-{model}.json")
+    render()
+
+
+if __name__ == "__main__":
+    main()
