@@ -8,9 +8,11 @@ Every figure of docs/results/main.md comes from these records; docs/results/main
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from publish import command
 
@@ -21,7 +23,8 @@ from kdprune.report.comparison_table import COLUMNS, UNITS, failure, stat
 from kdprune.report.style import MARKERS, SERIES, Canvas, legend_below
 from kdprune.report.summary import MISSING, SPACE
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
 OURS = "kdp"
 # Title of a table, its column in a comparison's table, what it says.
 TABLES = (
@@ -160,11 +163,12 @@ def verdict(model: str, found: Comparison, ours: str, seed: int = 0) -> str:
                     [unit.tasks for unit in units_of(found, peer)], above_chance=True, seed=seed) if peer else None
     if measured is None:
         return f"- **{model}**: no items to compare by."
-    word = "leads" if measured.difference > 0 else "trails"
+    word = "keeps" if measured.difference >= 0 else "loses"
     sure = "more" if measured.p < 0.05 else "no more"
-    return (f"- **{model}**: above chance KDP {word} the best peer, {title({'': found}, peer)}, by "
-            f"{abs(100 * measured.difference):.1f} points, {sure} than the choice of items explains "
-            f"({shown(measured)}; {measured.items:,} items).")
+    points = abs(100 * measured.difference)
+    return (f"- **{model}**: above chance KDP {word} {points:.1f} points more than the best peer, "
+            f"{title({'': found}, peer)}: {sure} than the choice of items explains ({shown(measured)}; "
+            f"{measured.items:,} items).")
 
 
 def missing(model: str, found: Comparison) -> list[str]:
@@ -257,6 +261,17 @@ number of peers. The best peer by each measure in bold. Excess loss is the diffe
 """
 
 
+def portable(found: Comparison) -> Comparison:
+    """The record with paths as they are from the repository's root: the page shows its command."""
+    def relative(value: Any) -> Any:
+        if isinstance(value, list):
+            return [relative(item) for item in value]
+        return os.path.relpath(value, ROOT) if isinstance(value, str) and os.path.isabs(value) else value
+
+    recipe = {name: relative(value) for name, value in found.recipe.items()}
+    return found.model_copy(update={"model": relative(found.model), "recipe": recipe})
+
+
 def render() -> None:
     """Writes the page and its picture."""
     models = load()
@@ -275,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.add:
         folder, model = options.add
-        Comparison.load(folder).save(RESULTS / f"main-{model}.json")
+        portable(Comparison.load(folder)).save(RESULTS / f"main-{model}.json")
     render()
 
 

@@ -12,7 +12,7 @@ from card import architecture, perplexity_table, training
 
 from kdprune.report.plots import save_analysis_plot
 from kdprune.report.records import Analysis
-from kdprune.report.style import BLUE, GREEN, MUTED, ORANGE, VERMILION, Canvas
+from kdprune.report.style import BLUE, GREEN, MUTED, ORANGE, VERMILION, Canvas, legend_below, log_axis
 
 Record = Mapping[str, Any]
 CURVES = (("cosine", "cosine"), ("linear_cka", "linear CKA"), ("rbf_cka", "RBF CKA"))
@@ -58,9 +58,9 @@ def outlier_curves(found: Record) -> str:
         for key, label, colour, marker in curves:
             axes.plot([boundary[key] for boundary in found["boundaries"]], color=colour, marker=marker, label=label)
         axes.axhline(found["threshold"], color=VERMILION, linewidth=1, linestyle="--")
-        axes.set_yscale("log")
+        log_axis(axes)
         axes.set(xlabel="boundary l", ylabel="largest over median")
-        axes.legend()
+        legend_below(figure, axes, 3)
     return canvas.svg
 
 
