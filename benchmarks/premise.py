@@ -209,7 +209,7 @@ def _shown(record: Record) -> str:
 
 
 def plot(records: list[Record]) -> Figure:
-    """A row a model: similarities of neighbouring states, of h_4 with later ones, and damage against 1 − RBF CKA."""
+    """A row a model: how far neighbouring states are, the first open one and later ones; damage against RBF CKA."""
     models = by_model(records)
     figure = Figure(figsize=(12, 3.7 * len(models)), layout="constrained")
     for row, (name, found) in zip(figure.subplots(len(models), 3, squeeze=False), models.items(), strict=True):
@@ -217,10 +217,11 @@ def plot(records: list[Record]) -> Figure:
         origin = scores["protected"][0]
         for colour, kind in zip(COLOURS, ("rbf_cka", "linear_cka", "cosine"), strict=False):
             values, label = torch.tensor(scores[kind]), kind.replace("_cka", " CKA").replace("rbf", "RBF")
-            row[0].plot(values.diagonal(1), color=colour, label=label)
-            row[1].plot(range(origin, len(values)), values[origin, origin:], color=colour, label=label)
-        row[0].set(xlabel="layer", ylabel=f"{name}: similarity of its input and output")
-        row[1].set(xlabel="state e", ylabel=f"similarity of states {origin} and e")
+            row[0].plot(1 - values.diagonal(1), "o-", color=colour, label=label, markersize=3)
+            row[1].plot(range(origin + 1, len(values)), 1 - values[origin, origin + 1:], "o-", color=colour,
+                        label=label, markersize=3)
+        row[0].set(xlabel="layer", ylabel=f"{name}: 1 − similarity of its input and output", yscale="log")
+        row[1].set(xlabel="state e", ylabel=f"1 − similarity of states {origin} and e", yscale="log")
         for (colour, length), (kind, mark) in itertools.product(
                 zip(COLOURS, LENGTHS, strict=False), zip(DAMAGES, "oxs", strict=True)):
             chosen = _damage(found, kind, length)

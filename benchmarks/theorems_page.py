@@ -165,14 +165,15 @@ here?
     python benchmarks/theorems.py --text ../shared/data/heldout
 
 Half of the layers, the middle ones. **n swept**: kernel as drawn (median heuristic at bandwidth 1, scales taken on the
-held-out tokens, states as they are, as in `preset=paper`) and least-squares operators with ridge {RIDGE:g}, no training;
-figures at one n are means over separate parts of the shuffled text, ± the standard deviation over them; held-out rows
-come from the same text and are the same for every n. Risk is the mean over the layers of E‖A φ(h) − φ(h′)‖², ‖φ‖ = 1; errors are root mean squares.
-C = 1 and δ = 0.05, as the paper gives no C; R_φ = 1. α is the exponent of v(n) = v∞ + c n^−α, from the differences
-v(n) − v(4n), which are free of v∞. **m swept**: affine least squares in either space, its held-out error as a share of
-the target's variance; "trained" is the kernel after step 1 ({EPOCHS} epochs on {TRAIN_TOKENS:,} tokens) for m up to
-{TRAINED_UP_TO:g} times the width. *Of the state* is what φ(h_s) tells of h_e − h_s, over the variance of h_e: the only
-one of the columns with the same target as the original space's.
+held-out tokens, states as they are, as in `preset=paper`) and least-squares operators with ridge {RIDGE:g}, no
+training; figures at one n are means over separate parts of the shuffled text, ± the standard deviation over them;
+held-out rows come from the same text and are the same for every n. Risk is the mean over the layers of
+E‖A φ(h) − φ(h′)‖², ‖φ‖ = 1; errors are root mean squares. C = 1 and δ = 0.05, as the paper gives no C; R_φ = 1. α is
+the exponent of v(n) = v∞ + c n^−α, from the differences v(n) − v(4n), which are free of v∞. **m swept**: affine least
+squares in either space, its held-out error as a share of the target's variance; "trained" is the kernel after step 1
+({EPOCHS} epochs on {TRAIN_TOKENS:,} tokens) for m up to {TRAINED_UP_TO:g} times the width. *Of the state* is what
+φ(h_s) tells of h_e − h_s, over the variance of h_e: the only one of the columns with the same target as the original
+space's.
 
 ![errors and bounds against n and k, risks against m]({file.stem}.svg)
 
