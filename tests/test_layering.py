@@ -13,8 +13,8 @@ RANKS = (
     ("errors",), ("files",), ("runtime", "output", "world", "memory", "tensors"), ("text",), ("data",),
     ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
     ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
-    ("assemble",), ("resources",), ("recipe",), ("session",), ("heal",), ("pipeline",), ("variants",), ("units",),
-    ("comparison",), ("cli",), ("__main__",),
+    ("assemble",), ("resources",), ("recipe", "forecast"), ("session",), ("heal",), ("pipeline",),
+    ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.

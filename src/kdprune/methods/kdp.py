@@ -146,18 +146,19 @@ class KDP(RankedMethod):
         if self.fill:
             shape = spare_features(shape, budget, blocks)
         plan = Plan(
-            blocks, shape, self._settings(shape), tokens.held_out(self.held), self._path(tokens, shape),
+            blocks, shape, self.settings(shape), tokens.held_out(self.held), self.path_rows(tokens, shape),
             self.share_kernel, bool(self.sequential))
         return fit_blocks(
             model, tokens, plan, seed=seed, stages=stages or Stages(), batch_size=batch_size, keep=keep or Keeper())
 
-    def _path(self, tokens: TokenSet, shape: Shape) -> PathRows:
+    def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
         """Rows that step 1 sees: enough tokens for the operators' solves."""
         rows, held, length = len(tokens), tokens.held_out(self.held), tokens.ids.shape[1]
         wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
         return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
 
-    def _settings(self, shape: Shape) -> FitSettings:
+    def settings(self, shape: Shape) -> FitSettings:
+        """How blocks are fitted with stand-ins of this shape."""
         # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
         rate = self.rate or 4 / shape.width
         return FitSettings(
