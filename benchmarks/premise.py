@@ -223,12 +223,13 @@ def plot(records: list[Record]) -> Figure:
         row[0].set(xlabel="layer", ylabel=f"{name}: 1 − similarity of its input and output", yscale="log")
         row[1].set(xlabel="state e", ylabel=f"1 − similarity of states {origin} and e", yscale="log")
         for (colour, length), (kind, mark) in itertools.product(
-                zip(COLOURS, LENGTHS, strict=False), zip(DAMAGES, "oxs", strict=True)):
+                zip(COLOURS, LENGTHS, strict=False), zip(DAMAGES, "oxs", strict=False)):
             chosen = _damage(found, kind, length)
             row[2].plot([predicted(scores, r["block"], "rbf") for r in chosen], [r["excess_loss"] for r in chosen],
                         mark, color=colour, markersize=4, fillstyle="none",
                         label=f"{length} layers, {kind}" if chosen else None)
-        row[2].set(xlabel="1 − RBF CKA of h_s and h_e", ylabel="excess loss, nats per token", yscale="log")
+        row[2].set(xlabel="1 − RBF CKA of h_s and h_e", ylabel="excess loss, nats per token")
+        row[2].set_yscale("symlog", linthresh=0.05)
         for axes in row:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)
