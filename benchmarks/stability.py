@@ -10,8 +10,6 @@ default's figures; one that cannot reach the ratio says so.
 """
 
 import argparse
-import fcntl
-import json
 import math
 import statistics
 import time
@@ -19,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import units_file
 from matplotlib.figure import Figure
 from stand_ins import RESULTS, Bench, spread
 
@@ -43,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK: dict[str, Any] = {"kernel_epochs": 3, "refine_epochs": 2}
 QUICK_ROWS = 48
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#56B4E9", "#E69F00")
-Record = dict[str, Any]
+Record = units_file.Record
 
 
 def key(record: Record) -> tuple[float, str, int]:
@@ -51,20 +50,14 @@ def key(record: Record) -> tuple[float, str, int]:
     return record["ratio"], record["variant"], record["seed"]
 
 
-def load(file: Path) -> dict[tuple[float, str, int], Record]:
+def load(file: Path) -> dict[Any, Record]:
     """The records of a file by unit; none if there is no file yet."""
-    return {key(record): record for record in json.loads(file.read_text())} if file.is_file() else {}
+    return units_file.load(file, key)
 
 
 def keep(record: Record, file: Path) -> None:
     """Adds a record to the file, which another run may be writing too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        records = load(file) | {key(record): record}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps([records[unit] for unit in sorted(records, key=_order)], indent=1) + "\n")
-        part.replace(file)
+    units_file.keep(record, file, key, order=lambda found: _order(key(found)))
 
 
 def _order(unit: tuple[float, str, int]) -> tuple[float, int, int]:
