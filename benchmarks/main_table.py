@@ -17,7 +17,7 @@ from typing import Any
 from publish import command
 
 from kdprune.report import summary
-from kdprune.report.bootstrap import RESAMPLES, Lead, lead, without_items
+from kdprune.report.bootstrap import RESAMPLES, Lead, lead, loss_lead, without_items
 from kdprune.report.comparison_records import Comparison, Row, Stat, Unit
 from kdprune.report.comparison_table import COLUMNS, UNITS, failure, stat
 from kdprune.report.style import MARKERS, SERIES, Canvas, legend_below
@@ -25,23 +25,20 @@ from kdprune.report.summary import MISSING, SPACE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-OURS = "kdp"
+OURS, QUALITY = "kdp", ("excess loss", "retained", "above chance")
 # Title of a table, its column in a comparison's table, what it says.
 TABLES = (
-    ("Excess loss", "excess loss", "ln(pruned / dense perplexity), nats per token; the last column is the mean over "
-     "the models."),
-    ("Retained performance, as the paper has it", "retained", "Sum of the scores over that of the dense model's, all "
-     "tasks but perplexities."),
-    ("Retained performance above chance", "above chance", "Mean of (score − chance) / (dense − chance) over the rows "
-     "where the dense model is above chance by two standard errors."),
+    ("Excess loss", "excess loss", "ln(pruned / dense perplexity), nats per token; last, the mean over the models."),
+    ("Retained performance, as the paper has it", "retained", "Sum of all scores but perplexities over the dense one."),
+    ("Retained performance above chance", "above chance",
+     "Mean of (score − chance) / (dense − chance) over the rows with signal, two standard errors of the dense score."),
     ("Net ratio", "net ratio", "Share of the parameters that went, stand-ins counted."),
     ("Time of pruning", "time", "Depends on what else the machine does."),
     ("Peak memory of pruning", "peak memory", "Of the process, model and libraries included."),
     ("Prefill speed", "prefill", "Against the dense model, in turns."),
     ("Decode speed", "decode", "Against the dense model, in turns."),
-    ("KV cache saved", "KV cache saved", "Bytes a token, against the dense model."),
+    ("KV cache saved", "KV cache saved", "Bytes a token."),
 )
-NOT_KEPT = "not kept item by item"
 Models = Mapping[str, Comparison]
 
 
@@ -83,8 +80,7 @@ def table(models: Models, column: str) -> str:
     with_mean = column == "excess loss"
     lines = ["| | " + " | ".join([*models, *(["mean"] if with_mean else [])]) + " |",
              "|---" + "|---:" * (len(models) + with_mean) + "|"]
-    best = {model: _best(found, field) for model, found in models.items()} if column in (
-        "excess loss", "retained", "above chance") else {}
+    best = {model: _best(found, field) for model, found in models.items()} if column in QUALITY else {}
     for name in order(models):
         cells, values = [], []
         for model, found in models.items():
@@ -112,16 +108,21 @@ def best_peers(found: Comparison) -> dict[str, str]:
     """The measure → the best of the other methods by it."""
     rows = [row for row in found.rows if row.variant.options.get("method") != OURS and row.seeds]
     peers = found.model_copy(update={"rows": rows})
-    return {column: name for column in ("excess loss", "retained", "above chance")
-            if (name := _best(peers, COLUMNS[column][0]))}
+    return {column: name for column in QUALITY if (name := _best(peers, COLUMNS[column][0]))}
 
 
 def units_of(found: Comparison, name: str) -> list[Unit]:
     return [unit for unit in found.units if unit.variant == name]
 
 
+def item_lead(found: Comparison, ours: str, peer: str, above_chance: bool, seed: int) -> Lead | None:
+    """What KDP keeps more than the peer, item by item."""
+    scores = [[unit.tasks for unit in units_of(found, name)] for name in (ours, peer)]
+    return lead(found.dense.tasks, *scores, above_chance=above_chance, seed=seed)
+
+
 def seed_lead(found: Comparison, ours: str, peer: str) -> str:
-    """Excess loss of KDP less the peer's over the seeds both have: mean ± sd, and for how many KDP loses less."""
+    """Excess loss of KDP less the peer's over the seeds both have: mean ± sd, for how many KDP loses less, and p."""
     one, other = ({unit.seed: unit.perplexity.excess_loss for unit in units_of(found, name)} for name in (ours, peer))
     pairs = [(one[seed], other[seed]) for seed in one if seed in other]
     values = [left - right for left, right in pairs if left is not None and right is not None]
@@ -129,46 +130,49 @@ def seed_lead(found: Comparison, ours: str, peer: str) -> str:
         return MISSING
     less = sum(value < 0 for value in values)
     spread = f"{SPACE}±{SPACE}{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.3f}{spread}, less for {less} of {len(values)} seeds"
+    windows = loss_lead(*([unit.window_sums for unit in units_of(found, name)] for name in (ours, peer)),
+                        found.dense.tokens)
+    p = "" if windows is None else f", {likelihood(windows.p)}"
+    return f"{statistics.fmean(values):+.3f}{spread}, less for {less} of {len(values)} seeds{p}"
 
 
-def significance(found: Comparison, ours: str, seed: int = 0) -> list[str]:
+def significance(found: Comparison, ours: str, seed: int = 0) -> str:
     """A line a peer: what KDP keeps more than it, item by item, in both forms."""
     best = best_peers(found)
-    names = [row.variant.name for row in found.rows if row.seeds and row.variant.options.get("method") != OURS]
     lines = ["| KDP against | excess loss | retained | above chance |", "|---|---|---|---|"]
-    for name in names:
-        cells = [f"{'**' if best.get('excess loss') == name else ''}{seed_lead(found, ours, name)}"
-                 f"{'**' if best.get('excess loss') == name else ''}"]
+    for name in [row.variant.name for row in found.rows if row.seeds and row.variant.options.get("method") != OURS]:
+        cells = {"excess loss": seed_lead(found, ours, name)}
         for column, above in (("retained", False), ("above chance", True)):
-            measured = lead(found.dense.tasks, *([unit.tasks for unit in units_of(found, which)]
-                                                 for which in (ours, name)), above_chance=above, seed=seed)
-            text = NOT_KEPT if measured is None else shown(measured)
-            text = "no signal" if above and not found.signal else text
-            cells.append(f"**{text}**" if best.get(column) == name else text)
-        lines.append(f"| {title({'': found}, name)} | {' | '.join(cells)} |")
-    return lines
+            measured = item_lead(found, ours, name, above, seed)
+            text = "not kept item by item" if measured is None else shown(measured)
+            cells[column] = "no signal" if above and not found.signal else text
+        marked = [f"**{text}**" if best.get(column) == name else text for column, text in cells.items()]
+        lines.append(f"| {title({'': found}, name)} | {' | '.join(marked)} |")
+    return "\n".join(lines)
 
 
 def shown(found: Lead) -> str:
     """"+2.1 [+0.4, +3.8], p = .014", in points."""
-    p = "p < .001" if found.p < 0.001 else f"p = {found.p:.3f}".replace("0.", ".", 1)
-    return f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}], {p}"
+    low, high = 100 * found.low, 100 * found.high
+    return f"{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}], {likelihood(found.p)}"
+
+
+def likelihood(p: float) -> str:
+    return "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".", 1)
 
 
 def verdict(model: str, found: Comparison, ours: str, seed: int = 0) -> str:
     """Whether KDP leads the best peer above chance, in one sentence."""
     peer = best_peers(found).get("above chance", "")
-    measured = lead(found.dense.tasks, [unit.tasks for unit in units_of(found, ours)],
-                    [unit.tasks for unit in units_of(found, peer)], above_chance=True, seed=seed) if peer else None
+    measured = item_lead(found, ours, peer, True, seed)
     if measured is None:
         return f"- **{model}**: no items to compare by."
     word = "keeps" if measured.difference >= 0 else "loses"
     sure = "more" if measured.p < 0.05 else "no more"
     points = abs(100 * measured.difference)
     return (f"- **{model}**: above chance KDP {word} {points:.1f} points more than the best peer, "
-            f"{title({'': found}, peer)}: {sure} than the choice of items explains ({shown(measured)}; "
-            f"{measured.items:,} items).")
+            f"{title({'': found}, peer)}: {sure} than the choice of {measured.items:,} items explains "
+            f"({shown(measured)}).")
 
 
 def missing(model: str, found: Comparison) -> list[str]:
@@ -177,15 +181,15 @@ def missing(model: str, found: Comparison) -> list[str]:
     old = [row.variant.name for row in found.rows
            if any(without_items(found.dense.tasks, unit.tasks) for unit in units_of(found, row.variant.name))]
     if old:
-        lines.append(f"- {model}: {', '.join(old)} were measured before items were kept; run the comparison again.")
+        lines += [f"- {model}: {', '.join(old)} were measured before items were kept; run the comparison again."]
     return lines
 
 
 def setting(model: str, found: Comparison) -> str:
     """A line of the table of models."""
-    dense, calibration = found.dense, found.calibration
+    dense = found.dense
     return (f"| {model} | {found.family} | {summary.count(dense.parameters)} | {dense.layers} | "
-            f"{summary.decimals(dense.perplexity)} | {calibration.tokens:,} | {len(found.seeds)} | "
+            f"{summary.decimals(dense.perplexity)} | {found.calibration.tokens:,} | {len(found.seeds)} | "
             f"{len(found.signal)} of {len(found.signal) + len(found.left_out)} |")
 
 
@@ -210,8 +214,8 @@ def picture(models: Models) -> str:
 
 def ours_of(found: Comparison) -> str:
     """KDP's row: with default options if there is one, otherwise the first."""
-    names = [row.variant.name for row in found.rows if row.variant.options.get("method") == OURS]
-    return OURS if OURS in names else names[0]
+    return next(row.variant.name for row in sorted(found.rows, key=lambda row: row.variant.name != OURS)
+                if row.variant.options.get("method") == OURS)
 
 
 def page(models: Models) -> str:
@@ -223,8 +227,7 @@ def page(models: Models) -> str:
         f"## {heading}\n\n{says}\n\n{table(models, column)}" for heading, column, says in TABLES
         if any(getattr(row, COLUMNS[column][0]) for found in models.values() for row in found.rows))
     ours = {model: ours_of(found) for model, found in models.items()}
-    tests = "\n\n".join(f"### {model}\n\n" + "\n".join(significance(found, ours[model]))
-                        for model, found in models.items())
+    tests = "\n\n".join(f"### {model}\n\n{significance(found, ours[model])}" for model, found in models.items())
     verdicts = "\n".join(verdict(model, found, ours[model]) for model, found in models.items())
     lacking = [line for model, found in models.items() for line in missing(model, found)]
     lacks = "\n\n## What is missing\n\n" + "\n".join(lacking) if lacking else ""
@@ -241,7 +244,7 @@ Does KDP keep more of a model than its peers at equal net parameters, and is its
 
 {settings}
 
-Mean ± standard deviation over seeds; rows in the order of their mean excess loss; the best of a column in bold.
+Mean ± standard deviation over seeds; rows by mean excess loss; the best of a column in bold.
 
 ![excess loss of every method on every model](main-excess.svg)
 
@@ -255,7 +258,8 @@ How many points of the dense model's performance KDP keeps more (+) or less (−
 two-sided p from a paired bootstrap: {RESAMPLES:,} times the items of every task are drawn with replacement, for both
 methods together; answers are averaged over the seeds first, the dense model's scores are held fixed
 (`report/bootstrap.py`). The interval is about items, not about seeds or training text, and p is not corrected for the
-number of peers. The best peer by each measure in bold. Excess loss is the difference over the seeds, in nats per token.
+number of peers. The best peer by each measure in bold. Excess loss: the difference over the seeds in nats per token, p
+from the same bootstrap over the windows of the held-out text, which follow each other, so that p is a little too small.
 
 {tests}{lacks}
 """
@@ -268,19 +272,18 @@ def portable(found: Comparison) -> Comparison:
             return [relative(item) for item in value]
         return os.path.relpath(value, ROOT) if isinstance(value, str) and os.path.isabs(value) else value
 
-    recipe = {name: relative(value) for name, value in found.recipe.items()}
-    return found.model_copy(update={"model": relative(found.model), "recipe": recipe})
+    return found.model_copy(update={
+        "model": relative(found.model), "recipe": {name: relative(value) for name, value in found.recipe.items()}})
 
 
 def render() -> None:
     """Writes the page and its picture."""
-    models = load()
-    if not models:
-        raise SystemExit("no docs/results/main-*.json: python benchmarks/main_table.py --add FOLDER MODEL")
+    if not (models := load()):
+        raise SystemExit("no docs/results/main-*.json: use --add FOLDER MODEL")
     notes = RESULTS / "main-notes.md"
-    text = page(models) + ("\n" + notes.read_text(encoding="utf-8") if notes.is_file() else "")
-    (RESULTS / "main.md").write_text(text, encoding="utf-8")
-    (RESULTS / "main-excess.svg").write_text(picture(models), encoding="utf-8")
+    said = "\n" + notes.read_text() if notes.is_file() else ""
+    (RESULTS / "main.md").write_text(page(models) + said)
+    (RESULTS / "main-excess.svg").write_text(picture(models))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -289,8 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="a finished comparison (results.json in it), and the model's name in the table")
     options = parser.parse_args(arguments)
     if options.add:
-        folder, model = options.add
-        portable(Comparison.load(folder)).save(RESULTS / f"main-{model}.json")
+        portable(Comparison.load(options.add[0])).save(RESULTS / f"main-{options.add[1]}.json")
     render()
 
 

@@ -77,6 +77,10 @@ def test_the_page_says_what_the_items_say(results: Path) -> None:
                   for which in (KDP, name)]
         gaps = [losses[0][seed] - losses[1][seed] for seed in (0, 1)]
         assert f"{np.mean(gaps):+.3f}" in line
+        sums = [[unit.window_sums for unit in found.units if unit.variant == which] for which in (KDP, name)]
+        windows = (np.mean(sums[0], 0) - np.mean(sums[1], 0)).sum() / found.dense.tokens
+        assert windows == pytest.approx(np.mean(gaps), abs=1e-5)
+        assert line.count("p ") == 3
     assert "What is missing" not in page
     assert not any(word.startswith("/") and word != "/" for word in page.split()), "a path of this machine"
     assert (results / "main-excess.svg").read_text(encoding="utf-8").startswith("<svg")

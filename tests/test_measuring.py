@@ -51,15 +51,16 @@ def test_rows_within_one_window_are_scored_whole(model) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_sliding_windows_score_every_token_once_with_its_context(model, window, stride, batch_size) -> None:
     row = random_ids(1, 51)[0]
-    total, done = 0.0, 1
+    sums, done = [], 1
     while done < len(row):  # position by position: what each window sees, written down naively
         end = min(len(row), window + 1 if done == 1 else done + stride)
         seen = row[max(0, end - 1 - window):end]
-        total += float(losses(model, seen)[-(end - done):].double().sum())
+        sums.append(float(losses(model, seen)[-(end - done):].double().sum()))
         done = end
     found = perplexity(model, token_set(row[None]), window, stride, batch_size=batch_size)
     assert found.tokens == 50
-    assert found.loss == pytest.approx(total / 50, rel=1e-5)
+    assert found.loss == pytest.approx(sum(sums) / 50, rel=1e-5)
+    assert found.sums == pytest.approx(sums, rel=1e-5)
 
 
 def test_padding_is_neither_scored_nor_seen(model) -> None:

@@ -179,6 +179,7 @@ class Bench:
             "perplexity": Perplexity(
                 dense=dense.perplexity, pruned=loss.value, dataset=dense.dataset, window=loss.window,
                 stride=loss.stride, tokens=loss.tokens),
+            "window_sums": [round(value, 4) for value in loss.sums],
             "speed": pace,
             "kv_cache_bytes_per_token": KVCache(
                 dense=dense.kv_cache_bytes_per_token, pruned=kv_cache_bytes_per_token(pruned)),

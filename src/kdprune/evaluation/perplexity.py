@@ -23,13 +23,17 @@ SLICE = 2**25  # most logits turned into float32 at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value = exp(loss); loss: mean next-token loss in nats; tokens: how many were scored."""
+    """value = exp(loss); loss: mean next-token loss in nats; tokens: how many were scored.
+
+    sums: the summed loss of each window's new positions, in order, in nats: their sum over `tokens` is the loss.
+    """
 
     value: float
     loss: float
     tokens: int
     window: int
     stride: int
+    sums: tuple[float, ...] = ()
 
 
 def default_window(model: PreTrainedModel) -> int:
@@ -61,7 +65,7 @@ def perplexity(
     _check(model, window, stride)
     size = batch_size or max(1, LOGITS // (window * vocabulary_size(model)))
     with evaluating(model):
-        total, count = _summed_loss(model, tokens, _batches(tokens, window, stride, size))
+        total, count, sums = _summed_loss(model, tokens, _batches(tokens, window, stride, size))
     if not count:
         raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
     mean = total / count
@@ -70,18 +74,21 @@ def perplexity(
         raise KDPruneError(
             f"got a mean loss of {mean:.4g} nats, too large for a perplexity; check the weights"
         )
-    return Perplexity(value, mean, count, window, stride)
+    return Perplexity(value, mean, count, window, stride, sums)
 
 
 def _summed_loss(
     model: PreTrainedModel, tokens: TokenSet, batches: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[float, int]:
-    """Loss of all batches and number of scored positions, over all processes. Raises as perplexity does."""
+) -> tuple[float, int, tuple[float, ...]]:
+    """Loss of all batches, number of scored positions, and each window's loss, over all processes. Raises as
+    perplexity does.
+    """
     own = [(number, *batch) for number, batch in enumerate(batches) if world().owner(number) == world().rank]
     windows = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
     total, count, wrong = 0.0, 0, None  # Python floats are float64
+    sums: dict[int, list[float]] = {}
     for (number, _, targets), logits in zip(own, forward_streamed(model, windows), strict=True):
-        loss = _loss(logits, targets)
+        loss, sums[number] = _loss(logits, targets)
         total += loss
         count += int((targets != IGNORED).sum())
         if not math.isfinite(loss):
@@ -94,8 +101,9 @@ def _summed_loss(
             f"got a loss of {loss} in batch {number} of {tokens.source}, expected a finite one; "
             "check the weights, or use --dtype float32"
         )
+    every = {number: found for part in world().gather(sums) for number, found in part.items()}
     total, scored = world().total([total, count])
-    return total, int(scored)
+    return total, int(scored), tuple(loss for number in sorted(every) for loss in every[number])
 
 
 def _check(model: PreTrainedModel, window: int, stride: int) -> None:
@@ -146,14 +154,15 @@ def _stack(entries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return ids, pad([targets for _, targets in entries], batch_first=True, padding_value=IGNORED)
 
 
-def _loss(logits: Tensor, targets: Tensor) -> float:
-    """Summed loss of the scored positions of a batch: logits (B, W, V), targets (B, W)."""
-    logits = logits.flatten(0, 1)
+def _loss(logits: Tensor, targets: Tensor) -> tuple[float, list[float]]:
+    """Summed loss of the scored positions of a batch, and of each row: logits (B, W, V), targets (B, W)."""
+    logits, every = logits.flatten(0, 1), []
     flat = targets.flatten().to(logits.device)
     total = torch.zeros((), dtype=torch.float64)
     for part, wanted in zip(
         *(x.split(max(1, SLICE // logits.shape[-1])) for x in (logits, flat)), strict=True
     ):
         losses = functional.cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="none")
-        total += losses.cpu().double().sum()
-    return float(total)
+        every.append(losses.cpu().double())
+        total += every[-1].sum()
+    return float(total), torch.cat(every).view(targets.shape).sum(1).tolist()

@@ -5,7 +5,8 @@ With a_ij and b_ij whether item j of task row i was right, averaged over the see
     D = Σ_i w_i · mean over the row's tasks of mean over j of (a_ij − b_ij),
 
 w_i = 1 / Σ d for the retained mean, 1 / (|S| (d_i − c_i)) over S for the one above chance, d and c the dense model's
-scores and chance as in :mod:`kdprune.report.retention`. Resampled are the items of each task, with replacement and
+scores and chance as in :mod:`kdprune.report.retention`; for the excess loss items are the windows of the held-out text,
+weighed by what they hold of its tokens. Resampled are the items of each task, with replacement and
 both methods' together; the dense model is the yardstick and is held fixed. Source: Efron & Tibshirani 1993, section 13.
 """
 
@@ -24,7 +25,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Lead:
-    """A difference of two methods, of shares of the dense model's performance.
+    """A difference of two methods: of shares of the dense model's performance, or of excess losses in nats per token.
 
     low, high: the middle 95 % of the resamples; p: two-sided, twice the smaller share of resamples on one side of 0,
     (1 + count) / (1 + resamples); items: how many the difference is over.
@@ -90,6 +91,26 @@ def lead(
             differences.append(left - right)
             strata.append(weight / len(one[key]))
     return paired_bootstrap(differences, strata, seed=seed, resamples=resamples)
+
+
+def loss_lead(
+    first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]], tokens: int, *, seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Lead | None:
+    """Excess loss of the first method less the second's, each given by its seeds' summed losses of every window.
+
+    Args:
+        tokens: scored in all windows together.
+
+    Returns None where a record does not have the windows. Raises KDPruneError where the two differ in them.
+    """
+    if not first or not second or any(not sums or None in sums for sums in (*first, *second)):
+        return None
+    if sizes := {len(sums) for sums in (*first, *second)} - {len(first[0])}:
+        raise KDPruneError(f"got {len(first[0])} and {sizes.pop()} windows of the held-out text, expected the same; "
+                           "evaluate both on the same text")
+    one, other = (np.mean(np.array(sums, dtype=np.float64), axis=0) for sums in (first, second))
+    return paired_bootstrap([one - other], [len(one) / tokens], seed=seed, resamples=resamples)
 
 
 def _weights(dense: Sequence[TaskScore], above_chance: bool) -> dict[Key, float]:

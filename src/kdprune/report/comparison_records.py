@@ -71,6 +71,9 @@ class Unit(Record):
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters and net ratio")
     perplexity: Perplexity = Field(description="on the same text for all")
+    window_sums: list[Number] = Field(
+        default_factory=list,
+        description="summed loss of each window of that text, nats; empty in older records")
     speed: Speed | None = Field(
         None, description="measured in turns with the dense model; null where that was streamed from disk")
     kv_cache_bytes_per_token: KVCache = Field(description="key-value cache per token, bytes")
