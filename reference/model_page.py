@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -149,7 +150,9 @@ def render(record_file: Path) -> None:
                 "outliers": outlier_curves(record["outliers"])}
     for key, svg in pictures.items():
         record_file.with_name(f"{base}-{key}.svg").write_text(svg, encoding="utf-8")
-    save_analysis_plot(Analysis(**record["manifold"]), record_file.with_name(f"{base}-manifold.svg"))
+    manifold = save_analysis_plot(Analysis(**record["manifold"]), record_file.with_name(f"{base}-manifold.svg"))
+    undated = re.sub(r"\s*<dc:date>.*?</dc:date>", "", manifold.read_text(encoding="utf-8"))
+    manifold.write_text(undated, encoding="utf-8")  # the same record, the same bytes
     mean = statistics.fmean(score["value"] for score in blimp["scores"])
     notes = record_file.with_name(f"{base}-notes.md")
     page = f"""# Reference model {name}
