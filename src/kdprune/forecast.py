@@ -239,15 +239,18 @@ class Job:
         return max(trained, *kernel) if self.shape.kind == "fourier" else trained
 
     def peaks(self, streamed: bool, accelerator: bool, budget: int | None) -> Peaks:
-        """Of a run whose states are on disk, as with a work directory. ``budget``: of the host."""
+        """Of a run whose states are on disk, as with a work directory.
+
+        ``budget``: of the host, a share of which may hold states between layers; None: they are on disk too.
+        """
         layer = (self.weights - self.outside) // self.layers
         model = self.outside + layer if streamed else self.weights
         collected = 2 * self.paths() + self.analysis_bytes() // (self.layers + 1)
         kept = self.paths() + 4 * self.added * len(self.blocks)
         analysis = self.analysis_bytes()
         held = 0
-        if streamed:
-            held = self.scratch() if budget is None else min(self.scratch(), int(SCRATCH_SHARE * self.room(budget)))
+        if streamed and budget is not None:
+            held = min(self.scratch(), int(SCRATCH_SHARE * self.room(budget)))
         if not accelerator:
             analysis = analysis // 2 + held if streamed else analysis
             whole = LIBRARIES + model + max(analysis, collected, kept + self.fit_bytes())

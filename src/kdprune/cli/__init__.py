@@ -1,4 +1,4 @@
-"""The command line: prune, compare, ablate, analyze, eval, report.
+"""The command line: prune, plan, compare, ablate, analyze, eval, report.
 
 Bad input is one line on stderr and exit status 2, never a traceback.
 """
@@ -15,9 +15,11 @@ import kdprune
 from kdprune.cli.compare import ablate_command, compare_command
 from kdprune.cli.evaluate import eval_command, report_command
 from kdprune.cli.options import heal_parameters, method_parameters, resource_parameters, spelled_out
+from kdprune.cli.plan import plan_command
 from kdprune.cli.prune import analyze_command, prune_command
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
+from kdprune.methods.kdp import KDP
 from kdprune.recipe import load_recipe, reject_unknown
 from kdprune.runtime import quiet_libraries
 
@@ -30,6 +32,7 @@ def build_app(method: str) -> typer.Typer:
     app.callback()(_common)
     app.command("prune")(spelled_out(
         prune_command, resource_parameters(), heal_parameters(), method_parameters(METHODS[method])))
+    app.command("plan")(spelled_out(plan_command, method_parameters(KDP)))
     app.command("compare")(compare_command)
     app.command("ablate")(ablate_command)
     app.command("analyze")(spelled_out(analyze_command, resource_parameters()))

@@ -1,0 +1,153 @@
+"""``kdprune plan``: what pruning a model would give and take, from its config alone."""
+
+import dataclasses
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdprune.cli.options import Dtype, Length
+from kdprune.forecast import DEVICES
+from kdprune.planning import PruningPlan, Side, plan
+from kdprune.report import summary
+from kdprune.report.results import write_file
+
+
+def plan_command(
+    model: Annotated[str | None, typer.Argument(
+        help="directory with config.json, that file, or hub id; left out: the bundled reference model")] = None,
+    samples: Annotated[int | None, typer.Option(help="rows of calibration text (4000)")] = None,
+    length: Length = None,
+    dtype: Dtype = None,
+    host_memory: Annotated[str | None, typer.Option(help="memory prune may take, 64GiB (both ways are shown)")] = None,
+    device: Annotated[str, typer.Option(help=f"where it is to run: {', '.join(DEVICES)}")] = "h100",
+    tflops: Annotated[float | None, typer.Option(help="instead of a device: its bfloat16 peak, in TFLOP/s")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="share of its peaks (0.4; cpu: as measured)")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="write the figures to this file; -: stdout")] = None,
+    **method_options: Any,
+) -> None:
+    """Say what pruning MODEL with KDP would give and take; reads only its config, no weights and no text."""
+    chosen = {name: value for name, value in method_options.items() if value is not None}
+    found = plan(model, dtype=dtype, samples=samples, length=length, host_memory=host_memory, device=device,
+                 tflops=tflops, utilisation=utilisation, **chosen)
+    if json_file == "-":
+        sys.stdout.write(as_json(found))
+        return
+    print_plan(found, Console())
+    if json_file:
+        write_file(json_file, as_json(found))
+
+
+def as_json(found: PruningPlan) -> str:
+    """All figures: bytes, operations, seconds, shares."""
+    return json.dumps({**dataclasses.asdict(found), "seconds": found.seconds}, indent=1) + "\n"
+
+
+def print_plan(found: PruningPlan, console: Console) -> None:
+    """Blocks, dense against pruned, memory, time."""
+    console.print(Text(_headline(found), style="bold"))
+    console.print(Text(_layout(found)))
+    console.print()
+    for table in (_sides(found), _memory(found), _time(found)):
+        console.print(table)
+    for note in _notes(found):
+        console.print(Text(note, style="dim"))
+
+
+def _headline(found: PruningPlan) -> str:
+    below = "" if found.net_ratio >= found.ratio else f", below the {summary.percent(found.ratio)} asked for"
+    return f"{found.model}: {summary.percent(found.net_ratio, 1)} net{below}"
+
+
+def _layout(found: PruningPlan) -> str:
+    """Blocks and stand-ins in words."""
+    spans = ", ".join(f"[{start}, {end})" for start, end in found.blocks)
+    replaced, count = sum(end - start for start, end in found.blocks), len(found.blocks)
+    size = summary.count(max(found.added))
+    context = "attention and " if found.context else ""
+    hidden = f", hidden {found.hidden}" if found.hidden else ""
+    words = (f"{replaced} of {found.dense.layers} layers in {count} block{'s' * (count > 1)}, {spans}; each gets "
+             f"{context}{found.kind} features m = {found.features}{hidden} ({size} parameters)")
+    return words if found.given else (
+        f"{words}. How many layers and blocks follows from the ratio; which ones, the data will say.")
+
+
+def _sides(found: PruningPlan) -> Table:
+    table = Table(title_justify="left")
+    table.add_column("")
+    for name in ("dense", "pruned", ""):
+        table.add_column(name, justify="right", style="bold" if name == "pruned" else None)
+
+    def row(name: str, shown: Any, value: Any) -> None:
+        before, after = value(found.dense), value(found.pruned)
+        change = 100 * (after / before - 1)
+        table.add_row(name, shown(before), shown(after), f"{change:+.1f}{summary.SPACE}%".replace("-", "−"))
+
+    def whole(number: float) -> str:
+        return f"{number:,.0f}"
+
+    def operations(number: float) -> str:
+        return f"{number / 1e9:,.3g} GFLOP"
+
+    row("layers", whole, lambda side: side.layers)
+    row("parameters", whole, lambda side: side.parameters)
+    row(f"on disk, {found.dtype}", summary.size, lambda side: side.disk_bytes)
+    row("KV cache a token", summary.size, lambda side: side.kv_bytes)
+    row(f"a token, reading {found.length}", operations, lambda side: side.prefill_flops)
+    row(f"a token, writing behind {found.length}", operations, lambda side: side.decode_flops)
+    if found.device.bandwidth is not None:
+        row("writing, at most", lambda pace: f"{pace:,.0f} tokens/s", lambda side: _pace(found, side))
+    return table
+
+
+def _pace(found: PruningPlan, side: Side) -> float:
+    """Tokens a second at batch 1 if every weight is read once a token and nothing else takes time."""
+    assert found.device.bandwidth is not None
+    return found.device.bandwidth / (side.disk_bytes + found.length * side.kv_bytes)
+
+
+def _memory(found: PruningPlan) -> Table:
+    table = Table(title="peak memory while pruning", title_justify="left")
+    table.add_column("model")
+    table.add_column("host", justify="right")
+    table.add_column("device", justify="right")
+    table.add_column("")
+    for need in found.memory:
+        where = summary.MISSING if need.device_bytes is None else summary.size(need.device_bytes)
+        too_much = need.device_bytes and found.device.memory and need.device_bytes > found.device.memory
+        remark = "does not fit the device" if too_much else "with this --host-memory" if need.taken else ""
+        table.add_row("layer by layer" if need.streamed else "whole", summary.size(need.host_bytes), where, remark)
+    return table
+
+
+def _time(found: PruningPlan) -> Table:
+    table = Table(title=f"time on {found.device.title}, {found.samples * found.length:,} tokens", title_justify="left")
+    table.add_column("stage")
+    table.add_column("forward passes", justify="right")
+    table.add_column("", justify="right")
+    for stage in found.stages:
+        table.add_row(stage.name, f"{stage.passes:,.2f}", summary.duration(stage.seconds))
+    table.add_section()
+    table.add_row("all", f"{found.seconds / found.forward_seconds:,.2f}", summary.duration(found.seconds))
+    return table
+
+
+def _notes(found: PruningPlan) -> list[str]:
+    """How figures were come by."""
+    device = found.device
+    share = "the rates measured" if device.utilisation == 1 else (
+        f"{summary.percent(device.utilisation)} of the device's peaks, which is assumed")
+    return [
+        f"states: {summary.size(found.states_bytes)} in the work directory (in memory with --work-dir none); layer by "
+        f"layer {summary.size(found.scratch_bytes)} more there, or in a quarter of --host-memory, while layers are "
+        "scored",
+        f"time: counted operations at {share}: {device.half / 1e12:.3g} TFLOP/s in bfloat16, "
+        f"{device.single / 1e12:.3g} in float32, in which stand-ins are fitted ({device.source}); reading and saving "
+        "weights is left out",
+        f"one forward pass of the layers over the calibration set: {summary.duration(found.forward_seconds)}; "
+        "docs/real-models.md compares such figures with measured runs",
+    ]
