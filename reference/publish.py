@@ -24,6 +24,7 @@ from manifold import outliers
 from model_page import render
 
 from kdprune.assemble import software_versions
+from kdprune.data import bundled_calibration
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.tasks import check_suite, run_suite
 from kdprune.report.results import encode, write_file
@@ -33,6 +34,7 @@ from kdprune.session import Session
 ROOT = Path(__file__).parents[1]
 RECORDS = ("run.json", "loss_curve.json", "perplexity.json")
 SUITE, PROTECT = "blimp", 0.1
+ALL = 2**20   # rows: all of the calibration text, of which the analysis takes what is enough
 
 
 def check(run: Path, records: Path) -> None:
@@ -54,14 +56,15 @@ def take(run: Path, records: Path, name: str) -> tuple[Path, Path]:
     return model, kept
 
 
-def measure(model: Path, data: list[Path], limit: int, device: str) -> dict[str, Any]:
-    """BLiMP and the slow manifold, in float32, on the package's calibration text."""
-    run = Session(model, None, 0, device, "float32", False, Stages(show=sys.stderr.isatty()))
-    scores = run_suite(run.model, run.tokenizer, SUITE, data=data, limit=limit, stages=run.stages)
-    tokens = run.calibration(None, None, None)
+def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """BLiMP and the slow manifold, in float32."""
+    run = Session(model, None, 0, options.device, "float32", False, Stages(show=sys.stderr.isatty()))
+    scores = run_suite(
+        run.model, run.tokenizer, SUITE, data=options.data, limit=options.limit, stages=run.stages)
+    tokens = run.calibration(options.calibration, ALL, None)
     analysis = run.score(tokens, PROTECT)
     return {
-        "blimp": {"limit": limit, "scores": [_plain(dataclasses.asdict(score)) for score in scores]},
+        "blimp": {"limit": options.limit, "scores": [_plain(dataclasses.asdict(score)) for score in scores]},
         "text": tokens.source, "manifold": analysis.record().model_dump(mode="json"),
         "outliers": outliers(run, tokens),
     }
@@ -83,12 +86,13 @@ def publish(options: argparse.Namespace, file: Path, command: str) -> None:
     run, curve, perplexity = (json.loads((records / name).read_text(encoding="utf-8")) for name in RECORDS)
     record = {
         "name": options.name, "command": command, "run": run, "loss_curve": curve, "perplexity": perplexity,
-        **measure(model, options.data, options.limit, options.device), "versions": software_versions(),
+        **measure(model, options), "versions": software_versions(),
     }
     write_file(file, encode(record) + "\n")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; 2 where it cannot be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="what train.py wrote")
     parser.add_argument("name", help="of the model in the repository and of its page")
@@ -97,9 +101,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, nargs="+", default=[ROOT.parent / "shared" / "data" / "bench"],
                         help="folders with BLiMP's files (default: ../shared/data/bench)")
     parser.add_argument("--limit", type=int, default=100, help="pairs of each paradigm of BLiMP")
+    parser.add_argument("--calibration", type=Path, default=bundled_calibration(),
+                        help="text whose layer states are looked at (default: the package's)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--render", action="store_true", help="only write the page again")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     file = ROOT / "docs" / "results" / f"model-{options.name}.json"
     try:
         if not options.render:
