@@ -184,7 +184,7 @@ def plot(records: list[Record]) -> Figure:
             axes.axvline(1, color="#888888", linewidth=0.8)
             axes.set_xlabel(f"{name}: error over the block's update (dropped: 1)")
             axes.grid(axis="x", alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 
 

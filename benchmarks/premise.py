@@ -229,7 +229,8 @@ def plot(records: list[Record]) -> Figure:
                         mark, color=colour, markersize=4, fillstyle="none",
                         label=f"{length} layers, {kind}" if chosen else None)
         row[2].set(xlabel="1 − RBF CKA of h_s and h_e", ylabel="excess loss, nats per token")
-        row[2].set_yscale("symlog", linthresh=0.05)
+        if all(record.get("excess_loss", 1) > 0 for record in found):
+            row[2].set_yscale("log")
         for axes in row:
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)

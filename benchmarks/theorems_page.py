@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from units_file import COLOURS, Record, by_model, load, table, write_page
 
+from kdprune.kernel.bounds import error_growth
 from kdprune.methods.kdp import KDP
 
 RIDGE = KDP.ridge
@@ -60,9 +61,10 @@ def sweep_table(found: list[Record]) -> str:
         spread = "" if r["spread"] is None else f" ± {r['spread']:.4f}"
         rows.append([f"{r['tokens']:,}", r["parts"], f"{np.mean(r['fitted_risk']):.4f}",
                      f"{np.mean(r['held_risk']):.4f}", f"{r['B_A']:.2f}", f"{error[0]:.3f}", f"{bound[0]:.2f}",
-                     f"{error[-1]:.4f}{spread}", f"{bound[-1]:.3g}", f"{bound[-1] / error[-1]:.3g}"])
+                     f"{error[-1]:.4f}{spread}", f"{bound[-1]:.3g}", f"{bound[-1] / error[-1]:.3g}",
+                     f"{math.sqrt(max(r['fitted_risk'])) * error_growth(r['B_A'], len(error)):.3g}"])
     return table("n | parts | risk, fitted | risk, held-out | B_A | error, k = 1 | bound, k = 1 | error, k = K | "
-                 "bound, k = K | bound / error", rows)
+                 "bound, k = K | bound / error | bound without its term in n", rows)
 
 
 def exponent_table(found: list[Record]) -> str:
@@ -129,7 +131,8 @@ def _plot_risks(axes: Any, found: list[Record]) -> None:
         values = [r[part][-1] if part == "in_kernel" else r[part] for r in chosen]
         axes.plot([r["features"] for r in chosen], values, "o-" if part == "in_kernel" else "s--", color=colour,
                   markersize=4, label=f"{kind}, {'in kernel space' if part == 'in_kernel' else 'of the state'}")
-    axes.set(xscale="log", xlabel="m, features", ylabel="held-out risk at k = K, share of the variance")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="m, features", ylabel="held-out risk at k = K, share of the variance")
 
 
 def section(name: str, own: list[Record]) -> str:

@@ -109,8 +109,11 @@ def test_the_premise_is_measured_and_goes_on(
     monkeypatch.setattr(premise, "removed", None)  # nothing is measured twice
     premise.run(bench.model, bench.calibration, "tiny", file, True)
     assert file.read_text() == before
+    for record in found.values():
+        premise.keep({**record, "model": "another"}, file, premise.key)
     premise.render(file)
-    assert "## tiny" in file.with_suffix(".md").read_text()
+    page = file.with_suffix(".md").read_text()
+    assert page.index("## tiny") < page.index("## another")
     assert file.with_suffix(".svg").is_file()
 
 
