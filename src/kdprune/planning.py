@@ -20,9 +20,9 @@ from kdprune.methods.blocks import Budget, choose_blocks, layer_sizes, spare_fea
 from kdprune.methods.fitting import Shape
 from kdprune.methods.kdp import KDP
 from kdprune.model.edits import Substitute
-from kdprune.model.families import family_of
+from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
-from kdprune.model.surgery import apply_edits, context_layer
+from kdprune.model.surgery import apply_edits, context_layer, layers_replaced
 from kdprune.pipeline import make_method
 from kdprune.runtime import generator, quiet_libraries
 from kdprune.session import BUNDLED_MODEL, LONGEST_ROW
@@ -149,7 +149,8 @@ def plan(
         needs.append(Need(streamed, peaks.host, peaks.device if accelerator else None, peaks.analysis, taken))
     forward = job.forward().seconds(place, job.itemsize)
     seconds = {name: work.seconds(place, job.itemsize) for name, work in job.stages().items()}
-    dense_side, pruned_side = (_side(found, row) for found in (dense, pruned))
+    cache = _cache_bytes(dense)
+    dense_side, pruned_side = (_side(found, row, cache) for found in (dense, pruned))
     return PruningPlan(
         model="kdprune bundled reference model" if model is None else str(model),
         model_type=dense.config.model_type, dtype=str(dense.dtype).removeprefix("torch."), ratio=ratio,
@@ -237,13 +238,21 @@ def _pruned(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTra
     return apply_edits(dense, edits).eval()
 
 
-def _side(model: PreTrainedModel, length: int) -> Side:
+def _cache_bytes(dense: PreTrainedModel) -> int:
+    """Bytes that one layer caches a token: all have the same heads, those with a stand-in behind their attention too.
+    """
+    with layers_replaced(dense, list(decoder_layers(dense))[:1]):
+        return kv_cache_bytes_per_token(dense)
+
+
+def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
+    """``cache``: bytes that a layer caches a token."""
     buffers = [buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
                if name not in module._non_persistent_buffers_set]
     return Side(
         layers=model.config.num_hidden_layers, parameters=model.num_parameters(),
         disk_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *buffers]),
-        kv_bytes=kv_cache_bytes_per_token(model), prefill_flops=forward_flops(model, 1, length) / length,
+        kv_bytes=cache * model.config.num_hidden_layers, prefill_flops=forward_flops(model, 1, length) / length,
         decode_flops=forward_flops(model, 1, 1, length))
 
 
