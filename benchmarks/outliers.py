@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from stand_ins import VARIANTS
 from torch import BoolTensor, Tensor
 from transformers import PreTrainedModel
@@ -176,14 +177,17 @@ def plot(records: list[Record]) -> Figure:
     for row, (name, own) in zip(figure.subplots(len(models), 2, squeeze=False), models.items(), strict=True):
         found = _ordered(own)[::-1]
         for axes, (groups, title) in zip(row, pairs, strict=True):
-            for offset, colour, group in zip((0.2, -0.2), COLOURS, groups.split(), strict=False):
-                axes.barh([place + offset for place in range(len(found))],
-                          [record["errors"][group]["update_left"] for record in found], height=0.38, color=colour,
-                          label=title(found[0]) if offset > 0 else GROUPS[group])
+            for mark, colour, group in zip("os", COLOURS, groups.split(), strict=False):
+                axes.plot([record["errors"][group]["update_left"] for record in found], range(len(found)), mark,
+                          color=colour, label=title(found[0]) if mark == "o" else GROUPS[group])
             axes.set_yticks(range(len(found)), [record["variant"] for record in found])
             axes.axvline(1, color="#888888", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(f"{name}: error over the block's update (dropped: 1)")
-            axes.grid(axis="x", alpha=0.3)
+            axes.grid(alpha=0.3)
             axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     return figure
 
