@@ -207,10 +207,12 @@ def _token_plot(axes: Axes, records: list[Record]) -> None:
 def _domain_plot(axes: Axes, records: list[Record]) -> None:
     names = domain_names(records)
     pairs = [(calibrated, held) for held in names for calibrated in names]
-    for colour, (place, method) in zip(COLOURS, enumerate(methods_of(records)), strict=False):
+    methods = methods_of(records)
+    for colour, (place, method) in zip(COLOURS, enumerate(methods), strict=False):
         found = [excess(records, "domains", method, *pair) for pair in pairs]
-        at = [spot + (place - 1) * 0.25 for spot, values in enumerate(found) if values]
-        axes.bar(at, [statistics.fmean(values) for values in found if values], 0.23, color=colour, label=title(method))
+        wide = 0.8 / len(methods)
+        at = [spot + (place - (len(methods) - 1) / 2) * wide for spot, values in enumerate(found) if values]
+        axes.bar(at, [statistics.fmean(values) for values in found if values], 0.9 * wide, color=colour)
     axes.set_xticks(range(len(pairs)), [f"{held}\n(by {calibrated})" for calibrated, held in pairs], fontsize=8)
     axes.set_xlabel("evaluated on (calibrated by)")
 

@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from pruned_models import HELD_OUT, QUICK_TOKENS, TOKENS, Pruner, add_options, compared, seeds_of, title
 from stand_ins import spread
 from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, parsed, table, write_page
@@ -131,15 +132,20 @@ def plot(records: list[Record]) -> Figure:
             units = reached(found, method)
             points = [(statistics.fmean(r["net_ratio"] for r in here), statistics.fmean(r["excess_loss"] for r in here))
                       for ratio in sorted({r["ratio"] for r in units}) if (here := reached(found, method, ratio))]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), color=colour, linewidth=1.8 if method == "kdp"
-                      else 1.1, label=title(method).replace("`", "") + ("" if points else " (not measured)"))
-            axes.plot([r["net_ratio"] for r in units], [r["excess_loss"] for r in units], mark, color=colour,
-                      markersize=5, fillstyle="full" if method == "kdp" else "none")
-        axes.set(xlabel="share of the parameters removed, net", title=name, ylim=(0, None),
+            look = {"color": colour, "marker": mark, "markersize": 5,
+                    "fillstyle": "full" if method == "kdp" else "none"}
+            axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1.8 if method == "kdp" else 1.1,
+                      label=title(method).replace("`", "") + ("" if points else " (not measured)"), **look)
+            if len({record["seed"] for record in units}) > 1:
+                axes.plot([r["net_ratio"] for r in units], [r["excess_loss"] for r in units], linestyle="", **look)
+        # Logarithmic: the worst method loses ten times what the best one does.
+        axes.set(xlabel="share of the parameters removed, net", title=name, yscale="log", xlim=(0.05, 0.6), ylim=(0.02, 3),
                  ylabel="excess loss ln(ppl / dense ppl), nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
     return figure
 
 
