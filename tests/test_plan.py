@@ -30,6 +30,7 @@ CONFIGURATIONS = ROOT / "docs" / "real-models"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import plan_checks  # noqa: E402
+import real_models  # noqa: E402
 
 LLAMA2 = CONFIGURATIONS / "llama-2-7b.json"
 # As the hub shows them, from the headers of the checkpoints.
@@ -143,6 +144,12 @@ def test_figures_agree_with_the_runs_on_record() -> None:
             assert low <= check.ratio <= high, check
 
 
+def test_the_page_is_made_from_its_record() -> None:
+    assert real_models.PAGE.read_text(encoding="utf-8") == real_models.page(
+        json.loads(real_models.RECORD.read_text(encoding="utf-8")))
+    assert {path.stem for path in CONFIGURATIONS.glob("*.json")} == {*real_models.MODELS, "plans"}
+
+
 def test_seconds_are_operations_over_what_the_device_does() -> None:
     device = device_of_name("a100", None, 0.5)
     assert Work(model=312e12).seconds(device, 2) == pytest.approx(2)
@@ -162,8 +169,11 @@ def test_more_tokens_take_more_of_what_goes_with_them() -> None:
 
 
 def test_the_budget_says_whether_layers_stay_in_the_checkpoint() -> None:
-    for budget, streamed in (("24GiB", True), ("64GiB", False)):
-        assert [need.streamed for need in plan(LLAMA2, host_memory=budget).memory if need.taken] == [streamed]
+    for options, streamed in (
+        ({"host_memory": "24GiB"}, [True]), ({"host_memory": "64GiB"}, [False]), ({"device": "rtx4090"}, [True]),
+        ({"device": "cpu"}, []), ({"device": "cpu", "host_memory": "24GiB"}, [True]),
+    ):
+        assert [need.streamed for need in plan(LLAMA2, **options).memory if need.taken] == streamed
 
 
 def test_json_holds_every_figure(tmp_path: Path) -> None:

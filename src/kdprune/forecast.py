@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kdprune.analysis import CHUNK, ENOUGH, STATES
 from kdprune.errors import KDPruneError
 from kdprune.files import readable_bytes
-from kdprune.memory import MODEL_SHARE
+from kdprune.memory import MODEL_SHARE, SHARE
 from kdprune.methods.fitting import FitSettings, Shape
 from kdprune.resources import SCRATCH_SHARE
 from kdprune.runtime import BATCH
@@ -245,7 +245,8 @@ class Job:
         """
         layer = (self.weights - self.outside) // self.layers
         model = self.outside + layer if streamed else self.weights
-        collected = 2 * self.paths() + self.analysis_bytes() // (self.layers + 1)
+        # Row by row and block by block at once; the block put together last is there once more.
+        collected = 2 * self.paths() + max(self.paths(block) for block in self.blocks)
         kept = self.paths() + 4 * self.added * len(self.blocks)
         analysis = self.analysis_bytes()
         held = 0
@@ -264,9 +265,16 @@ class Job:
         """What a budget of the host leaves beside the libraries."""
         return max(0, budget - LIBRARIES)
 
-    def streams(self, budget: int) -> bool:
-        """Whether the model is read layer by layer under a budget of the host."""
-        if budget <= LIBRARIES:
+    def streams(self, budget: int | None, device: Device) -> bool | None:
+        """Whether ``prune`` reads the model layer by layer under a budget of the host and on an otherwise idle device;
+        None where neither is known.
+
+        Raises:
+            KDPruneError: the libraries alone take more than the budget.
+        """
+        if budget is not None and budget <= LIBRARIES:
             raise KDPruneError(f"got host memory of {readable_bytes(budget)}, expected more than "
                                f"{readable_bytes(LIBRARIES)}, which the libraries alone take")
-        return self.weights > MODEL_SHARE * self.room(budget)
+        rooms = [] if budget is None else [self.room(budget)]
+        rooms += [] if device.memory is None else [int(SHARE * device.memory)]
+        return self.weights > MODEL_SHARE * min(rooms) if rooms else None

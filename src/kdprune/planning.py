@@ -52,8 +52,8 @@ class Need:
     """Memory of one way to run: whole or streamed; ``device_bytes`` is None where the host computes.
 
     Attributes:
-        analysis_bytes: of the host while layers are scored. taken: by ``prune`` under the host's budget; None: none
-            was given.
+        analysis_bytes: of the host while layers are scored. taken: by ``prune``, as the device and the host's budget
+            have it; None where neither is known.
     """
 
     streamed: bool
@@ -140,7 +140,7 @@ def plan(
     row = tokens.ids.shape[1]
     job = _job(method, dense, pruned, blocks, shape, tokens)
     budget = None if host_memory is None else parse_bytes(host_memory)
-    streams = None if budget is None else job.streams(budget)
+    streams = job.streams(budget, place)
     accelerator = place.bandwidth is not None or tflops is not None
     needs = []
     for streamed in (False, True):

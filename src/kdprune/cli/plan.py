@@ -23,7 +23,7 @@ def plan_command(
     samples: Annotated[int | None, typer.Option(help="rows of calibration text (4000)")] = None,
     length: Length = None,
     dtype: Dtype = None,
-    host_memory: Annotated[str | None, typer.Option(help="memory prune may take, 64GiB (both ways are shown)")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="memory that prune may take, 64GiB (not known)")] = None,
     device: Annotated[str, typer.Option(help=f"where it is to run: {', '.join(DEVICES)}")] = "h100",
     tflops: Annotated[float | None, typer.Option(help="instead of a device: its bfloat16 peak, in TFLOP/s")] = None,
     utilisation: Annotated[float | None, typer.Option(help="share of its peaks (0.4; cpu: as measured)")] = None,
@@ -119,7 +119,7 @@ def _memory(found: PruningPlan) -> Table:
     for need in found.memory:
         where = summary.MISSING if need.device_bytes is None else summary.size(need.device_bytes)
         too_much = need.device_bytes and found.device.memory and need.device_bytes > found.device.memory
-        remark = "does not fit the device" if too_much else "with this --host-memory" if need.taken else ""
+        remark = "does not fit the device" if too_much else "what prune does here" if need.taken else ""
         table.add_row("layer by layer" if need.streamed else "whole", summary.size(need.host_bytes), where, remark)
     return table
 
