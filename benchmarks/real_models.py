@@ -76,8 +76,8 @@ TAKES = """Peak memory on the host and on an accelerator, with the model whole o
 the states take in the work directory, and beside them the analysis of a streamed model. Time is that of counted
 operations at the share of the peaks in the last table, without reading and writing files; in brackets, what `kdprune
 prune` would do with the model there. Most of the time is step 3, in float32. Most of the host's memory is the states
-inside the blocks, of which step 1 sees 16 m tokens and which are
-held two to three times for a moment: `--kernel-tokens` sets it.
+inside the blocks, of which step 1 sees 16 m tokens and which are held two to three times for a moment:
+`--kernel-tokens` sets how many.
 """
 SMALLER = """On an H100. States and disk go with the tokens; step 1 has its own number, and memory hardly moves.
 """
@@ -85,7 +85,8 @@ CHECKED = """Runs of `benchmarks/cost.py`, `memory.py` and `speed.py` on one CPU
 set the constants: this says how well one count fits shapes from 3.5 M to 7 B parameters, and is no test on another
 machine. The bundled model's time is far off because its matrices are too small for the rates of large ones, its memory
 because buffers that are not counted are most of it. The runs were made before later blocks were corrected for earlier
-ones, and are planned so.
+ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has step 3's constant.
+Spectral limits and shared kernels are counted as if they were not asked for.
 """
 RATES = """Peaks in TFLOP/s, dense. Stand-ins are fitted in float32 and their operators solved for in float64, hence
 the three columns. The share of a GPU's peaks is an assumption: `--utilisation`.
