@@ -46,7 +46,8 @@ LENGTHS = (2, 4, 6)
 TOKENS, QUICK_TOKENS = (65_536, 16_384, 16_384), (2048, 1024, 1024)
 PAIRS = {"linear CKA > cosine": ("linear_cka", "cosine"), "RBF CKA > cosine": ("rbf_cka", "cosine"),
          "RBF CKA > linear CKA": ("rbf_cka", "linear_cka")}
-DAMAGES = {"dropped": "dropped", "linear": "linear map", "kernel": "attention + kernel, closed form"}
+DAMAGES = {"dropped": "dropped", "linear": "linear map", "kernel": "attention + kernel, closed form",
+           "refined": "attention + kernel, refined"}
 SCORES = {
     "rbf": "RBF CKA", "linear": "linear CKA", "cosine": "cosine", "bi": "Σ BI (ShortGPT)",
     "update": "Σ relative update norm",
@@ -54,6 +55,8 @@ SCORES = {
 RESAMPLES = 2000
 # Only solves: the kernel as drawn, least-squares operators, a ridge read-out behind the block's first attention.
 CLOSED_FORM = {"kernel": "fixed", "kernel_epochs": 1, "refine": False, "fill": False}
+# The default, with smaller batches as there are few rows; on a subset of the blocks.
+REFINED, REFINED_LENGTH = {"kernel_epochs": 3, "batch": 2, "fill": False}, 4
 
 
 def key(record: Record) -> tuple[object, ...]:
@@ -86,7 +89,8 @@ def removed(subject: Subject, held_out: TokenSet, rows: TokenSet, unit: str, blo
     if unit == "dropped":
         edits, error = [Drop(block)], None
     else:
-        method = Linear(blocks=span) if unit == "linear" else KDP(blocks=span, **CLOSED_FORM)  # type: ignore[arg-type]
+        options = CLOSED_FORM if unit == "kernel" else REFINED
+        method = Linear(blocks=span) if unit == "linear" else KDP(blocks=span, **options)  # type: ignore[arg-type]
         result = method(subject.model, rows, None, seed=0, batch_size=BATCH)
         edits, error = list(result.edits), result.fit[0]["state_error"]
     seconds = time.perf_counter() - start
@@ -108,7 +112,7 @@ def run(path: Path, text: Path, name: str, file: Path, quick: bool) -> None:
     blocks = blocks_of(len(decoder_layers(subject.model)), quick)
     for kind, block in itertools.product(DAMAGES, blocks):
         unit = {"model": name, "quick": quick, "unit": kind, "block": [block.start, block.stop]}
-        if key(unit) not in load(file, key):
+        if key(unit) not in load(file, key) and (kind != "refined" or len(block) == REFINED_LENGTH):
             record = unit | removed(subject, held_out, rows, kind, block, dense)
             keep(compact(record), file, key)
             print(f"{name} {kind} {unit['block']}: excess {record['excess_loss']:.4f}", flush=True)
@@ -179,7 +183,7 @@ def correlations(scores: Record, records: list[Record]) -> list[list[object]]:
     rows = []
     for kind, length in itertools.product(DAMAGES, (*LENGTHS, None)):
         found = _damage(records, kind, length)
-        if len(found) < 4:
+        if len(found) < 4 or (length is None and kind == "refined"):
             continue
         damage = np.array([record["excess_loss"] for record in found])
         row: list[object] = [DAMAGES[kind], "all" if length is None else length, len(found)]
@@ -223,7 +227,7 @@ def plot(records: list[Record]) -> Figure:
         row[0].set(xlabel="layer", ylabel=f"{name}: 1 − similarity of its input and output", yscale="log")
         row[1].set(xlabel="state e", ylabel=f"1 − similarity of states {origin} and e", yscale="log")
         for (colour, length), (kind, mark) in itertools.product(
-                zip(COLOURS, LENGTHS, strict=False), zip(DAMAGES, "oxs", strict=False)):
+                zip(COLOURS, LENGTHS, strict=False), zip(DAMAGES, "oxs+", strict=False)):
             chosen = _damage(found, kind, length)
             row[2].plot([predicted(scores, r["block"], "rbf") for r in chosen], [r["excess_loss"] for r in chosen],
                         mark, color=colour, markersize=4, fillstyle="none",
@@ -270,10 +274,12 @@ the damage that their removal does, better than cosine, ShortGPT's Block Influen
 
 Every block of 2, 4 and 6 unprotected layers is removed by itself: **dropped**; replaced by an affine **linear map**
 (`method=linear`); replaced by the default's **attention + kernel in closed form** (the kernel as drawn, least-squares
-operators, ridge read-out behind the block's first attention; no gradient steps on the state). RBF CKA, linear CKA and
-cosine compare h_s with h_e; BI, one minus the cosine of a layer's input and output, and the relative update norm are
-summed over the block's layers. In brackets: 95 % of {RESAMPLES} bootstrap resamples of the blocks, which overlap, so
-that the true uncertainty is larger. Over all lengths together any score does well that grows with length.
+operators, ridge read-out behind the block's first attention; no gradient steps on the state); blocks of
+{REFINED_LENGTH} layers also by the default, **refined**, in batches of {REFINED["batch"]} rows as there are few. RBF
+CKA, linear CKA and cosine compare h_s with h_e; BI, one minus the cosine of a layer's input and output, and the
+relative update norm are summed over the block's layers. In brackets: 95 % of {RESAMPLES} bootstrap resamples of the
+blocks, which overlap, so that the true uncertainty is larger. Over all lengths together any score does well that grows
+with length.
 
 ![similarities of states, and excess loss against CKA]({file.stem}.svg)
 
