@@ -116,10 +116,11 @@ def plot(records: list[Record]) -> Figure:
                 axes.bar([at + (place - 1) * 0.27 for at in range(len(names))], list(map(statistics.fmean, values)),
                          0.25, color=COLOURS[place], label=f"ROUGE-{measure[5:]}", capsize=2, ecolor="#555555",
                          yerr=[statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in values])
-            axes.set_xticks(range(len(names)), [shown(entry).replace(", ", ",\n") for entry in names], fontsize=8)
-            axes.set(ylabel=f"F1 to {what}", title=name, ylim=(0, None))
+            axes.set_xticks(range(len(names)),
+                            [shown(entry).replace(", ", ",\n").replace("-", "-\n") for entry in names], fontsize=8)
+            axes.set(ylabel=f"F1 to {what}", title=name, ylim=(0, 1.15 * axes.get_ylim()[1]))
             axes.grid(alpha=0.3, axis="y")
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, ncols=3, loc="upper right")
     return figure
 
 
