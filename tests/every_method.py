@@ -1,0 +1,43 @@
+"""Run by test_processes.py in one or two processes: every form of every method prunes the tiny checkpoint.
+
+Arguments: a checkpoint, a file for the weights of all pruned models. Rows are of two lengths, so that padding is at work.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from test_method_contract import FORMS, QUICK
+from tiny_checkpoint import CONTEXT
+
+import kdprune
+from kdprune.methods import METHODS
+from kdprune.world import world
+
+ROWS = 40  # batches hold 16 rows: both processes have some
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "kdp-options": ("kdp", {"share_kernel": True, "spectral_norm": 1.0, "context": "none", "hidden": 4}),
+    "healed": ("linear", {"heal": "lm", "heal_tokens": 400}),
+}
+
+
+def main(checkpoint: str, file: str) -> None:
+    torch.set_num_threads(1)
+    ids = torch.randint(3, 256, (ROWS, CONTEXT // 2), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[::3, 20:], mask[::3, 20:] = 0, 0
+    text = {"input_ids": ids, "attention_mask": mask}
+    for form, (name, options) in {**FORMS, **MORE}.items():
+        fields = METHODS[name].__dataclass_fields__
+        quick = {key: value for key, value in {**QUICK, "ratio": 0.2}.items() if key in fields}
+        result = kdprune.prune(
+            checkpoint, method=name, calibration=text, heldout=text, device="cpu", **{**quick, **options})
+        if world().first:
+            state = {key: value.clone() for key, value in result.model.state_dict().items()}
+            save_file(state, f"{file}-{form}.safetensors")
+            print(form, "shares", result.results.calibration.shares, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
