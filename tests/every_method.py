@@ -1,6 +1,6 @@
 """Run by test_processes.py in one or two processes: every form of every method prunes the tiny checkpoint.
 
-Arguments: a checkpoint, a file for the weights of all pruned models. Rows are of two lengths, so that padding is at work.
+Arguments: a checkpoint, where the files for the weights begin. Rows are of two lengths: padding is at work.
 """
 
 import sys
