@@ -31,7 +31,7 @@ from pruned_models import (
     title,
 )
 from stand_ins import spread
-from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, parsed, table, write_page
+from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, make_page, table, write_page
 
 from kdprune.data import TokenSet, load_stream, load_tokens
 from kdprune.errors import KDPruneError
@@ -273,10 +273,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(SHOWN_DOMAINS))
     parser.add_argument("--train", type=Path, help="directory of the domains' calibration texts")
     parser.add_argument("--heldout", type=Path, help="directory of the domains' held-out texts")
-    options = parsed(parser, "calibration")
-    if not options.render:
-        run(options)
-    render(options.file)
+    make_page(parser, "calibration", run, render)
 
 
 if __name__ == "__main__":

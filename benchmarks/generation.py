@@ -23,7 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import LongTensor, Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from units_file import Record, Subject, arguments, compact, keep, load, parsed
+from units_file import Record, Subject, arguments, compact, keep, load, make_page
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
@@ -164,10 +164,7 @@ def run(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, "generation")
     add_options(parser, METHODS)
-    options = parsed(parser, "generation")
-    if not options.render:
-        run(options)
-    render(options.file)
+    make_page(parser, "generation", run, render)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from units_file import (
     compact,
     keep,
     load,
-    parsed,
+    make_page,
     table,
     write_page,
 )
@@ -251,10 +251,9 @@ group's share of the whole error, and its error over its variance.
 
 
 def main() -> None:
-    options = parsed(arguments(__doc__, "outliers"), "outliers")
-    if not options.render:
-        run(options.model, options.text, options.name, options.file, options.quick)
-    render(options.file)
+    make_page(
+        arguments(__doc__, "outliers"), "outliers",
+        lambda options: run(options.model, options.text, options.name, options.file, options.quick), render)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from units_file import (
     compact,
     keep,
     load,
-    parsed,
+    make_page,
     table,
     write_page,
 )
@@ -289,10 +289,9 @@ with length.
 
 
 def main() -> None:
-    options = parsed(arguments(__doc__, "premise"), "premise")
-    if not options.render:
-        run(options.model, options.text, options.name, options.file, options.quick)
-    render(options.file)
+    make_page(
+        arguments(__doc__, "premise"), "premise",
+        lambda options: run(options.model, options.text, options.name, options.file, options.quick), render)
 
 
 if __name__ == "__main__":

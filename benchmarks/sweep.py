@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from pruned_models import HELD_OUT, QUICK_TOKENS, TOKENS, Pruner, add_options, compared, seeds_of, title
 from stand_ins import spread
-from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, parsed, table, write_page
+from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, make_page, table, write_page
 
 from kdprune.evaluation.perplexity import perplexity
 
@@ -191,10 +191,7 @@ def main() -> None:
     parser = arguments(__doc__, "sweep")
     add_options(parser, METHODS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    options = parsed(parser, "sweep")
-    if not options.render:
-        run(options)
-    render(options.file)
+    make_page(parser, "sweep", run, render)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from theorems_page import EPOCHS, RIDGE, TRAIN_TOKENS, TRAINED_UP_TO, key, render
 from torch import Tensor
-from units_file import Record, Subject, arguments, compact, keep, load, parsed
+from units_file import Record, Subject, arguments, compact, keep, load, make_page
 
 from kdprune.data import TokenSet
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
@@ -205,10 +205,9 @@ def run(path: Path, text: Path, name: str, file: Path, quick: bool) -> None:
 
 
 def main() -> None:
-    options = parsed(arguments(__doc__, "theorems"), "theorems")
-    if not options.render:
-        run(options.model, options.text, options.name, options.file, options.quick)
-    render(options.file)
+    make_page(
+        arguments(__doc__, "theorems"), "theorems",
+        lambda options: run(options.model, options.text, options.name, options.file, options.quick), render)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,19 @@ def arguments(about: str | None, stem: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parsed(parser: argparse.ArgumentParser, stem: str) -> argparse.Namespace:
-    """The options, ``name`` and ``file`` filled in."""
+def make_page(
+    parser: argparse.ArgumentParser, stem: str, run: Callable[[argparse.Namespace], None],
+    render: Callable[[Path], None],
+) -> None:
+    """Measures what is missing and writes the page: the program behind every page; fills in ``name`` and ``file``."""
     options = parser.parse_args()
     if options.name is None:
         options.name = BUNDLED if options.model == BUNDLED_MODEL else options.model.resolve().name
     if options.file is None:
         options.file = Path(f"{stem}-quick.json") if options.quick else RESULTS / f"{stem}.json"
-    return options
+    if not options.render:
+        run(options)
+    render(options.file)
 
 
 class Subject:

@@ -30,10 +30,10 @@ from kdprune.recipe import check_options, load_recipe, reject_unknown
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
-from kdprune.resources import make_resources
+from kdprune.resources import Resources, make_resources
 from kdprune.runtime import BATCH, Stages
 from kdprune.session import NOTHING, Session, plain_source
-from kdprune.world import start_world
+from kdprune.world import World, start_world
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
 
@@ -153,10 +153,7 @@ def prune(
         "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
         "load_in": load_in})
     here = start_world(device)
-    if output_dir is not None:
-        resources.check_apart(output_dir)
-        if here.first:
-            check_output(output_dir, overwrite)
+    _check_place(output_dir, overwrite, resources, here)
     stages = Stages(show=progress and here.first)
     run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)
@@ -190,6 +187,14 @@ class RunOutcome:
     outcome: MethodResult
     pruned: PreTrainedModel
     healed: dict[str, Any] | None = None
+
+
+def _check_place(output_dir: str | Path | None, overwrite: bool, resources: Resources, here: World) -> None:
+    """Raises KDPruneError for an output that cannot be written, or that holds the work directory: before any work."""
+    if output_dir is not None:
+        resources.check_apart(output_dir)
+        if here.first:
+            check_output(output_dir, overwrite)
 
 
 def check_run(run: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
@@ -279,10 +284,7 @@ def analyze(
         "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
         "load_in": load_in})
     here = start_world(device)
-    if output_dir is not None:
-        resources.check_apart(output_dir)
-        if here.first:
-            check_output(output_dir, overwrite)
+    _check_place(output_dir, overwrite, resources, here)
     stages = Stages(show=progress and here.first)
     run = Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources)
     tokens = run.calibration(calibration, samples, length)
