@@ -276,6 +276,35 @@ def portable(found: Comparison) -> Comparison:
         "model": relative(found.model), "recipe": {name: relative(value) for name, value in found.recipe.items()}})
 
 
+def merged(found: Sequence[Comparison]) -> Comparison:
+    """Comparisons of one model under one protocol as one: the later ones add variants and seeds to the first.
+
+    Raises:
+        SystemExit: they differ in model, ratio, calibration or the dense model's figures.
+    """
+    first = found[0]
+    for other in found[1:]:
+        same = [(one.model, one.ratio, one.calibration, one.dense.perplexity, one.dense.tokens, one.dense.tasks)
+                for one in (first, other)]
+        if same[0] != same[1]:
+            raise SystemExit(f"got comparisons of {first.model} and {other.model} under different protocols, expected "
+                             f"the same model, ratio, calibration, held-out text and tasks")
+    units = {(unit.variant, unit.seed): unit for one in found for unit in one.units}
+    variants = {variant.name: variant for one in found for variant in one.variants}
+    failures = {(failure.variant, failure.seed): failure for one in found for failure in one.failures}
+    methods = {"methods": list(variants), "seeds": sorted({seed for one in found for seed in one.seeds})}
+    return first.model_copy(update={
+        "seeds": methods["seeds"], "variants": list(variants.values()), "units": list(units.values()),
+        "failures": [failure for key, failure in failures.items() if key not in units],
+        "recipe": {name: value for name, value in first.recipe.items() if name != "base"} | methods})
+
+
+def add(folders: Sequence[Path], stem: str, model: str) -> None:
+    """Puts finished comparisons of one model into docs/results/STEM-MODEL.json."""
+    record = portable(merged([Comparison.load(folder) for folder in folders]))
+    record.save(RESULTS / f"{stem}-{model}.json")
+
+
 def render() -> None:
     """Writes the page and its picture."""
     if not (models := load()):
@@ -288,11 +317,11 @@ def render() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--add", nargs=2, metavar=("FOLDER", "MODEL"),
-                        help="a finished comparison (results.json in it), and the model's name in the table")
+    parser.add_argument("--add", nargs="+", metavar="FOLDER… MODEL",
+                        help="finished comparisons (results.json in each) of one model, and its name in the table")
     options = parser.parse_args(arguments)
     if options.add:
-        portable(Comparison.load(options.add[0])).save(RESULTS / f"main-{options.add[1]}.json")
+        add([Path(folder) for folder in options.add[:-1]], "main", options.add[-1])
     render()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cut the calibration and held-out text that travel with the package, and write their attribution.
 
-Usage: python reference/bundle.py [--data ../shared/data/heldout] [--out src/kdprune/bundled]
+Usage: python reference/bundle.py [--data ../shared/data/heldout] [--out src/kdprune/bundled] [--share 1.0]
 
 Every text comes from files that the reference model is not trained on; no document is in both cuts.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEPARATOR = "<|endoftext|>"
+LONGEST = 8_000      # characters of one document
 WIKIPEDIA = "https://en.wikipedia.org"
 WIKINEWS = "https://en.wikinews.org"
 
@@ -53,7 +54,7 @@ def opening(text: str, budget: int) -> str:
     return text[:end].rstrip() if end > 0 else ""
 
 
-def take(texts: Iterable[str], budget: int, *, longest: int = 8_000, shortest: int = 400) -> list[str]:
+def take(texts: Iterable[str], budget: int, *, longest: int = LONGEST, shortest: int = 400) -> list[str]:
     """Documents in order until the budget is full; of a long one, the opening paragraphs."""
     taken: list[str] = []
     for text in texts:
@@ -67,10 +68,10 @@ def take(texts: Iterable[str], budget: int, *, longest: int = 8_000, shortest: i
     return taken
 
 
-def excerpt(texts: Iterable[str], book: Book) -> str:
-    """The chosen stretch of one book, from the start of its own text."""
+def excerpt(texts: Iterable[str], book: Book, share: float = 1.0) -> str:
+    """The chosen stretch of one book, or this share of it, from the start of its own text."""
     text = next(text for text in texts if text.startswith(book.begins))
-    return opening(text[text.index(book.starts):], book.budget)
+    return opening(text[text.index(book.starts):], round(share * book.budget))
 
 
 def titles(texts: Iterable[str]) -> str:
@@ -113,6 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, default=Path("../shared/data/heldout"))
     parser.add_argument("--out", type=Path, default=Path("src/kdprune/bundled"))
+    parser.add_argument("--share", type=float, default=1.0, help="of the bundled size of each kind of text")
+    parser.add_argument("--only", choices=("calibration", "heldout"), help="write one of the two (default: both)")
     args = parser.parse_args()
     novels = documents(args.data / "gutenberg_valid.txt")
     news = documents(args.data / "wikinews_en_valid.txt")
@@ -126,8 +129,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     page = INTRODUCTION
     for name, file, articles, wiki_budget, books, stories, news_budget in cuts:
-        wiki, reports = take(articles, wiki_budget), take(stories, news_budget)
-        texts = wiki + [excerpt(novels, book) for book in books] + reports
+        if args.only and file != f"{args.only}.txt":
+            continue
+        wiki, reports = (take(texts, round(args.share * budget), longest=round(args.share * LONGEST))
+                         for texts, budget in ((articles, wiki_budget), (stories, news_budget)))
+        texts = wiki + [excerpt(novels, book, args.share) for book in books] + reports
         (args.out / file).write_text(f"\n{SEPARATOR}\n".join(texts) + "\n", encoding="utf-8")
         page += section(name, file, wiki, books, reports) + "\n"
         print(f"{file}: {len(texts)} documents, {(args.out / file).stat().st_size} bytes")

@@ -1,0 +1,236 @@
+"""Better than the paper: what each change to KDP buys, at equal net parameters, on several models.
+
+    python benchmarks/better.py --methods                        the variants, as `kdprune compare --methods` takes them
+    kdprune compare reference/models/llama --methods "$(python benchmarks/better.py --methods)" … -o better-llama
+    python benchmarks/better.py --add better-llama llama         # → docs/results/better-llama.json, and the page
+    python benchmarks/better.py                                  # the page again, from docs/results/better-*.json
+
+Every figure of docs/results/better.md comes from these records and from docs/results/shared_keys.json;
+docs/results/better-notes.md is appended.
+"""
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from main_table import RESULTS, add, row_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from publish import command
+from units_file import COLOURS, table
+
+from kdprune.report import summary
+from kdprune.report.comparison_records import Comparison, Row
+
+DEFAULT = "kdp"
+PAPER = "kdp:preset=paper:fill=yes"
+HEALED = 100_000  # tokens of polish
+MISSING = "—"
+Models = Mapping[str, Comparison]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change. variant: what is measured; against: the variant it changes; says: what changes."""
+
+    variant: str
+    against: str
+    says: str
+
+
+LADDER = (
+    Step(PAPER, "", "the method as printed, filled up to the ratio"),
+    Step(f"{PAPER}:inverse=residual", PAPER, "the inverse gives the update, on a normed input"),
+    Step(f"{PAPER}:inverse=residual:refine=yes", f"{PAPER}:inverse=residual", "kernel and inverse refined together"),
+    Step("kdp:context=none:sequential=no", f"{PAPER}:inverse=residual:refine=yes",
+         "no hidden layer in the inverse, twice the bandwidth, blocks ranked by their own ends"),
+    Step("kdp:sequential=no", "kdp:context=none:sequential=no", "one attention sublayer in front"),
+    Step(DEFAULT, "kdp:sequential=no", "later blocks fitted on the pruned model's states"),
+)
+CHANGES: Mapping[str, tuple[Step, ...]] = {
+    "Context": (
+        Step("kdp:context_from=middle", DEFAULT, "attention started from the block's middle layer"),
+        Step("kdp:context_from=last", DEFAULT, "attention started from the block's last layer"),
+        Step("kdp:context_heads=0.5", DEFAULT, "half of the key-value groups, the rest spent on features"),
+    ),
+    "Longer blocks or larger stand-ins": (
+        Step("kdp:longer=1", DEFAULT, "one layer more goes, spent on features"),
+        Step("kdp:longer=2", DEFAULT, "two layers more go, spent on features"),
+    ),
+    "Selection": (
+        Step("kdp:ranking=damage", DEFAULT, "blocks ranked by the loss measured behind a closed-form stand-in"),
+        Step("kdp:similarity=cosine", DEFAULT, "blocks ranked by cosine"),
+    ),
+    "Polish of the stand-ins": (
+        Step(f"kdp:heal=kl:heal_tokens={HEALED}", DEFAULT, f"KL to the dense logits, {HEALED:,} tokens"),
+        Step(f"kdp:heal=lm:heal_tokens={HEALED}", DEFAULT, f"language-model loss, {HEALED:,} tokens"),
+    ),
+    "Feature map": (
+        Step("kdp:kernel=mlp", DEFAULT, "a GELU layer instead of Fourier features"),
+        Step("kdp:kernel=fixed", DEFAULT, "the kernel as drawn, without step 1's training"),
+    ),
+}
+STEPS = (*LADDER, *(step for steps in CHANGES.values() for step in steps))
+
+
+def load() -> dict[str, Comparison]:
+    """Name of the model → its comparison."""
+    return {file.stem.removeprefix("better-"): Comparison.load(file) for file in sorted(RESULTS.glob("better-*.json"))}
+
+
+def losses(found: Comparison, variant: str) -> dict[int, float]:
+    """Seed → excess loss."""
+    return {unit.seed: unit.perplexity.excess_loss for unit in found.units
+            if unit.variant == variant and unit.perplexity.excess_loss is not None}
+
+
+def gains(found: Comparison, step: Step) -> list[float]:
+    """Excess loss less that of what the step changes, over the seeds that have both: below 0 the step helps."""
+    mine, base = losses(found, step.variant), losses(found, step.against)
+    return [mine[seed] - base[seed] for seed in mine if seed in base]
+
+
+def with_spread(values: Sequence[float], signed: bool = False) -> str:
+    """Mean, and standard deviation over seeds."""
+    sign = "+" if signed else ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.3f}{spread}" if values else MISSING
+
+
+def loss_cell(found: Comparison, step: Step) -> str:
+    """Excess loss, and the net ratio where it is not the one asked for; why there is none."""
+    row: Row | None = row_of(found, step.variant)
+    if row is None or not row.seeds or row.net_ratio is None:
+        return MISSING if row is None or not row.failures else "refused"
+    off = abs(row.net_ratio.mean - found.ratio) > 0.002
+    ratio = f" ({summary.percent(row.net_ratio.mean)})" if off else ""
+    return with_spread(list(losses(found, step.variant).values())) + ratio
+
+
+def verdict(models: Models, step: Step) -> str:
+    """On how many of the models the step helps."""
+    means = [statistics.fmean(found) for comparison in models.values() if (found := gains(comparison, step))]
+    if not means:
+        return ""
+    wins = sum(mean < 0 for mean in means)
+    return f"{'**all**' if wins == len(means) and wins == len(models) else wins} of {len(means)}"
+
+
+def rows(models: Models, steps: Sequence[Step]) -> list[list[str]]:
+    """A row a step: what changes, the variant, then loss and gain of every model, and the verdict."""
+    return [[step.says, f"`{step.variant}`",
+             *(cell for found in models.values()
+               for cell in (loss_cell(found, step), with_spread(gains(found, step), signed=True))),
+             verdict(models, step)] for step in steps]
+
+
+def tables(models: Models) -> str:
+    """The ladder, then the changes of the default by question."""
+    heads = " | ".join(f"{name} | Δ" for name in models)
+    parts = [f"## From the paper's form to the default\n\nEach row changes the one above it; Δ is what that does.\n\n"
+             f"{table(f'what changes | variant | {heads} | helps on', rows(models, LADDER))}"]
+    base = [["the default", f"`{DEFAULT}`",
+             *(cell for found in models.values() for cell in (loss_cell(found, LADDER[-1]), "")), ""]]
+    changed = [row for title, steps in CHANGES.items()
+               for row in ([f"*{title}*", *[""] * (2 + 2 * len(models))], *rows(models, steps))]
+    parts.append(f"## One change of the default\n\nΔ is the difference from the default, seed by seed.\n\n"
+                 f"{table(f'what changes | variant | {heads} | helps on', [*base, *changed])}")
+    return "\n\n".join(parts)
+
+
+def failures(models: Models) -> str:
+    """What a model refused, and why."""
+    lines = [f"- {name}, `{failure.variant}`, seed {failure.seed}: {failure.reason}"
+             for name, found in models.items() for failure in found.failures]
+    return "\n\n" + "\n".join(lines) if lines else ""
+
+
+def plot(models: Models) -> Figure:
+    """Left the ladder, right the changes: excess loss, and its difference from the default, a mark a model."""
+    figure = Figure(figsize=(11.5, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, found) in enumerate(models.items()):
+        look = {"marker": "osD^v"[number % 5], "color": COLOURS[number % len(COLOURS)], "label": name}
+        known = [(place, statistics.fmean(values.values())) for place, step in enumerate(LADDER)
+                 if (values := losses(found, step.variant))]
+        left.plot([loss for _, loss in known], [place for place, _ in known], linewidth=1.2, **look)
+        changes = [step for steps in CHANGES.values() for step in steps]
+        moved = [(place, statistics.fmean(values)) for place, step in enumerate(changes)
+                 if (values := gains(found, step))]
+        right.plot([gain for _, gain in moved], [place for place, _ in moved], linestyle="", **look)
+    finish(left, [step.says for step in LADDER], "excess loss, nats per token", "from the paper's form to the default")
+    left.set_xscale("log")
+    finish(right, [step.variant for steps in CHANGES.values() for step in steps],
+           "excess loss less the default's", "one change of the default")
+    right.axvline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def finish(axes: Axes, names: Sequence[str], label: str, title: str) -> None:
+    """Names down the side, the first on top."""
+    axes.set_yticks(range(len(names)), ["\n".join(_halves(name)) for name in names], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title=title)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _halves(name: str, most: int = 34) -> list[str]:
+    if len(name) <= most or " " not in name:
+        return [name]
+    cut = name.rfind(" ", 0, len(name) // 2 + 8)
+    return [name[:cut], name[cut + 1:]]
+
+
+def page(models: Models) -> str:
+    """docs/results/better.md without its notes."""
+    commands = "\n".join(
+        f"    {command(found)} -o better-{name}\n    python benchmarks/better.py --add better-{name} {name}"
+        for name, found in models.items())
+    settings = table("model | parameters | dense perplexity | calibration tokens | held-out tokens | seeds", [
+        [name, summary.count(found.dense.parameters), f"{found.dense.perplexity:.2f}", f"{found.calibration.tokens:,}",
+         f"{found.dense.tokens:,}", len({unit.seed for unit in found.units})] for name, found in models.items()])
+    ratio = summary.percent(next(iter(models.values())).ratio)
+    return f"""# Better than the paper: what each change buys
+
+Which changes of KDP lower the loss at equal net parameters ({ratio}), and on every model? Excess loss is
+ln(pruned / dense perplexity) in nats per token, in brackets the net ratio where it is another one; ± is the standard
+deviation over seeds. Every variant is filled up with features to the same net ratio.
+
+{commands}
+
+{settings}
+
+![from the paper's form to the default, and one change of it](better.svg)
+
+{tables(models)}{failures(models)}
+"""
+
+
+def render() -> None:
+    """Writes the page and its picture."""
+    if not (models := load()):
+        raise SystemExit("no docs/results/better-*.json: use --add FOLDER MODEL")
+    notes = RESULTS / "better-notes.md"
+    (RESULTS / "better.md").write_text(page(models) + ("\n" + notes.read_text() if notes.is_file() else ""))
+    plot(models).savefig(RESULTS / "better.svg")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", action="store_true", help="print the variants and stop")
+    parser.add_argument("--add", nargs="+", metavar="FOLDER… MODEL",
+                        help="finished comparisons (results.json in each) of one model, and its name")
+    options = parser.parse_args(arguments)
+    if options.methods:
+        print(",".join(dict.fromkeys(step.variant for step in STEPS)))
+        return
+    if options.add:
+        add([Path(folder) for folder in options.add[:-1]], "better", options.add[-1])
+    render()
+
+
+if __name__ == "__main__":
+    main()
