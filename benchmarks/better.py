@@ -27,6 +27,7 @@ from kdprune.report.comparison_records import Comparison, Row
 DEFAULT = "kdp"
 PAPER = "kdp:preset=paper:fill=yes"
 HEALED = 100_000  # tokens of polish
+UNREFINED = "kdp:refine=no"
 MISSING = "—"
 Models = Mapping[str, Comparison]
 
@@ -72,7 +73,16 @@ CHANGES: Mapping[str, tuple[Step, ...]] = {
         Step("kdp:kernel=fixed", DEFAULT, "the kernel as drawn, without step 1's training"),
     ),
 }
-STEPS = (*LADDER, *(step for steps in CHANGES.values() for step in steps))
+# What the inverse network reads: features of a random kernel, least-squares operators on it, or all that step 1 learns.
+STEP1 = (
+    Step(UNREFINED, "", "fully trained: kernel and operators, without step 3"),
+    Step(f"{UNREFINED}:kernel=fixed", UNREFINED, "least-squares operators on the kernel as drawn"),
+    Step(f"{UNREFINED}:operators=no", UNREFINED, "random kernel, no operators"),
+    Step(PAPER, "", "fully trained, the paper's form"),
+    Step(f"{PAPER}:kernel=fixed", PAPER, "… least-squares operators on the kernel as drawn"),
+    Step(f"{PAPER}:operators=no", PAPER, "… random kernel, no operators"),
+)
+STEPS = (*LADDER, *(step for steps in CHANGES.values() for step in steps), *STEP1)
 
 
 def load() -> dict[str, Comparison]:
@@ -137,6 +147,9 @@ def tables(models: Models) -> str:
                for row in ([f"*{title}*", *[""] * (2 + 2 * len(models))], *rows(models, steps))]
     parts.append(f"## One change of the default\n\nΔ is the difference from the default, seed by seed.\n\n"
                  f"{table(f'what changes | variant | {heads} | helps on', [*base, *changed])}")
+    parts.append("## Does step 1 dominate?\n\nThe same inverse network on three kernels; Δ is the difference from the "
+                 "fully trained one: above 0, step 1's training pays.\n\n"
+                 f"{table(f'kernel | variant | {heads} | better on', rows(models, STEP1))}")
     return "\n\n".join(parts)
 
 
@@ -161,7 +174,6 @@ def plot(models: Models) -> Figure:
                  if (values := gains(found, step))]
         right.plot([gain for _, gain in moved], [place for place, _ in moved], linestyle="", **look)
     finish(left, [step.says for step in LADDER], "excess loss, nats per token", "from the paper's form to the default")
-    left.set_xscale("log")
     finish(right, [step.variant for steps in CHANGES.values() for step in steps],
            "excess loss less the default's", "one change of the default")
     right.axvline(0, color="black", linewidth=0.8)

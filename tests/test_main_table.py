@@ -119,3 +119,32 @@ def test_no_signal_and_a_method_that_failed(results: Path, tmp_path: Path, monke
     assert page.count("no signal") == 1
     assert "| other | llama | " in page
     assert "0 of 1 |" in page
+
+
+def pieces(results: Path) -> list[Comparison]:
+    """The record cut in two: one seed of one variant, and the rest with another order of the variants."""
+    found = Comparison.load(results / "main-tiny.json")
+    first = [unit for unit in found.units if unit.variant == KDP and unit.seed == 0]
+    rest = [unit for unit in found.units if unit not in first]
+    return [found.model_copy(update={
+        "units": units, "seeds": sorted({unit.seed for unit in units}),
+        "variants": [variant for variant in found.variants if variant.name in {unit.variant for unit in units}]})
+        for units in (first, rest)]
+
+
+def test_a_comparison_made_in_pieces_is_the_whole_one(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = [part.save(tmp_path / name / "results.json").parent
+               for name, part in zip("ab", pieces(results), strict=True)]
+    monkeypatch.setattr(main_table, "RESULTS", tmp_path)
+    main_table.add(folders, "main", "tiny")
+    whole, made = Comparison.load(results / "main-tiny.json"), Comparison.load(tmp_path / "main-tiny.json")
+    assert made.seeds == whole.seeds
+    assert {row.variant.name: row.excess_loss for row in made.rows} == {
+        row.variant.name: row.excess_loss for row in whole.rows}
+
+
+def test_pieces_under_another_protocol_are_refused(results: Path):
+    first, other = pieces(results)
+    other = other.model_copy(update={"dense": other.dense.model_copy(update={"perplexity": 1.0})})
+    with pytest.raises(SystemExit, match="different protocols"):
+        main_table.merged([first, other])
