@@ -22,8 +22,9 @@ BASE, FIXED = "kdp:refine=no:protect=0", "kdp:refine=no:protect=0:kernel=fixed"
 @pytest.fixture(scope="module")
 def made(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     """A real comparison of two variants on a tiny model, and one that cannot be."""
+    folder = tmp_path_factory.mktemp("better") / "out"
     return kdprune.compare(
-        str(bench.model), [BASE, FIXED, f"{BASE}:blocks=0-99"], seeds=2, output_dir=tmp_path_factory.mktemp("o") / "out",
+        str(bench.model), [BASE, FIXED, f"{BASE}:blocks=0-99"], seeds=2, output_dir=folder,
         calibration=bench.calibration, heldout=bench.heldout, samples=12, length=32)
 
 
