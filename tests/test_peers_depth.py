@@ -17,7 +17,16 @@ from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.blocks import shortest_blocks
 from kdprune.methods.distance import Distances, measure_distances
-from kdprune.methods.drop import SLEB, UIDL, ShortGPT, block_influence, cheapest_layers, loss_without, runs
+from kdprune.methods.drop import (
+    SLEB,
+    UIDL,
+    ShortGPT,
+    block_influence,
+    cheapest_layers,
+    loss_without,
+    losses_without,
+    runs,
+)
 from kdprune.methods.merge import Course, Judge, LaCo
 from kdprune.methods.merging import Merger, edits_of, final_states, first_tokens, mean_cosine, merged_names, rdsc_merge
 from kdprune.model.activations import layer_states
@@ -166,6 +175,41 @@ def test_sleb_equals_greedy_search_over_pruned_copies(name: str) -> None:
         found = SLEB(ratio=(count - 0.5) * layer)(model, tokens, None, batch_size=2)
         assert found.blocks == runs(gone)
         assert found.tokens == tokens.tokens
+
+
+@pytest.mark.parametrize("side", ["right", "left", "mixed"])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_losses_from_the_states_in_front_are_those_of_the_whole_model(name: str, side: str) -> None:
+    model, tokens = build(name), padded_tokens(side, rows=5)
+    types = copy.deepcopy(getattr(model.config, "layer_types", None))
+    before = model(tokens.ids).logits
+    for gone, candidates in (([], range(LAYERS)), ([2], (0, 1, 3, 4)), ([4, 1, 3], (2, 5))):
+        seen: list[int] = []
+        found = losses_without(model, tokens, gone, list(candidates), 2, seen.append)
+        assert found == pytest.approx(
+            {layer: loss_without(model, tokens, [*gone, layer], 2) for layer in candidates}, rel=1e-6)
+        assert len(set(found.values())) == len(candidates) == sum(seen) / 3
+    assert getattr(model.config, "layer_types", None) == types
+    assert torch.equal(model(tokens.ids).logits, before)
+
+
+def test_no_layer_in_front_of_a_candidate_is_run_again() -> None:
+    model, tokens = build("llama3"), padded_tokens(rows=3)
+    calls = [0] * LAYERS
+    for index, layer in enumerate(decoder_layers(model)):
+        attention: Any = layer.self_attn
+        attention.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    losses_without(model, tokens, [2], [1, 3, 4], 8)
+    assert calls == [1, 1, 0, 1 + 1, 2, 3]
+
+
+def test_a_loss_that_is_not_a_number_is_infinite() -> None:
+    model, tokens = build("llama3"), padded_tokens(rows=3)
+    with torch.no_grad():
+        next(decoder_layers(model)[3].parameters()).fill_(math.nan)
+    losses = losses_without(model, tokens, [], [1, 3, 4], 2)
+    assert losses == {1: math.inf, 3: loss_without(model, tokens, [3], 2), 4: math.inf}
+    assert math.isfinite(losses[3])
 
 
 def test_sleb_against_exhaustive_search() -> None:
