@@ -80,8 +80,9 @@ def prune(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrain
     edits = []
     for block in blocks:
         stand_in = shape.build(generator(block.start))
-        context = context_layer(dense, block.start, stand_in) if shape.context else None
-        edits.append(Substitute(block, stand_in, context))
+        source = shape.source(block)
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(block, stand_in, context, source))
     return apply_edits(dense, edits).eval()
 
 

@@ -7,7 +7,7 @@ from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Substitute, apply_edits, context_layer
 
 # The first full and the first sliding layer of every pattern in tests/families.py is taken out by one of these.
-PLACES = ("after", "before", "mlp", "mixed")
+PLACES = ("after", "before", "mlp", "mixed", "last")  # last: as mlp, the context made from the block's last layer
 
 
 def stand_in(seed: int = 0, scale: float = 0.3, **options: object) -> StandIn:
@@ -20,10 +20,10 @@ def stand_in(seed: int = 0, scale: float = 0.3, **options: object) -> StandIn:
     return module
 
 
-def in_context(model: PreTrainedModel, block: range, **options: object) -> Substitute:
-    """A substitute for ``block`` with one attention sublayer in front of its stand-in."""
+def in_context(model: PreTrainedModel, block: range, source: int | None = None, **options: object) -> Substitute:
+    """A substitute for ``block`` with one attention sublayer, made from layer ``source``, in front of its stand-in."""
     inner = stand_in(7, residual=False, normalize=False, **options)
-    return Substitute(block, inner, context_layer(model, block.start, inner))
+    return Substitute(block, inner, context_layer(model, block.start if source is None else source, inner), source)
 
 
 def edits(model: PreTrainedModel, place: str) -> list[Edit]:
@@ -34,6 +34,7 @@ def edits(model: PreTrainedModel, place: str) -> list[Edit]:
         "after": [Substitute(range(2, 4), fourier), Substitute(range(5, 6), stand_in(1, kind="linear"))],
         "before": [Substitute(range(2), fourier)],
         "mlp": [in_context(model, range(2, 4))],
+        "last": [in_context(model, range(2, 4), 3)],
         "mixed": [
             Substitute(range(1), mlp),
             in_context(model, range(2, 3), hidden=8),

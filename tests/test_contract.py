@@ -20,7 +20,7 @@ from kdprune.model.families import family_of
 from kdprune.model.modeling_kdp import FAMILIES, StandIn, generated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LEFT = {"after": 3, "before": 4, "mlp": 5, "mixed": 3}  # layers left of six
+LEFT = {"after": 3, "before": 4, "mlp": 5, "mixed": 3, "last": 5}  # layers left of six
 
 
 def test_every_family_is_covered() -> None:
@@ -48,7 +48,7 @@ class TestStandIns(Contract):
         own = {id(p) for m in case.model.modules() if isinstance(m, StandIn) for p in m.parameters()}
         shared = {id(p) for p in case.dense.parameters()}
         strangers = [n for n, p in case.model.named_parameters() if id(p) not in own | shared]
-        with_context = case.kind in ("mlp", "mixed")
+        with_context = case.kind in ("mlp", "mixed", "last")
         assert bool(strangers) == with_context
         assert len({n.split("layers.")[-1].split("h.")[-1].split(".")[0] for n in strangers}) == with_context
 

@@ -250,6 +250,7 @@ def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
 @pytest.mark.parametrize("options", [
     {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"kernel": "isotropic"},
     {"hidden": 8}, {"refine": False}, {"endpoints": "output"}, {"similarity": "cosine"}, {"block_length": 2},
+    {"context_from": "middle"},
 ])
 def test_every_option_by_name(options: dict, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens()
@@ -317,7 +318,7 @@ def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
         model, tokens = tiny_model(name), random_tokens(rows=4)
         states = collect_block_states(model, tokens, [range(1, 3)], held=1, path=PathRows(1, 1), batch_size=4)[0]
         stand_in = Shape(32, "fourier", 5, 0, residual=True, context=True).build(generator())
-        site = Site(model, states, stand_in, True, torch.device("cpu"))
+        site = Site(model, states, stand_in, 1, torch.device("cpu"))
         rows = torch.arange(4)
         probe = site.probe(rows)
         with torch.no_grad():

@@ -288,7 +288,7 @@ def test_the_patch_is_symmetric_and_with_unit_scales_the_identity(size: int) -> 
 
 def test_the_scales_align_mean_magnitudes_in_the_rotated_basis() -> None:
     def unfitted(model: PreTrainedModel, states: Any) -> Site:
-        return Site(model, states, StandIn(WIDTH, kind="linear", features=0), False, model.device)
+        return Site(model, states, StandIn(WIDTH, kind="linear", features=0), None, model.device)
 
     site, before, after = fitted_site(unfitted)
     rotation = hadamard(WIDTH).numpy()

@@ -65,8 +65,8 @@ def hooked(model: PreTrainedModel, change: Substitute, place: str) -> Iterator[N
     elif place == "before":
         hooks = [layers[block.stop].register_forward_pre_hook(lambda module, args: (replace(args[0]), *args[1:]))]
     else:
-        block = range(block.start + 1, block.stop)
-        first, last = (getattr(layers[change.block.start], family_of(model).mlp[i]) for i in (0, -1))
+        block = range(block.start + 1, block.stop) if place == "mlp" else range(block.start, block.stop - 1)
+        first, last = (getattr(layers[change.origin], family_of(model).mlp[i]) for i in (0, -1))
         hooks = [
             first.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
             last.register_forward_hook(lambda module, args, output: replace(seen.pop())),
@@ -80,7 +80,7 @@ def hooked(model: PreTrainedModel, change: Substitute, place: str) -> Iterator[N
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("place", ["after", "before", "mlp"])
+@pytest.mark.parametrize("place", ["after", "before", "mlp", "last"])
 def test_stand_ins_act_where_their_place_says(tiny_model: Build, name: str, place: str) -> None:
     model = tiny_model(name)
     change = edits(model, place)[0]
@@ -120,6 +120,13 @@ def test_configs_stay_in_step(tiny_model: Build) -> None:
     assert {id(m.config) for m in gemma.modules() if hasattr(m, "config")} == {id(gemma.config)}
     context = prune(tiny_model("gemma3"), "mlp")
     assert {id(m.config) for m in context.modules() if hasattr(m, "config")} == {id(context.config)}
+    # A context's slot has the attention type of the layer it was made from.
+    for name, first, last in (
+            ("qwen3-window", "fffss", "ffsss"), ("gemma2", "sfssf", "sffsf"), ("gemma3", "ssfsf", "ssssf")):
+        for place, types in (("mlp", first), ("last", last)):
+            config = prune(tiny_model(name), place).config
+            assert "".join(kind[0] for kind in config.layer_types) == types
+            assert getattr(config, "max_window_layers", types.index("s")) == types.index("s")
     gpt2 = prune(tiny_model("gpt2"), "mixed")
     assert gpt2.config.n_layer == 3
     assert gpt2.config.architectures == ["KDPGPT2ForCausalLM"]
@@ -289,6 +296,8 @@ def test_a_context_layer_must_be_one(tiny_model: Build) -> None:
             apply_edits(model, [Substitute(range(1, 3), stand_in(), wrong)])
     with pytest.raises(KDPruneError, match="layer index 6"):
         context_layer(model, 6, stand_in())
+    with pytest.raises(KDPruneError, match=r"layer 3, expected a layer of its block \[1, 3\)"):
+        in_context(model, range(1, 3), 3)
 
 
 def test_a_context_layer_has_weights_of_its_own(tiny_model: Build) -> None:

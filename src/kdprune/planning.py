@@ -233,8 +233,9 @@ def _pruned(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTra
     for block in blocks:
         with torch.device("meta"):
             stand_in = shape.build(generator(0))
-        context = context_layer(dense, block.start, stand_in) if shape.context else None
-        edits.append(Substitute(block, stand_in, context))
+        source = shape.source(block)
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(block, stand_in, context, source))
     return apply_edits(dense, edits).eval()
 
 

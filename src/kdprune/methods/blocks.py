@@ -40,7 +40,8 @@ class Budget:
     def removal(self, block: range, features: int | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
         shape = self.shape if features is None else dataclasses.replace(self.shape, features=features)
-        context = self.kept_by_context[block.start] if shape.context else 0
+        source = shape.source(block)
+        context = 0 if source is None else self.kept_by_context[source]
         return sum(self.layers[index] for index in block) - shape.parameters() - context
 
 

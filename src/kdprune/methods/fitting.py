@@ -34,6 +34,7 @@ class Shape:
     Attributes:
         width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
         residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
+        context_from: "first", "middle" or "last" of the block's layers, that which the context is started from.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Shape:
     hidden: int
     residual: bool
     context: bool
+    context_from: str = "first"
 
     def build(self, generator: torch.Generator) -> StandIn:
         """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
@@ -55,6 +57,12 @@ class Shape:
                 nn.init.uniform_(module.weight, -bound, bound, generator=generator)
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         return stand_in
+
+    def source(self, block: range) -> int | None:
+        """The layer that the context of this block's stand-in is started from: s, s + ⌊k/2⌋ or e − 1; None without."""
+        if not self.context:
+            return None
+        return block[{"first": 0, "middle": len(block) // 2, "last": -1}[self.context_from]]
 
     def parameters(self) -> int:
         """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""
@@ -101,7 +109,7 @@ def fit_block(
     """
     block = states.block
     name = f"block [{block.start}, {block.stop})"
-    site = Site(model, states, shape.build(generator), shape.context, device)
+    site = Site(model, states, shape.build(generator), shape.source(block), device)
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
@@ -122,7 +130,7 @@ def fit_block(
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "hidden": shape.hidden, "rank": settings.rank if settings.kernel in ("learned", "fixed") else 0,
-        "context": "attention" if shape.context else "none",
+        "context": "attention" if shape.context else "none", "context_layer": site.context,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 
@@ -132,7 +140,7 @@ def shared_kernel(
     generator: torch.Generator, device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
 ) -> list[Step1]:
     """Step 1 of several blocks together: one kernel, operators of each; arguments as of :func:`fit_block`."""
-    sites = [Site(model, block, shape.build(generator), shape.context, device) for block in states]
+    sites = [Site(model, part, shape.build(generator), shape.source(part.block), device) for part in states]
     return _step1(sites, shape, settings, generator, "of all blocks", stages, checkpoints)
 
 

@@ -77,7 +77,9 @@ class KDP(RankedMethod):
     hidden: int | None = option(
         None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1)
     context: Literal["none", "attention"] | None = option(
-        None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first")
+        None, "what stands before the kernel map: nothing, or one attention sublayer started from one of the block's")
+    context_from: Literal["first", "middle", "last"] = option(
+        "first", "which of the block's layers that sublayer is started from")
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
@@ -125,6 +127,7 @@ class KDP(RankedMethod):
         return Shape(
             width=width, kind=kind, features=features, hidden=hidden or 0,
             residual=self.inverse == "residual", context=self.context == "attention",
+            context_from=self.context_from,
         )
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:

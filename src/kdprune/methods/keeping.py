@@ -1,5 +1,6 @@
 """Edits and records of a method as plain data and tensors, for a work directory to keep."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -70,9 +71,9 @@ def _pack_edit(edit: Edit) -> tuple[Plain, Mapping[str, Tensor]]:
     match edit:
         case Drop(block):
             return {"kind": "drop", "block": _ends(block)}, {}
-        case Substitute(block, stand_in, context):
+        case Substitute(block, stand_in, context, source):
             entry = {"kind": "substitute", "block": _ends(block), "width": stand_in.width,
-                     "stand_in": stand_in.spec(), "context": context is not None}
+                     "stand_in": stand_in.spec(), "context": context is not None, "source": source}
             return entry, (stand_in if context is None else context).state_dict()
         case Rewrite(layer, weights):
             return {"kind": "rewrite", "layer": layer}, weights
@@ -100,9 +101,10 @@ def _substitute(model: PreTrainedModel, entry: Plain, tensors: Mapping[str, Tens
         stand_in.load_state_dict(tensors)
         return Substitute(block, stand_in)
     # Fits leave float32, whatever the model's dtype; apply_edits casts.
-    context = context_layer(model, block.start, stand_in).to(_dtype(tensors))
+    edit = Substitute(block, stand_in, source=entry["source"])
+    context = context_layer(model, edit.origin, stand_in).to(_dtype(tensors))
     context.load_state_dict(tensors)
-    return Substitute(block, stand_in, context)
+    return dataclasses.replace(edit, context=context)
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -83,7 +83,7 @@ def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, device
     """The block's site with the affine least-squares map of h_e − h_s on h_s in its stand-in."""
     width = states.inputs.shape[-1]
     stand_in = StandIn(width, kind="linear", features=0, residual=True, normalize=False)
-    site = Site(model, states, stand_in, False, device)
+    site = Site(model, states, stand_in, None, device)
     moments = Moments(width, width, device)
     for rows in site.row_batches(PASS_ROWS):
         target, mask = site.target(rows)

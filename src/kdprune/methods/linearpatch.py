@@ -66,7 +66,7 @@ class LinearPatch(DepthMethod):
         for states in block_states(model, tokens, blocks, self.held, batch_size, stages, keep):
             stand_in = StandIn(
                 model.config.hidden_size, kind="linear", features=0, residual=False, normalize=False)
-            site = Site(model, states, stand_in, False, work_device(model))
+            site = Site(model, states, stand_in, None, work_device(model))
             with torch.no_grad():
                 stand_in.readout.weight.copy_(patch_matrix(channel_scales(site)))
                 stand_in.readout.bias.zero_()

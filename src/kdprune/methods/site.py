@@ -43,23 +43,24 @@ class Site:
 
     Args:
         model: the dense model; not changed. states: the block's calibration states.
-        template: an unfitted stand-in of the wanted shape. context: put it into a copy of the block's first layer.
+        template: an unfitted stand-in of the wanted shape. context: the layer into a copy of which it is put; None: it
+            is alone.
         device: where fits run.
     """
 
     def __init__(
-        self, model: PreTrainedModel, states: BlockStates, template: StandIn, context: bool, device: torch.device
+        self, model: PreTrainedModel, states: BlockStates, template: StandIn, context: int | None,
+        device: torch.device,
     ):
         self.model, self.states, self.device, self.context = model, states, device, context
         self.fit_rows = len(states.tokens.ids) - states.held
-        start = states.block.start
         self.stand_in = template.to(device)
         self.module: nn.Module = self.stand_in
         self._norm: nn.Module | None = None
-        if context:
-            self.module = context_layer(model, start, self.stand_in).float().to(device)
+        if context is not None:
+            self.module = context_layer(model, context, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
-            norm = getattr(decoder_layers(model)[start], family_of(model).mlp_norm)
+            norm = getattr(decoder_layers(model)[context], family_of(model).mlp_norm)
             self._norm = plain_copy(norm).float().to(device)
         self.stand_in.readout.requires_grad_(True)
         self._shared_arguments: dict[int, Arguments] = {}
@@ -78,19 +79,19 @@ class Site:
     def predict(self, rows: Tensor) -> Tensor:
         """The site's estimate of h_e for some rows: (b,) row numbers → (b, T, d), with gradients."""
         hidden = self.states.inputs[rows].to(self.device).float()
-        if not self.context:
+        if self.context is None:
             return self.module(hidden)
-        args, kwargs = self._arguments(rows)
+        args, kwargs = self._arguments(rows, self.context)
         output = self.module(hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    def _arguments(self, rows: Tensor) -> Arguments:
+    def _arguments(self, rows: Tensor, layer: int) -> Arguments:
         batch = self.states.tokens.select(rows)
         if not batch.mask.all():
-            return layer_arguments(self.model, self.states.block.start, batch)
+            return layer_arguments(self.model, layer, batch)
         # Without padding, masks and positions depend on the batch's size alone.
         if len(rows) not in self._shared_arguments:
-            self._shared_arguments[len(rows)] = layer_arguments(self.model, self.states.block.start, batch)
+            self._shared_arguments[len(rows)] = layer_arguments(self.model, layer, batch)
         return self._shared_arguments[len(rows)]
 
     def target(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +153,9 @@ class Site:
 
     def edit(self) -> Substitute:
         """The architecture change this site stands for."""
-        return Substitute(self.states.block, self.stand_in, self.module if self.context else None)
+        if self.context is None:
+            return Substitute(self.states.block, self.stand_in)
+        return Substitute(self.states.block, self.stand_in, self.module, self.context)
 
 
 def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:

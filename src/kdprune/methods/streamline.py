@@ -114,7 +114,7 @@ class Streamline(DepthMethod):
     def _fit_ffn(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages
     ) -> tuple[Edit, dict[str, Any]]:
-        site = Site(model, states, new_ffn(model.config.hidden_size, draw), False, work_device(model))
+        site = Site(model, states, new_ffn(model.config.hidden_size, draw), None, work_device(model))
         energy = site.update_energy(PASS_ROWS)
         curves = self._train(site, energy, draw, stages)
         return site.edit(), fit_record(site, energy, curves)
@@ -143,11 +143,11 @@ class LayerSite(Site):
     """A site whose whole decoder layer, a float32 copy of the block's first, is the stand-in."""
 
     def __init__(self, model: PreTrainedModel, states: BlockStates, device: torch.device):
-        super().__init__(model, states, StandIn(1, kind="linear", features=0), False, device)
+        super().__init__(model, states, StandIn(1, kind="linear", features=0), None, device)
         layer = decoder_layers(model)[states.block.start]
         self.module = plain_copy(layer, {id(model.config): model.config}).float().to(device)
         self.module.requires_grad_(True)
-        self.context = True  # the layer gets the arguments that the model hands it
+        self.context = states.block.start  # the layer gets the arguments that the model hands it
 
 
 def _ffn_shape(width: int) -> Shape:

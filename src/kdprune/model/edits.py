@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ..errors import KDPruneError
 from .modeling_kdp import StandIn
 
 
@@ -26,13 +27,26 @@ class Substitute:
     """Put ``stand_in`` in the place of the layers of ``block``.
 
     Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
-    ``context`` is an ordinary decoder layer (made by :func:`context_layer` from layer ``block.start``) that
-    holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own.
+    ``context`` is an ordinary decoder layer (made by :func:`context_layer` from a layer of the block) that
+    holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own. ``source`` is that layer, whose
+    attention type the slot has; None: ``block.start``.
     """
 
     block: range
     stand_in: StandIn
     context: nn.Module | None = None
+    source: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises KDPruneError for a source outside the block."""
+        if self.source is not None and self.source not in self.block:
+            raise KDPruneError(f"got a context made from layer {self.source}, expected a layer of its block "
+                               f"[{self.block.start}, {self.block.stop}): make it from one of those")
+
+    @property
+    def origin(self) -> int:
+        """The dense layer that the context was made from."""
+        return self.block.start if self.source is None else self.source
 
 
 @dataclass(frozen=True)

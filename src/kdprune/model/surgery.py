@@ -230,7 +230,8 @@ def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: 
             if edit.context is None:
                 sequence.append(_adapted(edit.stand_in, pruned, layer))
             else:
-                sequence.append(_Slot(_context_slot(edit.context, pruned, layer, family), index))
+                context = _context_slot(edit.context, pruned, layers[edit.origin], family)
+                sequence.append(_Slot(context, edit.origin))
     slots = [item for item in sequence if isinstance(item, _Slot)]
     if not slots:
         raise KDPruneError("the blocks take out every layer; keep at least one")

@@ -244,6 +244,9 @@ class Fit(Record):
     hidden: int = Field(0, description="hidden width of the inverse network, 0 = linear")
     rank: int = Field(0, description="r, rank of L in Σ = D + LLᵀ")
     context: str = Field("none", description="what precedes the kernel map: none or attention")
+    context_layer: int | None = Field(
+        None, description="the dense layer that attention was started from; null without, and in older records"
+    )
     parameters: int = Field(description="parameters of the stand-in, its context included")
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
