@@ -215,7 +215,7 @@ def _calibration(model: PreTrainedModel, samples: int | None, length: int | None
 def _layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     """Blocks and stand-ins as KDP itself chooses them."""
     shape = method.shape(dense.config.hidden_size)
-    budget = Budget(dense, shape, method.ratio)
+    budget = method.budget(dense)
     index = torch.arange(len(budget.layers) + 1.0)
     blocks = choose_blocks(method, {method.similarity: (-FALL * (index[:, None] - index).abs()).exp()}, budget)
     return blocks, spare_features(shape, budget, blocks) if method.fill else shape

@@ -56,7 +56,7 @@ class Variant:
     @property
     def takes_blocks(self) -> bool:
         """Whether blocks chosen by another variant can be given to it."""
-        return isinstance(self.method, DepthMethod) and self.method.blocks is None
+        return isinstance(self.method, DepthMethod) and self.method.takes_blocks
 
 
 def split_methods(methods: str | Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,7 +13,7 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.fitting import Shape
 from kdprune.methods.method import RankedMethod
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.selection import candidate_blocks, open_layers, select_blocks
+from kdprune.selection import candidate_blocks, open_layers, reachable, select_blocks
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
 # parameters bring a residual MLP from .192 to .177).
@@ -24,11 +25,16 @@ class Budget:
 
     Args:
         model: the dense model. shape: the stand-in. ratio: share of all parameters to remove.
+        longer: mean layers by which the blocks, with stand-ins of this shape, are to remove more than that.
+
+    Attributes:
+        target: parameters that are to be gone in the end. selected: those that the selection of blocks has to remove,
+            the target and ``longer`` mean layers; what lies between the two is for wider stand-ins.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float):
+    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, longer: int = 0):
         family = family_of(model)
-        self.shape, self.ratio = shape, ratio
+        self.shape, self.ratio, self.longer = shape, ratio, longer
         self.total = model.num_parameters()
         self.layers = layer_sizes(model)
         # A context layer keeps everything but the MLP path.
@@ -36,6 +42,8 @@ class Budget:
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
         self.target = round(ratio * self.total)
+        self.mean_layer = sum(self.layers) / len(self.layers)
+        self.selected = self.target + round(longer * self.mean_layer)
 
     def removal(self, block: range, features: int | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -58,7 +66,8 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     """The explicit blocks, or every candidate of the selection; needs no scores, so mistakes show before any work.
 
     Raises:
-        KDPruneError: too few layers, impossible blocks, or a ratio out of reach (says the largest possible).
+        KDPruneError: too few layers, impossible blocks, or a ratio, or ``longer``, out of reach (says the largest
+            possible).
     """
     layers = len(budget.layers)
     if options.blocks is not None:
@@ -78,6 +87,12 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
     select_blocks(torch.ones(layers + 1, layers + 1), candidates, budget.removal, budget.target, budget.total)
+    spare = max(reachable(candidates, lambda _: 0.0, budget.removal)) - budget.selected
+    if spare < 0:
+        raise KDPruneError(
+            f"got longer {budget.longer}, expected at most {budget.longer + math.floor(spare / budget.mean_layer)}, "
+            f"which is what ratio {budget.ratio:.4g} leaves in blocks of at most {longest}; lower longer or the ratio, "
+            f"or allow longer blocks (max_block=…)")
     return candidates
 
 
@@ -92,7 +107,7 @@ def choose_blocks(options: RankedMethod, scores: Mapping[str, Tensor] | None, bu
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))
-    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.total)
+    return select_blocks(similarity, candidates, budget.removal, budget.selected, budget.total)
 
 
 def check_blocks(blocks: list[range], layers: int) -> list[range]:

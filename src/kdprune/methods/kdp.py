@@ -83,6 +83,8 @@ class KDP(RankedMethod):
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
+    longer: int = option(
+        0, "choose blocks that remove so many layers more than the ratio takes; fill spends them on features", least=0)
     ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
     kernel_epochs: int | None = option(None, "epochs of step 1", least=1)
     kernel_tokens: int | None = option(
@@ -117,6 +119,29 @@ class KDP(RankedMethod):
         if self.inverse == "direct" and self.context == "attention":
             raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
                                "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
+        self._check_longer()
+
+    def _check_longer(self) -> None:
+        """What longer blocks save has to be spent, and blocks that are named have their length."""
+        if not self.longer:
+            return
+        advice = "it chooses longer blocks and gives what they save to wider stand-ins"
+        if self.blocks is not None:
+            raise KDPruneError(
+                f"got longer {self.longer} with blocks, expected 0 there: {advice}. Leave one of them out")
+        if not self.fill or self.kernel == "linear":
+            what = "without fill" if self.kernel != "linear" else "with kernel 'linear', which has no features"
+            raise KDPruneError(
+                f"got longer {self.longer} {what}, expected 0 there: {advice}. Give fill, or another kernel")
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Not with ``longer``, which is about choosing them."""
+        return super().takes_blocks and not self.longer
+
+    def budget(self, model: PreTrainedModel) -> Budget:
+        """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
+        return Budget(model, self.shape(model.config.hidden_size), self.ratio, self.longer)
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
@@ -134,7 +159,7 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
-        possible_blocks(self, Budget(model, self.shape(model.config.hidden_size), self.ratio))
+        possible_blocks(self, self.budget(model))
         check_rows(tokens)
 
     def __call__(
@@ -143,8 +168,8 @@ class KDP(RankedMethod):
     ) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
-        shape = self.shape(model.config.hidden_size)
-        budget = Budget(model, shape, self.ratio)
+        budget = self.budget(model)
+        shape = budget.shape
         blocks = choose_blocks(self, scores, budget)
         if self.fill:
             shape = spare_features(shape, budget, blocks)

@@ -103,6 +103,11 @@ class DepthMethod(Method):
         """Most of these put something in the place of a block; those that only drop layers say so."""
         return True
 
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether blocks that another method chose can be given to this one."""
+        return self.blocks is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankedMethod(DepthMethod):
