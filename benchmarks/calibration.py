@@ -19,7 +19,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pruned_models import (
-    HELD_OUT,
     LONGEST,
     QUICK_TOKENS,
     TOKENS,
@@ -27,6 +26,7 @@ from pruned_models import (
     add_options,
     compared,
     documents,
+    scored_tokens,
     seeds_of,
     title,
 )
@@ -107,7 +107,7 @@ class Texts:
 
     def _read(self, name: str) -> TokenSet:
         if name == "bundled":
-            return self.subject.held_out(QUICK_TOKENS if self.options.quick else HELD_OUT)
+            return self.subject.held_out(scored_tokens(self.options))
         tokens = QUICK_TOKENS if self.options.quick else DOMAIN_HELD_OUT
         source = documents(file_of(self.options.heldout, name), CHARACTERS * tokens)
         return load_stream(source, self.subject.tokenizer, limit=tokens,
@@ -267,7 +267,7 @@ same text. {MISSING}: not measured yet.
 
 def main() -> None:
     parser = arguments(__doc__, "calibration")
-    add_options(parser, METHODS)
+    add_options(parser, METHODS, fit_tokens=False)
     parser.add_argument("--parts", nargs="+", choices=("tokens", "domains"), default=["tokens", "domains"])
     parser.add_argument("--tokens", type=int, nargs="+", default=list(COUNTS), help="calibration tokens that are swept")
     parser.add_argument("--domains", nargs="+", choices=list(DOMAINS), default=list(SHOWN_DOMAINS))

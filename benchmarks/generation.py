@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from generation_page import CHANCE, MEASURES, METHODS, NEW, PROMPT, RATIO, SHOWN_SAMPLES, key, render
-from pruned_models import HELD_OUT, QUICK_TOKENS, TOKENS, Pruner, add_options, compared, seeds_of
+from pruned_models import Pruner, add_options, compared, fitted_tokens, scored_tokens, seeds_of
 from rouge_score.rouge_scorer import RougeScorer
 from torch import LongTensor, Tensor
 from torch.nn import functional
@@ -109,10 +109,10 @@ def scores(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Tensor], wanted: 
 class Prompts:
     """What all units share: the prompts, the true continuations and the dense model's."""
 
-    def __init__(self, subject: Subject, quick: bool):
+    def __init__(self, subject: Subject, options: argparse.Namespace):
         self.subject, tokenizer = subject, subject.tokenizer
-        self.held_out = subject.held_out(QUICK_TOKENS if quick else HELD_OUT)
-        found = spans(self.held_out, QUICK_PROMPTS if quick else PROMPTS, tokenizer.eos_token_id)
+        self.held_out = subject.held_out(scored_tokens(options))
+        found = spans(self.held_out, QUICK_PROMPTS if options.quick else PROMPTS, tokenizer.eos_token_id)
         self.prompts, self.true = found[:, :PROMPT], list(found[:, PROMPT:])
         self.dense = continuations(subject.model, tokenizer, self.prompts, self.held_out.bos)
         self.perplexity = perplexity(subject.model, self.held_out)
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> None:
     if not missing:
         return
     subject = Subject(options.model, options.text)
-    shared, prune = Prompts(subject, options.quick), Pruner(subject, options.name, options.pruned, options.quick)
+    shared, prune = Prompts(subject, options), Pruner(subject, options.name, options.pruned, options.quick)
     for unit in missing:
         record = unit | {"quick": options.quick, "prompts": len(shared.prompts)}
         if unit["method"] == "dense":
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace) -> None:
         elif unit["method"] == CHANCE:
             record |= shared.measure([*shared.dense[1:], shared.dense[0]])
         else:
-            rows = subject.rows(QUICK_TOKENS if options.quick else TOKENS, unit["seed"])
+            rows = subject.rows(fitted_tokens(options), unit["seed"])
             pruned, facts = prune(unit["method"], RATIO, rows, unit["seed"])
             record |= facts | ({} if pruned is None else shared.of(pruned))
         keep(compact(record), options.file, key, order)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from pruned_models import HELD_OUT, QUICK_TOKENS, TOKENS, Pruner, add_options, compared, seeds_of, title
+from pruned_models import Pruner, add_options, compared, fitted_tokens, scored_tokens, seeds_of, title
 from stand_ins import spread
 from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, make_page, table, write_page
 
@@ -51,12 +51,12 @@ def run(options: argparse.Namespace) -> None:
         return
     subject = Subject(options.model, options.text)
     prune = Pruner(subject, options.name, options.pruned, options.quick)
-    held_out = subject.held_out(QUICK_TOKENS if options.quick else HELD_OUT)
+    held_out = subject.held_out(scored_tokens(options))
     dense = perplexity(subject.model, held_out)
     for unit in missing:
         if key(unit) in load(options.file, key):  # by another run, meanwhile
             continue
-        rows = subject.rows(QUICK_TOKENS if options.quick else TOKENS, unit["seed"])
+        rows = subject.rows(fitted_tokens(options), unit["seed"])
         pruned, facts = prune(unit["method"], unit["ratio"], rows, unit["seed"])
         found = compared(dense, pruned, held_out) if pruned is not None else {}
         keep(compact(unit | {"quick": options.quick} | facts | found), options.file, key, order)
@@ -157,6 +157,7 @@ def render(file: Path) -> None:
         seeds = sorted({record["seed"] for record in found})
         one = next((record for record in found if "unreachable" not in record), None)
         protocol = "" if one is None else (
+            f"Calibrated on {max(record.get('tokens', 0) for record in found):,} tokens at most. "
             f"Dense perplexity {one['dense']:.2f} on {one['scored']:,} held-out tokens (window {one['window']}, stride "
             f"{one['stride']}); {len(seeds)} seed{'s' * (len(seeds) != 1)} at most.")
         rows = [[title(method), *(cell(found, method, ratio) for ratio in ratios)] for method in methods_of(found)]
