@@ -23,11 +23,12 @@ BUDGETS: dict[str, dict[str, Any]] = {            # defaults that a command-line
     "gpu": {"tokens": 500_000_000, "batch": 128, "lr": 4e-3, "compile": True},
     # On a CPU eager attention is the quicker one at such lengths, compiled code twice as quick; Muon learns more from
     # few tokens.
-    "suite": {"tokens": 3_500_000, "batch": 16, "length": 256, "window": 256, "stride": 128, "lr": 4e-3,
-              "optimizer": "muon", "attention": "eager", "sample": 0.2, "threads": 1, "compile": True},
+    "suite": {"tokens": 3_500_000, "batch": 16, "length": 256, "window": 256, "stride": 128, "limit": 30_000,
+              "lr": 4e-3, "optimizer": "muon", "attention": "eager", "sample": 0.2, "threads": 1, "compile": True},
     "suite-gpu": {"tokens": 400_000_000, "batch": 128, "lr": 2e-3, "compile": True},
 }
-FREE_TO_CHANGE = {"data", "out", "held_out", "history", "tokens", "minutes", "threads", "checkpoint_minutes"}
+FREE_TO_CHANGE = {"data", "out", "held_out", "history", "tokens", "minutes", "threads", "checkpoint_minutes",
+                  "window", "stride", "limit"}
 
 
 @dataclass(frozen=True)
