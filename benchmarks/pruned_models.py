@@ -50,16 +50,21 @@ def title(variant: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, methods: tuple[str, ...], fit_tokens: bool = True) -> None:
-    """Which variants, how many seeds, and where pruned models are kept."""
+    """Which variants, how many seeds and tokens, and where pruned models are kept."""
     parser.add_argument(
         "--methods", nargs="+", default=list(methods), help=f"methods or variants, kdp:rank=8 ({' '.join(methods)})")
+    add_sizes(parser, fit_tokens)
+    parser.add_argument("--pruned", type=Path, help="keep pruned models here and find them again, those of other pages "
+                        "too; made by another version of the package they are stale: empty it yourself")
+
+
+def add_sizes(parser: argparse.ArgumentParser, fit_tokens: bool = True) -> None:
+    """How many seeds and tokens."""
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from --first-seed")
     parser.add_argument("--first-seed", type=int, default=0)
     if fit_tokens:
         parser.add_argument("--fit-tokens", type=int, default=TOKENS, help="calibration tokens")
     parser.add_argument("--score-tokens", type=int, default=HELD_OUT, help="held-out tokens, at most")
-    parser.add_argument("--pruned", type=Path, help="keep pruned models here and find them again, those of other pages "
-                        "too; made by another version of the package they are stale: empty it yourself")
 
 
 def fitted_tokens(options: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lent_keys import LentBudget, Paired, check_lending, connected, lending, projections
 from matplotlib.figure import Figure
-from pruned_models import HELD_OUT, QUICK, QUICK_TOKENS, TOKENS, compared, seeds_of
+from pruned_models import QUICK, add_sizes, compared, fitted_tokens, scored_tokens, seeds_of
 from stand_ins import spread
 from transformers import PreTrainedModel
 from units_file import (
@@ -97,9 +97,8 @@ def fitted(
 class Bench:
     """One seed's rows and blocks of a model."""
 
-    def __init__(self, subject: Subject, held_out: TokenSet, seed: int, quick: bool):
-        self.model, self.held_out, self.seed = subject.model, held_out, seed
-        self.rows = subject.rows(QUICK_TOKENS if quick else TOKENS, seed)
+    def __init__(self, subject: Subject, held_out: TokenSet, rows: TokenSet, seed: int, quick: bool):
+        self.model, self.held_out, self.rows, self.seed = subject.model, held_out, rows, seed
         self.method = KDP(ratio=RATIO, **OPTIONS, **(QUICK["kdp"] if quick else {}))
         self.method.check(self.model, self.rows)
         scores = score_layers(
@@ -143,12 +142,12 @@ def run(options: argparse.Namespace) -> None:
     if not missing:
         return
     subject = Subject(options.model, options.text)
-    held_out = subject.held_out(QUICK_TOKENS if quick else HELD_OUT)
+    held_out = subject.held_out(scored_tokens(options))
     for seed in seeds_of(options):
         todo = [unit for unit in missing if unit["seed"] == seed]
         if not todo:
             continue
-        bench = Bench(subject, held_out, seed, quick)
+        bench = Bench(subject, held_out, subject.rows(fitted_tokens(options), seed), seed, quick)
         for unit in todo:
             record = unit | bench.measure(unit["variant"])
             keep(compact(record), file, key)
@@ -247,8 +246,7 @@ were measured in memory and without a KV cache; how many layers would keep one i
 
 def main() -> None:
     parser = arguments(__doc__, "shared-keys")
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, counted from --first-seed")
-    parser.add_argument("--first-seed", type=int, default=0)
+    add_sizes(parser)
     make_page(parser, "shared-keys", run, render)
 
 
