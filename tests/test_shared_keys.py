@@ -74,7 +74,7 @@ def test_the_fit_sees_what_the_pruned_model_computes(pages: Any, name: str, vari
         assert layers[2].self_attn is not own
         paired = lent.Paired(states.inputs, near, purse, model, 1)
         states.__dict__["inputs"] = paired
-        site = Site(model, states, method().shape(WIDTH).build(generator(0)), True, torch.device("cpu"))
+        site = Site(model, states, method().shape(WIDTH).build(generator(0)), states.block.start, torch.device("cpu"))
         predicted = site.predict(rows)
     predicted.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in site.module.named_parameters()}
@@ -94,7 +94,8 @@ def test_the_fit_sees_what_the_pruned_model_computes(pages: Any, name: str, vari
         state = next(layer_states(pruned, tokens.select(rows), [3], 16))[1][3]
     mask = tokens.mask[rows]
     torch.testing.assert_close(predicted.detach()[mask], state[mask], rtol=1e-4, atol=1e-5)
-    other = Site(model, states, site.stand_in, True, torch.device("cpu"))  # the block's own keys give something else
+    other = Site(  # with the block's own keys: something else
+        model, states, site.stand_in, states.block.start, torch.device("cpu"))
     assert not torch.allclose(other.predict(rows)[mask], state[mask], rtol=1e-2, atol=1e-2)
 
 
