@@ -35,6 +35,7 @@ from kdprune.methods.blocks import Budget, choose_blocks, spare_features
 from kdprune.methods.fitting import Shape
 from kdprune.methods.kdp import KDP
 from kdprune.model.edits import Drop, Substitute
+from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer
 from kdprune.runtime import generator, resolve_device
 from kdprune.session import BUNDLED_MODEL
@@ -77,12 +78,12 @@ def plan(dense: PreTrainedModel, form: str, ratio: float) -> tuple[list[range], 
 
 def prune(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:
     """``dense`` with random stand-ins in the place of blocks; kept weights are shared."""
-    edits = []
+    edits, groups = [], shape.groups(key_value_heads(dense.config))
     for block in blocks:
         stand_in = shape.build(generator(block.start))
         source = shape.source(block)
-        context = None if source is None else context_layer(dense, source, stand_in)
-        edits.append(Substitute(block, stand_in, context, source))
+        context = None if source is None else context_layer(dense, source, stand_in, groups)
+        edits.append(Substitute(block, stand_in, context, source, groups))
     return apply_edits(dense, edits).eval()
 
 

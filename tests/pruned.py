@@ -3,11 +3,12 @@
 import torch
 from transformers import PreTrainedModel
 
-from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.modeling_kdp import StandIn, key_value_heads
 from kdprune.model.surgery import Drop, Edit, Substitute, apply_edits, context_layer
 
 # The first full and the first sliding layer of every pattern in tests/families.py is taken out by one of these.
-PLACES = ("after", "before", "mlp", "mixed", "last")  # last: as mlp, the context made from the block's last layer
+# "last" and "heads" are as "mlp": the context made from the block's last layer, or with half of its key-value heads.
+PLACES = ("after", "before", "mlp", "mixed", "last", "heads")
 
 
 def stand_in(seed: int = 0, scale: float = 0.3, **options: object) -> StandIn:
@@ -20,10 +21,14 @@ def stand_in(seed: int = 0, scale: float = 0.3, **options: object) -> StandIn:
     return module
 
 
-def in_context(model: PreTrainedModel, block: range, source: int | None = None, **options: object) -> Substitute:
-    """A substitute for ``block`` with one attention sublayer, made from layer ``source``, in front of its stand-in."""
+def in_context(
+    model: PreTrainedModel, block: range, source: int | None = None, groups: int | None = None, **options: object
+) -> Substitute:
+    """A substitute for ``block`` with one attention sublayer, made from layer ``source`` with its first ``groups``
+    key-value heads, in front of its stand-in."""
     inner = stand_in(7, residual=False, normalize=False, **options)
-    return Substitute(block, inner, context_layer(model, block.start if source is None else source, inner), source)
+    context = context_layer(model, block.start if source is None else source, inner, groups)
+    return Substitute(block, inner, context, source, groups)
 
 
 def edits(model: PreTrainedModel, place: str) -> list[Edit]:
@@ -35,6 +40,7 @@ def edits(model: PreTrainedModel, place: str) -> list[Edit]:
         "before": [Substitute(range(2), fourier)],
         "mlp": [in_context(model, range(2, 4))],
         "last": [in_context(model, range(2, 4), 3)],
+        "heads": [in_context(model, range(2, 4), groups=key_value_heads(model.config) // 2)],
         "mixed": [
             Substitute(range(1), mlp),
             in_context(model, range(2, 3), hidden=8),

@@ -61,6 +61,20 @@ def test_models_cast_to_half_precision_are_verified(tiny_model: Build, tmp_path:
     assert all(torch.equal(*pair) for pair in zip(before, dense.buffers(), strict=True))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_context_with_fewer_heads_is_verified(tiny_model: Build, tmp_path: Path, name: str) -> None:
+    model = prune(tiny_model(name).bfloat16(), "heads")
+    save_model(model, tmp_path)
+    verify(tmp_path, model, IDS)
+    record = json.loads((tmp_path / "config.json").read_text())["kdp"]
+    assert record["version"] == 2
+    heads = modeling_kdp.key_value_heads(model.config)
+    assert record["widths"] == [{}, {}, {"groups": heads // 2}, {}, {}]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_model(loaded, tmp_path / "again")
+    verify(tmp_path / "again", model, IDS)
+
+
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "qwen3-window", "opt", "gpt2"])
 def test_dropped_layers_leave_a_stock_checkpoint(tiny_model: Build, tmp_path: Path, name: str) -> None:
     dense = tiny_model(name)

@@ -35,6 +35,7 @@ REFUSED: dict[str, dict[str, str]] = {
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "streamline-layer": ("streamline", {"stand_in": "layer"}),
+    "kdp-context": ("kdp", {"context_from": "last", "context_heads": 0.5}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
     "laco-paper": ("laco", {"form": "paper", "merged": "all"}),
 }

@@ -250,7 +250,7 @@ def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
 @pytest.mark.parametrize("options", [
     {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"kernel": "isotropic"},
     {"hidden": 8}, {"refine": False}, {"endpoints": "output"}, {"similarity": "cosine"}, {"block_length": 2},
-    {"context_from": "middle"},
+    {"context_from": "middle"}, {"context_heads": 0.5},
 ])
 def test_every_option_by_name(options: dict, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens()
@@ -274,7 +274,9 @@ def test_paper_preset_has_the_papers_sizes() -> None:
     ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
     ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, paper"),
     ({"features": 0}, "features 0"), ({"kernel": "rbf"}, "expected one of learned"), ({"protect": 0.6}, "protect 0.6"),
-    ({"rate": -1.0}, "rate -1.0"),
+    ({"rate": -1.0}, "rate -1.0"), ({"context_heads": 0.0}, "context_heads 0.0"),
+    ({"context_heads": 1.5}, "context_heads 1.5, expected a number of at most 1"),
+    ({"context_from": "second"}, "expected one of first, middle, last"),
 ])
 def test_bad_options_are_refused_in_one_line(options: dict, message: str) -> None:
     with pytest.raises(KDPruneError, match=message) as caught:

@@ -33,7 +33,8 @@ from kdprune.runtime import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPREAD = (
-    "kdp", "linear", "linearpatch", "streamline", "streamline-layer", "replaceme-closed", "shortgpt", "uidl", "sleb")
+    "kdp", "kdp-context", "linear", "linearpatch", "streamline", "streamline-layer", "replaceme-closed", "shortgpt",
+    "uidl", "sleb")
 
 
 def mixed(model: PreTrainedModel, disk: bool) -> dict[str, Any]:
@@ -68,9 +69,9 @@ def edits_of(model: PreTrainedModel, kind: str) -> list[Edit]:
     if kind == "rewrite":
         name, weight = next((n, p) for n, p in decoder_layers(model)[3].named_parameters() if p.dim() > 1)
         return [Rewrite(3, {name: torch.randn(weight.shape, generator=draw)}), Drop(range(4, 5))]
-    if kind == "context":
-        made = stand_in(residual=False, normalize=False)
-        return [Substitute(range(3, 5), made, context_layer(model, 3, made))]
+    if kind in ("context", "heads"):
+        made, groups = stand_in(residual=False, normalize=False), {"heads": 1}.get(kind)
+        return [Substitute(range(3, 5), made, context_layer(model, 4, made, groups), 4, groups)]
     return [Substitute(range(2) if kind == "before" else range(2, 4), stand_in())]
 
 
@@ -87,7 +88,7 @@ def test_placed_model_is_edited_and_saved_as_a_plain_one(name: str, disk: bool, 
     for (_, expected), (_, found) in zip(
             *(layer_states(m, tokens, range(LAYERS + 1), 4) for m in (plain, model)), strict=True):
         assert all(torch.equal(expected[index], found[index]) for index in expected)
-    kinds = ("drop", "after", "before", "context", "rewrite") if not disk else ("after", "rewrite")
+    kinds = ("drop", "after", "before", "context", "heads", "rewrite") if not disk else ("after", "rewrite")
     for kind in kinds:
         expected_model, pruned = (apply_edits(m, edits_of(m, kind)) for m in (plain, model))
         assert is_dispatched(pruned)
@@ -103,7 +104,7 @@ def test_placed_model_is_edited_and_saved_as_a_plain_one(name: str, disk: bool, 
     assert torch.equal(logits(model), logits(plain))  # which is as it was
 
 
-@pytest.mark.parametrize("kind", ["after", "context"])
+@pytest.mark.parametrize("kind", ["after", "context", "heads"])
 def test_pruned_placed_model_saves_under_the_names_it_loads_by(kind: str, tmp_path: Path) -> None:
     """GPT-NeoX's head has another name in published checkpoints than in memory, and in its pruned class."""
     model = placed(tmp_path / "dense", build("gpt_neox"), disk=True)
@@ -214,7 +215,7 @@ def test_states_come_from_the_collector_and_edits_from_the_model() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["drop", "after", "before", "context", "rewrite"])
+@pytest.mark.parametrize("kind", ["drop", "after", "before", "context", "heads", "rewrite"])
 def test_layers_on_an_accelerator_and_offloaded(kind: str, tmp_path: Path) -> None:
     """Devices 0, host and disk in one map (and device 1 where there is one)."""
     plain = build("llama3")

@@ -20,7 +20,7 @@ from kdprune.model.activations import layer_arguments, layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.layerwise import forward_streamed
 from kdprune.model.loading import load_model
-from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.modeling_kdp import StandIn, key_value_heads
 from kdprune.model.streaming import (
     Scratch,
     checkpoint_bytes,
@@ -312,10 +312,12 @@ def edits(model: PreTrainedModel, kind: str) -> list[Edit]:
         return [Drop(range(2, 4)), Rewrite(0, {norm: torch.full((WIDTH,), 1.5)})]
     if kind == "token":
         return [Substitute(range(2), stand_in(model, False)), Substitute(range(3, 5), stand_in(model, False))]
-    return [Substitute(range(2, 4), (made := stand_in(model, True)), context_layer(model, 2, made))]
+    groups = key_value_heads(model.config) // 2 if kind == "heads" else None
+    made = stand_in(model, True)
+    return [Substitute(range(2, 4), made, context_layer(model, 2, made, groups), groups=groups)]
 
 
-@pytest.mark.parametrize("kind", ["drop", "token", "context"])
+@pytest.mark.parametrize("kind", ["drop", "token", "context", "heads"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_edited_streamed_models_compute_what_resident_ones_do(saved: Saved, name: str, kind: str) -> None:
     whole, streamed = pair(saved[name])

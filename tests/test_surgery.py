@@ -1,5 +1,6 @@
 """Edits: what they leave, what they keep in step, and what they refuse."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -296,6 +297,10 @@ def test_a_context_layer_must_be_one(tiny_model: Build) -> None:
             apply_edits(model, [Substitute(range(1, 3), stand_in(), wrong)])
     with pytest.raises(KDPruneError, match="layer index 6"):
         context_layer(model, 6, stand_in())
+    with pytest.raises(KDPruneError, match="3/2 heads"):
+        in_context(model, range(1, 3), groups=3)
+    with pytest.raises(KDPruneError, match="expected 2 key-value heads of 2"):
+        apply_edits(model, [dataclasses.replace(in_context(model, range(1, 3), groups=1), groups=None)])
     with pytest.raises(KDPruneError, match=r"layer 3, expected a layer of its block \[1, 3\)"):
         in_context(model, range(1, 3), 3)
 

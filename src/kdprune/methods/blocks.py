@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from kdprune.errors import KDPruneError
 from kdprune.methods.fitting import Shape
 from kdprune.methods.method import RankedMethod
+from kdprune.methods.saliency import attention_parts
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.selection import candidate_blocks, open_layers, reachable, select_blocks
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
@@ -37,9 +39,12 @@ class Budget:
         self.shape, self.ratio, self.longer = shape, ratio, longer
         self.total = model.num_parameters()
         self.layers = layer_sizes(model)
-        # A context layer keeps everything but the MLP path.
+        heads = key_value_heads(model.config)
+        gone = 0 if (groups := shape.groups(heads)) is None else heads - groups
+        # A context layer keeps everything but the MLP path and the heads that go.
         self.kept_by_context = [
-            _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
+            _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp)
+            - gone * sum(part.size(layer) for part in attention_parts(model, layer)) for layer in decoder_layers(model)
         ]
         self.target = round(ratio * self.total)
         self.mean_layer = sum(self.layers) / len(self.layers)

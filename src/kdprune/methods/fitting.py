@@ -15,10 +15,11 @@ from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
 from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights
+from kdprune.methods.heads import keep_heads
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
 from kdprune.model.block_states import BlockStates
-from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.modeling_kdp import StandIn, key_value_heads
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
 from kdprune.training import Schedule, advancing, fit
@@ -35,6 +36,7 @@ class Shape:
         width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
         residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
         context_from: "first", "middle" or "last" of the block's layers, that which the context is started from.
+        context_heads: share of the key-value heads, with their queries, that the context keeps.
     """
 
     width: int
@@ -44,6 +46,7 @@ class Shape:
     residual: bool
     context: bool
     context_from: str = "first"
+    context_heads: float = 1.0
 
     def build(self, generator: torch.Generator) -> StandIn:
         """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
@@ -63,6 +66,11 @@ class Shape:
         if not self.context:
             return None
         return block[{"first": 0, "middle": len(block) // 2, "last": -1}[self.context_from]]
+
+    def groups(self, heads: int) -> int | None:
+        """How many of a layer's key-value heads the context keeps, at least one; None: all, or there is no context."""
+        kept = max(1, round(self.context_heads * heads))
+        return kept if self.context and kept < heads else None
 
     def parameters(self) -> int:
         """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""
@@ -110,6 +118,8 @@ def fit_block(
     block = states.block
     name = f"block [{block.start}, {block.stop})"
     site = Site(model, states, shape.build(generator), shape.source(block), device)
+    if (groups := shape.groups(key_value_heads(model.config))) is not None:
+        keep_heads(site, groups)
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
@@ -131,6 +141,7 @@ def fit_block(
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "hidden": shape.hidden, "rank": settings.rank if settings.kernel in ("learned", "fixed") else 0,
         "context": "attention" if shape.context else "none", "context_layer": site.context,
+        "context_groups": site.groups,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 

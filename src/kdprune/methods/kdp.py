@@ -80,6 +80,9 @@ class KDP(RankedMethod):
         None, "what stands before the kernel map: nothing, or one attention sublayer started from one of the block's")
     context_from: Literal["first", "middle", "last"] = option(
         "first", "which of the block's layers that sublayer is started from")
+    context_heads: float = option(
+        1.0, "share of its key-value heads, with their queries, that it keeps, at least one: those that add most",
+        above=0, most=1)
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
@@ -152,7 +155,7 @@ class KDP(RankedMethod):
         return Shape(
             width=width, kind=kind, features=features, hidden=hidden or 0,
             residual=self.inverse == "residual", context=self.context == "attention",
-            context_from=self.context_from,
+            context_from=self.context_from, context_heads=self.context_heads,
         )
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:

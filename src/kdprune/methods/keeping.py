@@ -71,9 +71,10 @@ def _pack_edit(edit: Edit) -> tuple[Plain, Mapping[str, Tensor]]:
     match edit:
         case Drop(block):
             return {"kind": "drop", "block": _ends(block)}, {}
-        case Substitute(block, stand_in, context, source):
+        case Substitute(block, stand_in, context, source, groups):
             entry = {"kind": "substitute", "block": _ends(block), "width": stand_in.width,
-                     "stand_in": stand_in.spec(), "context": context is not None, "source": source}
+                     "stand_in": stand_in.spec(), "context": context is not None, "source": source,
+                     "groups": groups}
             return entry, (stand_in if context is None else context).state_dict()
         case Rewrite(layer, weights):
             return {"kind": "rewrite", "layer": layer}, weights
@@ -101,8 +102,8 @@ def _substitute(model: PreTrainedModel, entry: Plain, tensors: Mapping[str, Tens
         stand_in.load_state_dict(tensors)
         return Substitute(block, stand_in)
     # Fits leave float32, whatever the model's dtype; apply_edits casts.
-    edit = Substitute(block, stand_in, source=entry["source"])
-    context = context_layer(model, edit.origin, stand_in).to(_dtype(tensors))
+    edit = Substitute(block, stand_in, source=entry["source"], groups=entry["groups"])
+    context = context_layer(model, edit.origin, stand_in, edit.groups).to(_dtype(tensors))
     context.load_state_dict(tensors)
     return dataclasses.replace(edit, context=context)
 

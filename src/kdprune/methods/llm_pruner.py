@@ -144,6 +144,4 @@ class LLMPruner(Method):
 def _cost(model: PreTrainedModel, index: int, parts: list[Part]) -> tuple[int, int]:
     """How many structures of a kind a layer has, and the parameters of one."""
     layer = decoder_layers(model)[index]
-    ones = {name: torch.ones_like(p, dtype=torch.float32) for name, p in layer.named_parameters()}
-    totals = torch.stack([part.total(layer, ones) for part in parts]).sum(0)
-    return len(totals), int(totals[0])
+    return len(parts[0].members), sum(part.size(layer) for part in parts)

@@ -6,9 +6,12 @@ from typing import Any, Literal, get_args, get_origin
 from kdprune.errors import KDPruneError
 
 
-def option(default: Any, text: str, *, least: float | None = None, above: float | None = None) -> Any:
-    """A dataclass field with its help text and, for numbers, its least value or the bound it must exceed."""
-    return field(default=default, metadata={"help": text, "least": least, "above": above})
+def option(
+    default: Any, text: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and, for numbers, its least value or the bound it must exceed, and its
+    greatest value."""
+    return field(default=default, metadata={"help": text, "least": least, "above": above, "most": most})
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
@@ -21,7 +24,7 @@ def check_values(options: Any) -> None:
     """Raises KDPruneError for a field of ``options``, a dataclass, outside its choices or its range; None passes."""
     for item in fields(options):
         value, allowed = getattr(options, item.name), choices(item.type)
-        least, above = item.metadata.get("least"), item.metadata.get("above")
+        least, above, most = (item.metadata.get(bound) for bound in ("least", "above", "most"))
         if value is None:
             continue
         if allowed and value not in allowed:
@@ -31,3 +34,5 @@ def check_values(options: Any) -> None:
             raise KDPruneError(f"got {item.name} {value}, expected a {kind} of at least {least}")
         if above is not None and not value > above:
             raise KDPruneError(f"got {item.name} {value}, expected a number above {above}")
+        if most is not None and not value <= most:
+            raise KDPruneError(f"got {item.name} {value}, expected a number of at most {most:g}")

@@ -46,6 +46,18 @@ class Part:
             line = line + bias.double()
         return line[self.members.to(line.device)].sum(1)
 
+    def size(self, layer: nn.Module) -> int:
+        """Parameters that one structure has in the projection."""
+        module, lines = layer.get_submodule(self.path), self.members.shape[1]
+        biases = 0 if self.inputs or getattr(module, "bias", None) is None else lines
+        return lines * _weight(module).shape[1 - _axis(module, self.inputs)] + biases
+
+    def lines(self, layer: nn.Module) -> Tensor:
+        """Each structure's rows, or columns, of the projection's weight, (n, k, length of one), float64."""
+        module = layer.get_submodule(self.path)
+        weight = _weight(module).detach().double()
+        return (weight.T if _axis(module, self.inputs) else weight)[self.members.to(weight.device)]
+
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight

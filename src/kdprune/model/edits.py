@@ -29,13 +29,15 @@ class Substitute:
     Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
     ``context`` is an ordinary decoder layer (made by :func:`context_layer` from a layer of the block) that
     holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own. ``source`` is that layer, whose
-    attention type the slot has; None: ``block.start``.
+    attention type the slot has; None: ``block.start``. ``groups`` are the key-value heads, with their queries, that are
+    left of its attention; None: all.
     """
 
     block: range
     stand_in: StandIn
     context: nn.Module | None = None
     source: int | None = None
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         """Raises KDPruneError for a source outside the block."""

@@ -5,7 +5,8 @@ a small trained module, the :class:`StandIn`, takes its place. It is either fold
 after that layer, or before it where the run began at layer 0) or it is the MLP of an ordinary decoder layer
 in a slot of its own. ``config.kdp`` says where each stand-in lives; the native weights keep their names.
 A model can be narrowed instead: fewer heads and MLP channels a layer, or a residual stream whose width changes
-from cut to cut. ``config.kdp["widths"]`` then says how wide each layer is.
+from cut to cut. ``config.kdp["widths"]`` then says how wide each layer is; also where the layer around a stand-in has
+fewer heads.
 
 This file needs torch and transformers alone. It is also shipped beside the weights, so that a pruned model
 loads with ``trust_remote_code=True`` where kdprune is not installed; therefore it raises ``ValueError``,
@@ -367,7 +368,8 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
 def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family) -> None:
     """Cut the layers of ``model``, in place, to ``widths``, one record a layer: an empty one for a layer that stays.
 
-    ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner).
+    ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner); ``{"groups":
+    g}``: the heads alone, of a layer whose MLP place holds a stand-in (KDP).
     ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
     behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied.
     What is cut keeps its first rows and columns: the right weights are loaded, or set, afterwards.
@@ -380,14 +382,16 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
     if "states" in widths[0]:
         _slice_outside(model, widths[0]["states"][0], family)
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        if set(width) not in (set(), {"groups", "channels"}, {"states"}):
+        if set(width) not in (set(), {"groups"}, {"groups", "channels"}, {"states"}):
             raise ValueError(f"config.kdp gives layer {index} widths {sorted(width)}, which this code does not know")
         if ("states" in width) != ("states" in widths[0]):
             raise ValueError("config.kdp gives stream widths to some layers only")
         if "states" in width:
             slice_layer(layer, width["states"], family, model.config.hidden_size)
         elif width:
-            _thin_layer(layer, width["groups"], width["channels"], family, model.config)
+            thin_attention(layer, width["groups"], family, model.config)
+            if "channels" in width:
+                _thin_mlp(layer, width["channels"], family)
 
 
 def key_value_heads(config: Any) -> int:
@@ -418,17 +422,18 @@ def resize(module: nn.Module, *, outputs: int | None = None, inputs: int | None 
         module.bias = nn.Parameter(weight.new_zeros(outputs), weight.requires_grad)
 
 
-def _thin_layer(layer: nn.Module, groups: int, channels: int, family: Family, config: Any) -> None:
-    """Leave ``groups`` key-value heads and ``channels`` MLP channels in ``layer``, in place."""
-    all_groups, out, down = key_value_heads(config), *map(layer.get_submodule, (family.attention_out, family.mlp_out))
-    columns, all_channels = _inputs(out) * groups // all_groups, _inputs(down)
-    if not (1 <= groups <= all_groups and 1 <= channels <= all_channels):
-        raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads and {channels}/{all_channels} channels")
-    for paths, kept, whole in ((family.qkv, groups, all_groups), (family.mlp_in, channels, all_channels)):
-        for module in map(layer.get_submodule, paths):
-            resize(module, outputs=_outputs(module) * kept // whole)
+def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -> None:
+    """Leave the first ``groups`` key-value heads with their queries in ``layer``, of a model of this config, in place.
+
+    Raises ValueError for a number of heads that it does not have.
+    """
+    all_groups, out = key_value_heads(config), layer.get_submodule(family.attention_out)
+    if not 1 <= groups <= all_groups:
+        raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads")
+    columns = _inputs(out) * groups // all_groups
+    for module in map(layer.get_submodule, family.qkv):
+        resize(module, outputs=_outputs(module) * groups // all_groups)
     resize(out, inputs=columns)
-    resize(down, inputs=channels)
     attention: Any = layer.get_submodule(family.attention)
     sizes = {"queries": config.num_attention_heads * groups // all_groups, "keys": groups, "columns": columns}
     for name, what in family.counts:
@@ -436,6 +441,17 @@ def _thin_layer(layer: nn.Module, groups: int, channels: int, family: Family, co
         if owner == "config":  # an attention of its own number of heads; all else stays with the model's config
             attention.config = OwnConfig(attention.config)
         setattr(attention.config if owner else attention, leaf, sizes[what])
+
+
+def _thin_mlp(layer: nn.Module, channels: int, family: Family) -> None:
+    """Leave the first ``channels`` MLP channels in ``layer``, in place."""
+    down = layer.get_submodule(family.mlp_out)
+    all_channels = _inputs(down)
+    if not 1 <= channels <= all_channels:
+        raise ValueError(f"config.kdp gives a layer {channels}/{all_channels} channels")
+    for module in map(layer.get_submodule, family.mlp_in):
+        resize(module, outputs=_outputs(module) * channels // all_channels)
+    resize(down, inputs=channels)
 
 
 def _outputs(module: Any) -> int:

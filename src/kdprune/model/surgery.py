@@ -33,10 +33,13 @@ from .modeling_kdp import (
     VERSION,
     Family,
     FoldedLayer,
+    OwnConfig,
     StandIn,
     auto_map,
     generated,
+    key_value_heads,
     place_stand_in,
+    thin_attention,
 )
 from .placement import device_of, follow, free, hooks_of, is_outline, release, renumber, unhooked
 from .streaming import resident
@@ -51,10 +54,16 @@ __all__ = [
 @dataclass
 class _Slot:
     """A layer of the pruned model, with the index that it, or the layer it is a copy of, has in the dense
-    one."""
+    one; ``groups``: the key-value heads left of a context's, None: all."""
 
     layer: nn.Module
     source: int
+    groups: int | None = None
+
+    @property
+    def width(self) -> dict[str, Any]:
+        """Its entry of ``config.kdp["widths"]``."""
+        return {} if self.groups is None else {"groups": self.groups}
 
 
 def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedModel:
@@ -87,14 +96,17 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
     if substitutes or resizes:
-        widths = resize_layers(pruned, resizes) if resizes else []
+        widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
         with unhooked(pruned):
             _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
     restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
-        if isinstance(module.__dict__.get("config"), PreTrainedConfig):
+        own: Any = module.__dict__.get("config")
+        if isinstance(own, PreTrainedConfig):
             module.config = config
+        elif isinstance(own, OwnConfig):  # with fewer heads
+            own.base = config
     return pruned
 
 
@@ -139,18 +151,24 @@ def bypassed(model: PreTrainedModel, block: range) -> AbstractContextManager[Non
     return layers_replaced(model, [layer for index, layer in enumerate(own) if index not in block])
 
 
-def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn) -> nn.Module:
+def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups: int | None = None) -> nn.Module:
     """A copy of layer ``index``, with weights of its own, whose MLP place holds ``stand_in`` (itself, no
     copy).
 
     It is the ``context`` of a :class:`Substitute`. The layer normalises and adds, so build the stand-in with
-    ``residual=False, normalize=False``. Raises KDPruneError for an index that the model does not have.
+    ``residual=False, normalize=False``. With ``groups`` only the first so many key-value heads are left, with their
+    queries: others' weights can be put there. Raises KDPruneError for an index or heads that the model does not have.
     """
     family, layers = family_of(model), decoder_layers(model)
     if not 0 <= index < len(layers):
         raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
     layer = plain_copy(layers[index], {id(model.config): model.config})
     place_stand_in(layer, stand_in, "mlp", family)
+    if groups is not None:
+        try:
+            thin_attention(layer, groups, family, model.config)
+        except ValueError as error:
+            raise KDPruneError(str(error)) from error
     return layer
 
 
@@ -191,7 +209,8 @@ def check_model(model: PreTrainedModel, substitutes: bool) -> None:
     """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
     family = family_of(model)
     if model.config.model_type.startswith(PREFIX):
-        held = "is narrowed" if (model.config.kdp or {}).get("widths") else "holds stand-ins"
+        record = model.config.kdp or {}
+        held = "is narrowed" if record.get("widths") and not record["stand_ins"] else "holds stand-ins"
         raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once")
     if family.numbered and getattr(model.config, family.numbered, False):
         raise KDPruneError(
@@ -230,8 +249,8 @@ def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: 
             if edit.context is None:
                 sequence.append(_adapted(edit.stand_in, pruned, layer))
             else:
-                context = _context_slot(edit.context, pruned, layers[edit.origin], family)
-                sequence.append(_Slot(context, edit.origin))
+                context = _context_slot(edit.context, pruned, layers[edit.origin], edit.groups)
+                sequence.append(_Slot(context, edit.origin, edit.groups))
     slots = [item for item in sequence if isinstance(item, _Slot)]
     if not slots:
         raise KDPruneError("the blocks take out every layer; keep at least one")
@@ -274,10 +293,16 @@ def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Modul
     return result.to(device=device, dtype=model.dtype).train(model.training)
 
 
-def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, family: Family) -> nn.Module:
+def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, groups: int | None) -> nn.Module:
     """A copy of ``context`` for the slot of layer ``source``, whose output-capturing hooks it takes over."""
+    family, heads = family_of(model), key_value_heads(model.config)
     if type(context) is not type(source) or not isinstance(getattr(context, family.mlp[0]), StandIn):
         raise KDPruneError(f"got a context layer that is not a {family.layer} with a stand-in in its MLP place")
+    out, whole = (part.get_parameter(f"{family.attention_out}.weight") for part in (context, source))
+    if out.numel() * heads != whole.numel() * (groups or heads):
+        raise KDPruneError(
+            f"got a context layer of other heads than the edit says, expected {groups or heads} key-value heads of "
+            f"{heads}: make it by context_layer, and say how many are left (groups=…)")
     result = _adapted(context, model, source)
     follow(result, source)
     twins = dict(result.named_modules())
@@ -303,7 +328,7 @@ def _become_kdp(
     config: Any = model.config
     object.__setattr__(config, "__class__", generated(family, "Config"))
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
-    if widths:
+    if any(widths):
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
     config.auto_map = auto_map(config.model_type)
     model.__class__ = generated(family, "ForCausalLM")

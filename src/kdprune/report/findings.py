@@ -148,7 +148,8 @@ def stand_in(fit: Fit) -> str:
     parts = [f"{fit.features} {kinds.get(fit.kind, fit.kind + ' features')}" if fit.kind != "linear" else "linear map"]
     parts += [f"rank {fit.rank}"] if fit.rank else []
     parts += [f"hidden width {fit.hidden}" if fit.hidden else "linear read-out"] if fit.kind != "linear" else []
-    parts += [] if fit.context == "none" else [f"behind one {fit.context} sublayer"]
+    heads = f" of {fit.context_groups} key-value head{'s' * (fit.context_groups > 1)}" if fit.context_groups else ""
+    parts += [] if fit.context == "none" else [f"behind one {fit.context} sublayer{heads}"]
     return ", ".join([*parts, f"{count(fit.parameters)} parameters"])
 
 

@@ -247,6 +247,9 @@ class Fit(Record):
     context_layer: int | None = Field(
         None, description="the dense layer that attention was started from; null without, and in older records"
     )
+    context_groups: int | None = Field(
+        None, description="key-value heads, with the queries that read them, that it kept; null: all"
+    )
     parameters: int = Field(description="parameters of the stand-in, its context included")
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
