@@ -62,15 +62,12 @@ CHANGES: Mapping[str, tuple[Step, ...]] = {
     ),
     "Selection": (
         Step("kdp:ranking=damage", DEFAULT, "blocks ranked by the loss measured behind a closed-form stand-in"),
-        Step("kdp:similarity=cosine", DEFAULT, "blocks ranked by cosine"),
     ),
     "Polish of the stand-ins": (
         Step(f"kdp:heal=kl:heal_tokens={HEALED}", DEFAULT, f"KL to the dense logits, {HEALED:,} tokens"),
-        Step(f"kdp:heal=lm:heal_tokens={HEALED}", DEFAULT, f"language-model loss, {HEALED:,} tokens"),
     ),
     "Feature map": (
         Step("kdp:kernel=mlp", DEFAULT, "a GELU layer instead of Fourier features"),
-        Step("kdp:kernel=fixed", DEFAULT, "the kernel as drawn, without step 1's training"),
     ),
 }
 # What the inverse network reads: features of a random kernel, least-squares operators on it, or all that step 1 learns.
@@ -80,7 +77,6 @@ STEP1 = (
     Step(f"{UNREFINED}:operators=no", UNREFINED, "random kernel, no operators"),
     Step(PAPER, "", "fully trained, the paper's form"),
     Step(f"{PAPER}:kernel=fixed", PAPER, "… least-squares operators on the kernel as drawn"),
-    Step(f"{PAPER}:operators=no", PAPER, "… random kernel, no operators"),
 )
 STEPS = (*LADDER, *(step for steps in CHANGES.values() for step in steps), *STEP1)
 
