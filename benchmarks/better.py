@@ -25,7 +25,7 @@ from kdprune.report import summary
 from kdprune.report.comparison_records import Comparison, Row
 
 DEFAULT = "kdp"
-PAPER = "kdp:preset=paper:fill=yes"
+PAPER = "kdp:preset=paper:fill=yes:kernel_epochs=20"
 HEALED = 100_000  # tokens of polish
 UNREFINED = "kdp:refine=no"
 MISSING = "—"
