@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from publish import command
+from publish import command, fill_readme
 
 from kdprune.report import summary
 from kdprune.report.bootstrap import RESAMPLES, Lead, lead, loss_lead, without_items
@@ -313,6 +313,8 @@ def render() -> None:
     said = "\n" + notes.read_text() if notes.is_file() else ""
     (RESULTS / "main.md").write_text(page(models) + said)
     (RESULTS / "main-excess.svg").write_text(picture(models))
+    if RESULTS == ROOT / "docs" / "results":
+        fill_readme("main", table(models, "excess loss"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
