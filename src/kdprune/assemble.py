@@ -144,6 +144,9 @@ def pruning_results(
     base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
     base.parameters = Parameters(dense=dense.num_parameters(), pruned=pruned.num_parameters())
     base.fit = [Fit(**record) for record in outcome.fit]
+    if base.analysis is not None and outcome.damage is not None:
+        states = range(base.layers.dense + 1)
+        base.analysis.pair_damage = [[outcome.damage.get(range(s, e)) for e in states] for s in states]
     base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
                    if isinstance(edit, Resize) and edit.layer is not None]
     base.heal = None if healed is None else Heal(**healed)

@@ -90,6 +90,31 @@ def select_blocks(
     return list(table[min(enough)][1])
 
 
+def useful_blocks(candidates: Sequence[range], removal: Callable[[range], int], target: int) -> list[range]:
+    """The candidates that :func:`select_blocks` could choose, whatever their scores: those in some set of separated
+    blocks with the least net removal that meets ``target``; none if no set meets it."""
+    end = max((block.stop for block in candidates), default=0)
+    before = _removals(candidates, removal, end)
+    mirrored = [range(end - block.stop, end - block.start) for block in candidates]
+    behind = _removals(mirrored, lambda block: removal(range(end - block.stop, end - block.start)), end)
+    enough = [removed for removed in before[end + 1] if removed >= target]
+    if not enough:
+        return []
+    rest = {block: min(enough) - removal(block) for block in candidates}
+    return [block for block in candidates
+            if any(rest[block] - removed in behind[end - block.stop] for removed in before[block.start])]
+
+
+def _removals(candidates: Sequence[range], removal: Callable[[range], int], end: int) -> list[set[int]]:
+    """For p = 0 … ``end`` + 1 all totals that sets of separated blocks remove which leave a block free to start at p.
+    """
+    found: list[set[int]] = [{0}]
+    for position in range(1, end + 2):
+        ending = [block for block in candidates if block.stop == position - 1]
+        found.append(found[-1] | {total + removal(block) for block in ending for total in found[block.start]})
+    return found
+
+
 def _log(value: Tensor) -> float:
     # A block whose ends are unrelated (similarity ≤ 0) must never look attractive.
     return math.log(max(float(value), 1e-12))

@@ -130,16 +130,17 @@ class LinearDynamics(nn.Module):
         return result
 
     @torch.no_grad()
-    def start(self, matrices: Iterable[Tensor]) -> None:
+    def start(self, matrices: Iterable[Tensor], trained: bool = True) -> None:
         """Sets A_i to given matrices, k times (D, D), or to the nearest within the limit (``clip_spectral_norm``).
 
-        A_i − I is split into γ_i, its spectral norm, and B_i.
+        A_i − I is split into γ_i, its spectral norm, and B_i; where nothing is trained afterwards, which spares the
+        norm, into 1 and itself.
         """
         for number, matrix in enumerate(matrices):
             if self.limit is not None:
                 matrix = clip_spectral_norm(matrix[None], self.limit)[0]
             update = matrix.double() - torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
-            gamma = spectral_norm(update[None])[0].clamp_min(1e-12)
+            gamma = spectral_norm(update[None])[0].clamp_min(1e-12) if trained else torch.ones_like(update[0, 0])
             self.gamma[number] = gamma
             self.direction[number] = update / gamma
 

@@ -97,11 +97,12 @@ class _Supply:
             return states
         start = states.block.start
         with self.stages.stage("corrected states", len(self.tokens)) as advance:
-            inputs = boundary_states(
-                apply_edits(self.model, edits), self.tokens, index_after(edits, start), batch_size=self.batch_size,
+            index = index_after(edits, start)
+            found = boundary_states(
+                apply_edits(self.model, edits), self.tokens, [index], batch_size=self.batch_size,
                 home=lambda _: self.keep.home(digest([self.keep.about, self.identity, number]))(start),
                 advance=advance)
-        return dataclasses.replace(states, inputs=inputs)
+        return dataclasses.replace(states, inputs=found[index])
 
     def kernel(self, number: int) -> Step1 | None:
         """Step 1 of block ``number`` if the blocks share theirs, else None."""

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.checkpoints import Checkpoint
 from kdprune.gradients import Measure, Sums
 from kdprune.kernel.features import FourierFeatures
-from kdprune.kernel.operators import Moments
+from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
-from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights
+from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.heads import keep_heads
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
@@ -101,6 +101,16 @@ class FitSettings:
     spectral_norm: float | None = None
 
 
+def new_site(
+    model: PreTrainedModel, states: BlockStates, shape: Shape, generator: torch.Generator, device: torch.device
+) -> Site:
+    """An unfitted stand-in of this shape in its place, its context with the heads it is to keep."""
+    site = Site(model, states, shape.build(generator), shape.source(states.block), device)
+    if (groups := shape.groups(key_value_heads(model.config))) is not None:
+        keep_heads(site, groups)
+    return site
+
+
 def fit_block(
     model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
     device: torch.device, stages: Stages, step1: Step1 | None = None, checkpoints: Checkpoints = lambda _: None,
@@ -117,9 +127,7 @@ def fit_block(
     """
     block = states.block
     name = f"block [{block.start}, {block.stop})"
-    site = Site(model, states, shape.build(generator), shape.source(block), device)
-    if (groups := shape.groups(key_value_heads(model.config))) is not None:
-        keep_heads(site, groups)
+    site = new_site(model, states, shape, generator, device)
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
@@ -129,7 +137,8 @@ def fit_block(
         record |= _step2(site, step1, shape, settings, generator, energy, name, stages, checkpoints)
         record |= theory(site, step1)
     else:
-        record["step2"] = _closed_form(site, settings.ridge, energy)
+        _solve_plain(site, settings.ridge)
+        record["step2"] = average(site.state_measure(energy), site)
     if settings.refine and (shape.kind != "linear" or shape.context):
         record["step3"], record["refined"] = _step3(
             site, settings, generator, energy, name, stages, checkpoints)
@@ -146,6 +155,27 @@ def fit_block(
     }
 
 
+@torch.no_grad()
+def fit_closed_form(site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator) -> None:
+    """Fits a site by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
+
+    Without a hidden layer that is what :func:`fit_block` gives, up to rounding, with kernel "fixed", no refinement and
+    the same generator; a hidden layer stays as drawn.
+    """
+    if shape.kind != "fourier":
+        _solve_plain(site, settings.ridge)
+        return
+    features, [path] = _draw_kernel([site], shape, settings, generator)
+    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features, settings.spectral_norm).to(site.device)
+    if settings.parts.operators:
+        dynamics.start(solve_operators(features, path, settings.ridge), trained=False)
+    product = dynamics.product()
+    inverse = _new_inverse(shape, site.device, generator)
+    _solve_inverse(site, inverse, lambda probe: features(probe.kernel_input) @ product.T, settings.ridge)
+    alone = site.stand_in
+    site.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+
+
 def shared_kernel(
     model: PreTrainedModel, states: Sequence[BlockStates], shape: Shape, settings: FitSettings,
     generator: torch.Generator, device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
@@ -159,11 +189,8 @@ def _step1(
     sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages,
     checkpoints: Checkpoints,
 ) -> list[Step1]:
-    device, states = sites[0].device, sites[0].states
-    paths = [site.to_kernel(site.states.path.to(device)) for site in sites]
-    features = FourierFeatures(
-        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic").to(device)
-    features.init_median(torch.cat([path.flatten(0, 1) for path in paths]), generator, settings.bandwidth)
+    features, paths = _draw_kernel(sites, shape, settings, generator)
+    states = sites[0].states
     weights = position_weights(states.path_position, states.tokens.ids.shape[1])
     if not settings.parts.position_weights:
         weights = torch.ones_like(weights)
@@ -174,21 +201,48 @@ def _step1(
             advance=advance, checkpoint=checkpoints("kernel"))
 
 
+def _draw_kernel(
+    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator,
+) -> tuple[FourierFeatures, list[Tensor]]:
+    """The kernel that step 1 starts from, and the states of every block as it sees them, (k+1, n, d)."""
+    device = sites[0].device
+    paths = [site.to_kernel(site.states.path.to(device)) for site in sites]
+    features = FourierFeatures(
+        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic").to(device)
+    features.init_median(torch.cat([path.flatten(0, 1) for path in paths]), generator, settings.bandwidth)
+    return features, paths
+
+
+def _new_inverse(shape: Shape, device: torch.device, generator: torch.Generator) -> InverseNetwork:
+    inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(device)
+    if inverse.lift is not None:
+        # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
+        # for inputs of norm √(2m), would leave it linear and its read-out enormous.
+        nn.init.normal_(inverse.lift.weight, generator=generator)
+        nn.init.normal_(inverse.lift.bias, generator=generator)
+    return inverse
+
+
+@torch.no_grad()
+def _solve_inverse(site: Site, inverse: InverseNetwork, mapped: Callable[[Probe], Tensor], ridge: float) -> None:
+    """The inverse network's read-out by ridge regression of what the site lacks on ``mapped`` features (n, 2m)."""
+    moments = Moments(inverse.readout.in_features, inverse.readout.out_features, site.device)
+    for rows in site.row_batches(PASS_ROWS):
+        probe = site.probe(rows)
+        moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
+    solve_readout(inverse, moments.reduced(), ridge)
+
+
 def _step2(
     site: Site, step1: Step1, shape: Shape, settings: FitSettings, generator: torch.Generator, energy: float,
     name: str, stages: Stages, checkpoints: Checkpoints,
 ) -> dict[str, Any]:
     """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
     product = step1.dynamics.product().detach()
-    inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(site.device)
-    if inverse.lift is not None:
-        # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
-        # for inputs of norm √(2m), would leave it linear and its read-out enormous.
-        nn.init.normal_(inverse.lift.weight, generator=generator)
-        nn.init.normal_(inverse.lift.bias, generator=generator)
+    inverse = _new_inverse(shape, site.device, generator)
 
     @torch.no_grad()
-    def mapped(probe: Probe) -> torch.Tensor:
+    def mapped(probe: Probe) -> Tensor:
         return step1.features(probe.kernel_input) @ product.T
 
     kernel_path = site.to_kernel(site.states.path.to(site.device))
@@ -201,13 +255,9 @@ def _step2(
             inverse.alpha.fill_(alpha)
         else:
             inverse.alpha.requires_grad_(False)
-        moments = Moments(shape.hidden or 2 * shape.features, shape.width, site.device)
-        for rows in site.row_batches(PASS_ROWS):
-            probe = site.probe(rows)
-            moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
-    solve_readout(inverse, moments.reduced(), settings.ridge)
+    _solve_inverse(site, inverse, mapped, settings.ridge)
 
-    def measure(rows: torch.Tensor) -> Sums:
+    def measure(rows: Tensor) -> Sums:
         probe = site.probe(rows)
         return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
 
@@ -246,7 +296,7 @@ def _step3(
 
 
 @torch.no_grad()
-def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[float]]:
+def _solve_plain(site: Site, ridge: float) -> None:
     """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
     stand_in = site.stand_in
     moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, site.device)
@@ -256,7 +306,6 @@ def _closed_form(site: Site, ridge: float, energy: float) -> dict[str, list[floa
     matrix, offset = moments.reduced().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
-    return average(site.state_measure(energy), site)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from kdprune.keeper import Keeper
 from kdprune.methods.block_data import check_rows
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.blockwise import Plan, fit_blocks
+from kdprune.methods.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
 from kdprune.methods.dynamics import Parts
 from kdprune.methods.fitting import FitSettings, Shape
 from kdprune.methods.method import RankedMethod
@@ -86,6 +87,9 @@ class KDP(RankedMethod):
     refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
+    ranking: Literal["similarity", "damage"] = option(
+        "similarity", "what the choice of blocks goes by: similarity of states, or the held-out loss that each block "
+        "costs alone with a stand-in that is solved for")
     longer: int = option(
         0, "choose blocks that remove so many layers more than the ratio takes; fill spends them on features", least=0)
     ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
@@ -164,6 +168,8 @@ class KDP(RankedMethod):
         check_model(model, substitutes=True)
         possible_blocks(self, self.budget(model))
         check_rows(tokens)
+        if self._by_damage:
+            check_damage(model, tokens, self.held)
 
     def __call__(
         self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
@@ -171,16 +177,29 @@ class KDP(RankedMethod):
     ) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits; arguments as in :class:`Method`."""
         self.check(model, tokens)
+        stages, keep = stages or Stages(), keep or Keeper()
         budget = self.budget(model)
-        shape = budget.shape
-        blocks = choose_blocks(self, scores, budget)
+        shape, damage = budget.shape, None
+        if self._by_damage:
+            trial = Trial(shape, self.settings(shape), self.held, self.path_rows(tokens, shape).fit)
+            damage = measure_damage(
+                model, tokens, blocks_to_measure(possible_blocks(self, budget), budget), trial, seed=seed,
+                stages=stages, batch_size=batch_size, keep=keep)
+            blocks = select_by_damage(damage, budget)
+        else:
+            blocks = choose_blocks(self, scores, budget)
         if self.fill:
             shape = spare_features(shape, budget, blocks)
         plan = Plan(
             blocks, shape, self.settings(shape), tokens.held_out(self.held), self.path_rows(tokens, shape),
             self.share_kernel, bool(self.sequential))
-        return fit_blocks(
-            model, tokens, plan, seed=seed, stages=stages or Stages(), batch_size=batch_size, keep=keep or Keeper())
+        result = fit_blocks(model, tokens, plan, seed=seed, stages=stages, batch_size=batch_size, keep=keep)
+        return replace(result, damage=damage)
+
+    @property
+    def _by_damage(self) -> bool:
+        """Whether blocks are to be chosen, by damage."""
+        return self.ranking == "damage" and self.blocks is None
 
     def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
         """Rows that step 1 sees: enough tokens for the operators' solves."""

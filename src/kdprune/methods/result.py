@@ -1,6 +1,6 @@
 """What every method returns: the architecture change as data, and what is known about its fit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ class MethodResult:
 
     ``fit`` holds plain dicts with the fields of ``results.json``'s ``fit``; ``tokens`` is how many calibration tokens
     the method looked at, None for all of them. ``replaced``: the runs that were replaced, where the edits alone would
-    say less, because one of a run's layers stays with new weights.
+    say less, because one of a run's layers stays with new weights. ``damage``: of the blocks that were tried one by
+    one, what the loss grew by, where that chose the blocks.
     """
 
     edits: Sequence[Edit]
     fit: Sequence[dict[str, Any]] = ()
     tokens: int | None = None
     replaced: Sequence[range] | None = None
+    damage: Mapping[range, float] | None = None
 
     @property
     def blocks(self) -> list[range]:

@@ -1,6 +1,6 @@
 """The states at the ends of the blocks to replace, and inside them for a few rows: what stand-ins are fitted from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,14 +88,33 @@ def collect_block_states(
 
 
 def boundary_states(
-    model: PreTrainedModel, tokens: TokenSet, index: int, *, batch_size: int, home: Home = lambda _: None,
+    model: PreTrainedModel, tokens: TokenSet, indices: Iterable[int], *, batch_size: int, home: Home = lambda _: None,
     notify: Notify = tell, advance: Callable[[int], None] = lambda _: None,
-) -> States:
-    """The states at one boundary of all rows (this process's share of them); arguments as above."""
+) -> dict[int, States]:
+    """The states at some boundaries of all rows (this process's share of them), in one pass; arguments as above."""
     walk = _Walk(model, tokens, batch_size, advance)
-    states = walk.opened(index, home, notify)
-    walk.run({index: states}, [], PathRows(0, 0))
+    states = {index: walk.opened(index, home, notify) for index in indices}
+    walk.run(states, [], PathRows(0, 0))
     return states
+
+
+def states_between(boundaries: Mapping[int, States], block: range, tokens: TokenSet, path: int) -> BlockStates:
+    """What :func:`collect_block_states` gives of a block with no rows held out, from the states at its boundaries.
+
+    For a run of one process, which has the states of all rows.
+
+    Args:
+        boundaries: from :func:`boundary_states`, those inside the block too if a path is wanted. tokens: their rows.
+        path: how many rows at the beginning show their inner states.
+    """
+    rows, mask = torch.arange(path), tokens.mask[:path]
+    inside = range(block.start, block.stop + 1) if path else range(0)
+    states = [boundaries[index][rows][mask].float() for index in inside]
+    position = torch.arange(tokens.ids.shape[1]).expand(path, -1)[mask]
+    return BlockStates(
+        block, tokens, 0, boundaries[block.start], boundaries[block.stop],
+        torch.stack(states) if states else torch.empty(0), position, torch.empty(0),
+        torch.ones(len(tokens), dtype=torch.bool))  # type: ignore[arg-type]
 
 
 @dataclass

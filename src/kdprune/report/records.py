@@ -161,6 +161,9 @@ class Analysis(Record):
     pair_cosine: Matrix = Field(description="[L+1, L+1] mean cosine of h_s and h_e; null where not measured")
     pair_linear_cka: Matrix = Field(description="[L+1, L+1] linear CKA of h_s and h_e")
     pair_rbf_cka: Matrix = Field(description="[L+1, L+1] RBF CKA of h_s and h_e")
+    pair_damage: Matrix = Field(
+        default_factory=list, description="[L+1, L+1] nats a token that the loss grows by with a closed-form stand-in "
+        "for [s, e), held-out rows; null where not measured; empty where blocks were not ranked by it")
     state_norm: Numbers = Field(default_factory=list, description="[L+1] mean ‖h_l‖ over tokens")
     tokens: int = Field(description="tokens the statistics were taken over")
     protected: tuple[int, int] = Field(
@@ -174,7 +177,8 @@ class Analysis(Record):
         for name in ("cosine", "linear_cka", "rbf_cka"):
             if len(getattr(self, name)) != layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries, relative_update {layers}")
-        for name in ("pair_cosine", "pair_linear_cka", "pair_rbf_cka"):
+        damage = ["pair_damage"] if self.pair_damage else []
+        for name in ("pair_cosine", "pair_linear_cka", "pair_rbf_cka", *damage):
             matrix = getattr(self, name)
             if len(matrix) != layers + 1 or any(len(row) != layers + 1 for row in matrix):
                 raise ValueError(f"{name} must be {layers + 1} x {layers + 1}")
