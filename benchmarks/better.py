@@ -58,7 +58,6 @@ CHANGES: Mapping[str, tuple[Step, ...]] = {
     ),
     "Longer blocks or larger stand-ins": (
         Step("kdp:longer=1", DEFAULT, "one layer more goes, spent on features"),
-        Step("kdp:longer=2", DEFAULT, "two layers more go, spent on features"),
     ),
     "Selection": (
         Step("kdp:ranking=damage", DEFAULT, "blocks ranked by the loss measured behind a closed-form stand-in"),
