@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.methods.blocks import Budget
-from kdprune.methods.fitting import Shape
+from kdprune.methods.shape import Shape
 from kdprune.model.families import decoder_layers, family_of, normalises_behind
 from kdprune.model.surgery import plain_copy
 from kdprune.states import States

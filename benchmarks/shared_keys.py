@@ -41,8 +41,9 @@ from kdprune.data import TokenSet
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.methods.blocks import Budget, choose_blocks, spare_features
 from kdprune.methods.blockwise import index_after
-from kdprune.methods.fitting import Shape, fit_block
+from kdprune.methods.fitting import fit_block
 from kdprune.methods.kdp import KDP
+from kdprune.methods.shape import Shape
 from kdprune.model.block_states import boundary_states, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.model.placement import work_device

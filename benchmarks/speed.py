@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Stat
 from kdprune.evaluation.flops import forward_flops
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.blocks import Budget, choose_blocks, spare_features
-from kdprune.methods.fitting import Shape
 from kdprune.methods.kdp import KDP
+from kdprune.methods.shape import Shape
 from kdprune.model.edits import Drop, Substitute
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer

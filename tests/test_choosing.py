@@ -18,8 +18,8 @@ from kdprune.keeper import Keeper
 from kdprune.methods import damage as damage_module
 from kdprune.methods.blocks import WIDEST, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
-from kdprune.methods.fitting import Shape
 from kdprune.methods.kdp import KDP
+from kdprune.methods.shape import Shape
 from kdprune.model.losses import mean_loss
 from kdprune.model.placement import collecting
 from kdprune.model.streaming import load_streamed

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from kdprune.data import load_tokens
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.blocks import Budget
-from kdprune.methods.fitting import Shape
 from kdprune.methods.heads import group_energies, keep_heads
 from kdprune.methods.kdp import KDP
 from kdprune.methods.keeping import pack, unpack
 from kdprune.methods.result import MethodResult
 from kdprune.methods.saliency import attention_parts
+from kdprune.methods.shape import Shape
 from kdprune.methods.site import Site
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states

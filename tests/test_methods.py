@@ -14,10 +14,10 @@ from kdprune.errors import KDPruneError
 from kdprune.kernel.features import FourierFeatures
 from kdprune.methods.diagnostics import norm_decay
 from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
-from kdprune.methods.fitting import Shape
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
 from kdprune.methods.kdp import KDP
 from kdprune.methods.result import MethodResult
+from kdprune.methods.shape import Shape
 from kdprune.methods.site import Site
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states

@@ -14,7 +14,8 @@ from kdprune.analysis import CHUNK, ENOUGH, STATES
 from kdprune.errors import KDPruneError
 from kdprune.files import readable_bytes
 from kdprune.memory import MODEL_SHARE, SHARE
-from kdprune.methods.fitting import FitSettings, Shape
+from kdprune.methods.fitting import FitSettings
+from kdprune.methods.shape import Shape
 from kdprune.resources import SCRATCH_SHARE
 from kdprune.runtime import BATCH
 

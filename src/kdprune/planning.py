@@ -17,8 +17,8 @@ from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.forecast import Device, Job, device_of_name
 from kdprune.memory import parse_bytes
 from kdprune.methods.blocks import Budget, choose_blocks, layer_sizes, spare_features
-from kdprune.methods.fitting import Shape
 from kdprune.methods.kdp import KDP
+from kdprune.methods.shape import Shape
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype

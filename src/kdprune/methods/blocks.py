@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
-from kdprune.methods.fitting import Shape
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.saliency import attention_parts
+from kdprune.methods.shape import Shape
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.selection import candidate_blocks, open_layers, reachable, select_blocks

@@ -10,9 +10,10 @@ from kdprune.data import TokenSet
 from kdprune.identity import digest
 from kdprune.keeper import Keeper
 from kdprune.methods.dynamics import Step1
-from kdprune.methods.fitting import FitSettings, Shape, fit_block, shared_kernel
+from kdprune.methods.fitting import FitSettings, fit_block, shared_kernel
 from kdprune.methods.keeping import joined, kept
 from kdprune.methods.result import MethodResult
+from kdprune.methods.shape import Shape
 from kdprune.model.block_states import BlockStates, PathRows, boundary_states, collect_block_states
 from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, Substitute, apply_edits

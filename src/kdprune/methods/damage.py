@@ -13,7 +13,8 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
 from kdprune.methods.blocks import Budget
-from kdprune.methods.fitting import FitSettings, Shape, fit_closed_form, new_site
+from kdprune.methods.fitting import FitSettings, fit_closed_form, new_site
+from kdprune.methods.shape import Shape
 from kdprune.model.block_states import boundary_states, states_between
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers

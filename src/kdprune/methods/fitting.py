@@ -17,72 +17,16 @@ from kdprune.methods.diagnostics import held_out, norm_decay, theory
 from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.heads import keep_heads
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
+from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
 from kdprune.model.block_states import BlockStates
-from kdprune.model.modeling_kdp import StandIn, key_value_heads
+from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
 from kdprune.training import Schedule, advancing, fit
 from kdprune.world import world
 
 Checkpoints = Callable[[str], Checkpoint | None]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Size and form of a stand-in.
-
-    Attributes:
-        width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
-        residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
-        context_from: "first", "middle" or "last" of the block's layers, that which the context is started from.
-        context_heads: share of the key-value heads, with their queries, that the context keeps.
-    """
-
-    width: int
-    kind: str
-    features: int
-    hidden: int
-    residual: bool
-    context: bool
-    context_from: str = "first"
-    context_heads: float = 1.0
-
-    def build(self, generator: torch.Generator) -> StandIn:
-        """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
-        alone = self.residual and not self.context
-        stand_in = StandIn(
-            self.width, kind=self.kind, features=self.features, hidden=self.hidden, residual=alone, normalize=alone)
-        for module in stand_in.modules():
-            if isinstance(module, nn.Linear):
-                # torch's own initialisation, from the explicit generator.
-                bound = module.in_features**-0.5
-                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
-        return stand_in
-
-    def source(self, block: range) -> int | None:
-        """The layer that the context of this block's stand-in is started from: s, s + ⌊k/2⌋ or e − 1; None without."""
-        if not self.context:
-            return None
-        return block[{"first": 0, "middle": len(block) // 2, "last": -1}[self.context_from]]
-
-    def groups(self, heads: int) -> int | None:
-        """How many of a layer's key-value heads the context keeps, at least one; None: all, or there is no context."""
-        kept = max(1, round(self.context_heads * heads))
-        return kept if self.context and kept < heads else None
-
-    def parameters(self) -> int:
-        """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""
-        d, m, h = self.width, self.features, self.hidden
-        lifted = {"fourier": 2 * m, "mlp": m, "linear": d}[self.kind]
-        phase = 0 if self.kind == "linear" else d * m + m
-        return phase + (lifted * h + h + h * d + d if h else lifted * d + d)
-
-    def parameters_per_feature(self) -> int:
-        """By how much ``parameters`` grows with one more feature (0 for a linear map)."""
-        out = self.hidden or self.width
-        return {"fourier": self.width + 1 + 2 * out, "mlp": self.width + 1 + out, "linear": 0}[self.kind]
 
 
 @dataclass(frozen=True)

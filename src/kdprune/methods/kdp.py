@@ -15,10 +15,11 @@ from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare
 from kdprune.methods.blockwise import Plan, fit_blocks
 from kdprune.methods.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
 from kdprune.methods.dynamics import Parts
-from kdprune.methods.fitting import FitSettings, Shape
+from kdprune.methods.fitting import FitSettings
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
+from kdprune.methods.shape import Shape
 from kdprune.model.block_states import PathRows
 from kdprune.model.surgery import check_model
 from kdprune.runtime import Stages

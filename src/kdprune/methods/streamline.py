@@ -12,10 +12,10 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record
-from kdprune.methods.fitting import Shape
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
+from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
