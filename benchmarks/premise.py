@@ -11,6 +11,7 @@ A unit is the scores of one model, or one block of it dropped or replaced; every
 import itertools
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,9 @@ def key(record: Record) -> tuple[object, ...]:
     return record["model"], record["unit"], tuple(record.get("block", ()))
 
 
-def blocks_of(layers: int, quick: bool) -> list[range]:
+def blocks_of(layers: int, lengths: Sequence[int], quick: bool) -> list[range]:
     """The blocks that are removed, one at a time."""
-    lengths = LENGTHS[:1] if quick else LENGTHS
+    lengths = lengths[:1] if quick else lengths
     return [block for length in lengths
             for block in candidate_blocks(open_layers(layers, KDP.protect), length, length)][: 4 if quick else None]
 
@@ -100,7 +101,10 @@ def removed(subject: Subject, held_out: TokenSet, rows: TokenSet, unit: str, blo
             "fitted_tokens": rows.fitted(KDP.held).tokens if error is not None else 0, "seconds": seconds}
 
 
-def run(path: Path, text: Path, name: str, file: Path, quick: bool) -> None:
+def run(
+    path: Path, text: Path, name: str, file: Path, quick: bool, lengths: Sequence[int] = LENGTHS,
+    removals: Sequence[str] = tuple(DAMAGES),
+) -> None:
     """Measures what the file lacks of one model, dropping first."""
     subject = Subject(path, text)
     wide, fitted, scored_tokens = QUICK_TOKENS if quick else TOKENS
@@ -109,8 +113,8 @@ def run(path: Path, text: Path, name: str, file: Path, quick: bool) -> None:
     if key(unit) not in load(file, key):
         keep(unit | scored(subject, held_out, wide), file, key)
     dense = load(file, key)[key(unit)]["loss"]
-    blocks = blocks_of(len(decoder_layers(subject.model)), quick)
-    for kind, block in itertools.product(DAMAGES, blocks):
+    blocks = blocks_of(len(decoder_layers(subject.model)), lengths, quick)
+    for kind, block in itertools.product(removals, blocks):
         unit = {"model": name, "quick": quick, "unit": kind, "block": [block.start, block.stop]}
         if key(unit) not in load(file, key) and (kind != "refined" or len(block) == REFINED_LENGTH):
             record = unit | removed(subject, held_out, rows, kind, block, dense)
@@ -289,9 +293,14 @@ with length.
 
 
 def main() -> None:
+    parser = arguments(__doc__, "premise")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), help="of the blocks, in layers")
+    parser.add_argument(
+        "--removals", nargs="+", choices=tuple(DAMAGES), default=list(DAMAGES), help="what is done to them")
     make_page(
-        arguments(__doc__, "premise"), "premise",
-        lambda options: run(options.model, options.text, options.name, options.file, options.quick), render)
+        parser, "premise",
+        lambda options: run(options.model, options.text, options.name, options.file, options.quick, options.lengths,
+                            options.removals), render)
 
 
 if __name__ == "__main__":
