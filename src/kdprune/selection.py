@@ -66,14 +66,17 @@ def _merge(into: _Table, other: _Table) -> None:
 
 
 def select_blocks(
-    similarity: Tensor, candidates: Sequence[range], removal: Callable[[range], int], target: int, total: int
+    similarity: Tensor, candidates: Sequence[range], removal: Callable[[range], int], target: int, total: int,
+    slack: int = 0,
 ) -> list[range]:
-    """The blocks whose net removal meets ``target`` as closely as possible from above, with greatest Σ log similarity.
+    """The blocks of greatest Σ log similarity among those whose net removal meets ``target`` as closely as possible
+    from above, or by at most ``slack`` more than ``target``.
 
     Args:
         similarity: score of a block [s, e) at entry [s, e], shape (L+1, L+1), in (0, 1].
         candidates: blocks to choose from. removal: net parameters removed by a block (layers minus stand-in).
-        target: parameters to remove. total: parameters of the dense model, for the message.
+        target: parameters to remove. total: parameters of the dense model, for the message. slack: parameters that
+            may go beyond the target; of sets that score the same the one that removes least is taken.
 
     Raises:
         KDPruneError: no set of blocks removes that much (says the largest ratio that can be reached).
@@ -87,12 +90,15 @@ def select_blocks(
             f"unprotected layers of this model allow in blocks of at most {max(map(len, candidates))}; lower the "
             f"ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)"
         )
-    return list(table[min(enough)][1])
+    near = [removed for removed in enough if removed <= max(min(enough), target + slack)]
+    return list(table[max(near, key=lambda removed: (table[removed][0], -removed))][1])
 
 
-def useful_blocks(candidates: Sequence[range], removal: Callable[[range], int], target: int) -> list[range]:
+def useful_blocks(
+    candidates: Sequence[range], removal: Callable[[range], int], target: int, slack: int = 0
+) -> list[range]:
     """The candidates that :func:`select_blocks` could choose, whatever their scores: those in some set of separated
-    blocks with the least net removal that meets ``target``; none if no set meets it."""
+    blocks with the least net removal that meets ``target``, or with at most ``slack`` more; none if no set meets it."""
     end = max((block.stop for block in candidates), default=0)
     before = _removals(candidates, removal, end)
     mirrored = [range(end - block.stop, end - block.start) for block in candidates]
@@ -100,9 +106,10 @@ def useful_blocks(candidates: Sequence[range], removal: Callable[[range], int], 
     enough = [removed for removed in before[end + 1] if removed >= target]
     if not enough:
         return []
-    rest = {block: min(enough) - removal(block) for block in candidates}
+    least, most = min(enough), max(min(enough), target + slack)
     return [block for block in candidates
-            if any(rest[block] - removed in behind[end - block.stop] for removed in before[block.start])]
+            if any(least <= removed + removal(block) + other <= most
+                   for removed in before[block.start] for other in behind[end - block.stop])]
 
 
 def _removals(candidates: Sequence[range], removal: Callable[[range], int], end: int) -> list[set[int]]:

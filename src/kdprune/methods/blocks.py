@@ -28,13 +28,15 @@ class Budget:
     Args:
         model: the dense model. shape: the stand-in. ratio: share of all parameters to remove.
         longer: mean layers by which the blocks, with stand-ins of this shape, are to remove more than that.
+        slack: mean layers by which they may remove more than they have to.
 
     Attributes:
         target: parameters that are to be gone in the end. selected: those that the selection of blocks has to remove,
-            the target and ``longer`` mean layers; what lies between the two is for wider stand-ins.
+            the target and ``longer`` mean layers; what lies between the two is for wider stand-ins. slack: parameters
+            that it may remove beyond ``selected``, for the same use.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, longer: int = 0):
+    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, longer: int = 0, slack: float = 0.0):
         family = family_of(model)
         self.shape, self.ratio, self.longer = shape, ratio, longer
         self.total = model.num_parameters()
@@ -49,6 +51,7 @@ class Budget:
         self.target = round(ratio * self.total)
         self.mean_layer = sum(self.layers) / len(self.layers)
         self.selected = self.target + round(longer * self.mean_layer)
+        self.slack = round(slack * self.mean_layer)
 
     def removal(self, block: range, features: int | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -112,7 +115,7 @@ def choose_blocks(options: RankedMethod, scores: Mapping[str, Tensor] | None, bu
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))
-    return select_blocks(similarity, candidates, budget.removal, budget.selected, budget.total)
+    return select_blocks(similarity, candidates, budget.removal, budget.selected, budget.total, budget.slack)
 
 
 def check_blocks(blocks: list[range], layers: int) -> list[range]:

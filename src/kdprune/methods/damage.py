@@ -145,11 +145,11 @@ def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
 
 def blocks_to_measure(candidates: Sequence[range], budget: Budget) -> list[range]:
     """The candidates that a set which meets the budget may contain; the others need no stand-in."""
-    return useful_blocks(candidates, budget.removal, budget.selected)
+    return useful_blocks(candidates, budget.removal, budget.selected, budget.slack)
 
 
 def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[range]:
-    """Of the sets of separated blocks with the least net removal that meets the budget, that of least Σ Δ.
+    """Of the sets of separated blocks that meet the budget, and its slack, that of least Σ Δ.
 
     That damages add up is an assumption: a block is measured with all others in place. Raises KDPruneError as
     :func:`select_blocks` does.
@@ -158,4 +158,4 @@ def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[rang
     score = torch.zeros(len(budget.layers) + 1, len(budget.layers) + 1, dtype=torch.float64)
     for block, value in damage.items():
         score[block.start, block.stop] = math.exp(-value)
-    return select_blocks(score, list(damage), budget.removal, budget.selected, budget.total)
+    return select_blocks(score, list(damage), budget.removal, budget.selected, budget.total, budget.slack)

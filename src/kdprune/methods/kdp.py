@@ -30,11 +30,11 @@ from kdprune.training import Schedule
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.0,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
-        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False,
+        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False, "slack": 0.0,
     },
 }
 
@@ -93,6 +93,9 @@ class KDP(RankedMethod):
         "costs alone with a stand-in that is solved for")
     longer: int = option(
         0, "choose blocks that remove so many layers more than the ratio takes; fill spends them on features", least=0)
+    slack: float | None = option(
+        None, "share of a layer by which blocks may remove more than they have to, for the sake of better ones; fill "
+        "spends it on features", least=0)
     ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
     kernel_epochs: int | None = option(None, "epochs of step 1", least=1)
     kernel_tokens: int | None = option(
@@ -149,7 +152,8 @@ class KDP(RankedMethod):
 
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
-        return Budget(model, self.shape(model.config.hidden_size), self.ratio, self.longer)
+        slack = (self.slack or 0.0) if self.fill else 0.0
+        return Budget(model, self.shape(model.config.hidden_size), self.ratio, self.longer, slack)
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
