@@ -37,11 +37,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ------------------------------------------------------------------------------------------ longer blocks
 
 
-def layout(model: PreTrainedModel, **options) -> tuple[list[range], Shape, float]:
-    """Blocks, stand-ins and net ratio as a run would have them, with a similarity that falls evenly with distance."""
+def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[range], Shape, float]:
+    """Blocks, stand-ins and net ratio as a run would have them, with a similarity that falls with distance^power."""
     method = KDP(**options)
     budget, layers = method.budget(model), model.config.num_hidden_layers
-    similarity = torch.tensor([[0.97 ** abs(s - e) for e in range(layers + 1)] for s in range(layers + 1)])
+    similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = choose_blocks(method, {"rbf_cka": similarity}, budget)
     shape = spare_features(budget.shape, budget, blocks)
     return blocks, shape, sum(budget.removal(block, shape.features) for block in blocks) / budget.total
@@ -57,6 +57,15 @@ def test_longer_blocks_and_wider_stand_ins_at_the_same_net_ratio(bundled: PreTra
     for blocks, shape, net in found:
         one_feature = len(blocks) * shape.parameters_per_feature() / bundled.num_parameters()
         assert ratio <= net < ratio + one_feature
+
+
+def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:
+    found = {slack: layout(bundled, power=2.0, ratio=0.25, slack=slack) for slack in (0.0, 1.0)}
+    assert len(found[1.0][0]) > len(found[0.0][0])      # more and shorter blocks, which are more similar end to end
+    for blocks, shape, net in found.values():
+        assert 0.25 <= net < 0.25 + len(blocks) * shape.parameters_per_feature() / bundled.num_parameters()
+    without_fill = KDP(slack=1.0, fill=False)
+    assert without_fill.budget(bundled).slack == 0      # nothing would spend it
 
 
 def test_what_the_widest_stand_ins_leave_unspent_shows_in_the_net_ratio(bundled: PreTrainedModel) -> None:
@@ -216,8 +225,9 @@ def test_a_loss_that_is_no_number_is_never_chosen() -> None:
     assert select_by_damage(damage, budget) == [range(2, 4)]
 
 
+@pytest.mark.parametrize("slack", [0, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_useful_blocks_are_those_of_some_smallest_set(seed: int) -> None:
+def test_useful_blocks_are_those_of_some_set_that_may_be_chosen(seed: int, slack: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     sizes = torch.randint(5, 9, (9,), generator=draw).tolist() if seed % 2 else [7] * 9
     candidates, target = candidate_blocks(range(1, 9), 2, 4), 15 + 5 * seed
@@ -225,8 +235,9 @@ def test_useful_blocks_are_those_of_some_smallest_set(seed: int) -> None:
     sets = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(candidates, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
     least = min((sum(map(removal, chosen)) for chosen in sets if sum(map(removal, chosen)) >= target), default=None)
-    expected = {block for chosen in sets if sum(map(removal, chosen)) == least for block in chosen}
-    assert set(useful_blocks(candidates, removal, target)) == expected
+    most = max(least, target + slack) if least is not None else -1
+    expected = {block for chosen in sets if target <= sum(map(removal, chosen)) <= most for block in chosen}
+    assert set(useful_blocks(candidates, removal, target, slack)) == expected
 
 
 def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) -> None:

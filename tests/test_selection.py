@@ -50,6 +50,11 @@ def test_dynamic_programme_equals_brute_force(seed: int) -> None:
     removed = sum(map(removal, chosen))
     assert removed == min(value for value in expected if value >= target)
     assert sum(map(score, chosen)) == pytest.approx(expected[removed])
+    slack = 6
+    chosen = select_blocks(similarity, candidates, removal, target, 100, slack)
+    assert target <= sum(map(removal, chosen)) <= target + slack
+    best = max(total for value, total in expected.items() if target <= value <= target + slack)
+    assert sum(map(score, chosen)) == pytest.approx(best)
 
 
 def test_the_most_similar_block_wins_at_equal_removal() -> None:
