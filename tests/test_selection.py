@@ -53,7 +53,10 @@ def test_dynamic_programme_equals_brute_force(seed: int) -> None:
     slack = 6
     chosen = select_blocks(similarity, candidates, removal, target, 100, slack)
     assert target <= sum(map(removal, chosen)) <= target + slack
-    best = max(total for value, total in expected.items() if target <= value <= target + slack)
+    sets = [blocks for count in range(1, 5) for blocks in itertools.combinations(candidates, count)
+            if separated(blocks) and target <= sum(map(removal, blocks)) <= target + slack]
+    assert len(chosen) == max(map(len, sets))
+    best = max(sum(map(score, blocks)) for blocks in sets if len(blocks) == len(chosen))
     assert sum(map(score, chosen)) == pytest.approx(best)
 
 

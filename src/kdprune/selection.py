@@ -7,6 +7,9 @@ from torch import Tensor
 
 from kdprune.errors import KDPruneError
 
+# Above any sum of log similarities: with it as a part of every block's score, more blocks always score higher.
+_ONE_MORE = 1e5
+
 # Best total score and the blocks that reach it, by parameters removed.
 _Table = dict[int, tuple[float, tuple[range, ...]]]
 
@@ -69,19 +72,22 @@ def select_blocks(
     similarity: Tensor, candidates: Sequence[range], removal: Callable[[range], int], target: int, total: int,
     slack: int = 0,
 ) -> list[range]:
-    """The blocks of greatest Σ log similarity among those whose net removal meets ``target`` as closely as possible
-    from above, or by at most ``slack`` more than ``target``.
+    """The blocks whose net removal meets ``target`` as closely as possible from above, with greatest Σ log similarity.
+
+    With ``slack``, of all sets that remove at most so much more than ``target``, one of the most blocks: several short
+    ones, each with a stand-in of its own, lose less than one long one (docs/results/better.md).
 
     Args:
         similarity: score of a block [s, e) at entry [s, e], shape (L+1, L+1), in (0, 1].
         candidates: blocks to choose from. removal: net parameters removed by a block (layers minus stand-in).
         target: parameters to remove. total: parameters of the dense model, for the message. slack: parameters that
-            may go beyond the target; of sets that score the same the one that removes least is taken.
+            may go beyond the target; of sets that are level the one that removes least is taken.
 
     Raises:
         KDPruneError: no set of blocks removes that much (says the largest ratio that can be reached).
     """
-    table = reachable(candidates, lambda block: _log(similarity[block.start, block.stop]), removal)
+    one_more = _ONE_MORE if slack else 0.0
+    table = reachable(candidates, lambda block: one_more + _log(similarity[block.start, block.stop]), removal)
     enough = [removed for removed in table if removed >= target]
     if not enough:
         largest = max(table) / total

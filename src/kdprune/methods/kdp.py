@@ -30,7 +30,7 @@ from kdprune.training import Schedule
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.0,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
@@ -94,8 +94,8 @@ class KDP(RankedMethod):
     longer: int = option(
         0, "choose blocks that remove so many layers more than the ratio takes; fill spends them on features", least=0)
     slack: float | None = option(
-        None, "share of a layer by which blocks may remove more than they have to, for the sake of better ones; fill "
-        "spends it on features", least=0)
+        None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
+        "shorter; fill spends it on features", least=0)
     ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
     kernel_epochs: int | None = option(None, "epochs of step 1", least=1)
     kernel_tokens: int | None = option(
