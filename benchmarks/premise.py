@@ -103,7 +103,7 @@ def removed(subject: Subject, held_out: TokenSet, rows: TokenSet, unit: str, blo
 
 def run(
     path: Path, text: Path, name: str, file: Path, quick: bool, lengths: Sequence[int] = LENGTHS,
-    removals: Sequence[str] = tuple(DAMAGES),
+    removals: Sequence[str] | None = None,
 ) -> None:
     """Measures what the file lacks of one model, dropping first."""
     subject = Subject(path, text)
@@ -114,7 +114,7 @@ def run(
         keep(unit | scored(subject, held_out, wide), file, key)
     dense = load(file, key)[key(unit)]["loss"]
     blocks = blocks_of(len(decoder_layers(subject.model)), lengths, quick)
-    for kind, block in itertools.product(removals, blocks):
+    for kind, block in itertools.product(removals or DAMAGES, blocks):
         unit = {"model": name, "quick": quick, "unit": kind, "block": [block.start, block.stop]}
         if key(unit) not in load(file, key) and (kind != "refined" or len(block) == REFINED_LENGTH):
             record = unit | removed(subject, held_out, rows, kind, block, dense)
