@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from pruned_models import (
     LONGEST,
     QUICK_TOKENS,
@@ -202,6 +203,9 @@ def _token_plot(axes: Axes, records: list[Record]) -> None:
         axes.plot(counts, [statistics.fmean(excess(records, "tokens", method, count)) for count in counts], "o-",
                   color=colour, markersize=4, label=title(method) + ("" if counts else " (not measured)"))
     axes.set(xlabel="calibration tokens", xscale="log", ylim=(0, None))
+    ticks = sorted({record["calibrated"] for record in records if record["part"] == "tokens"})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _domain_plot(axes: Axes, records: list[Record]) -> None:
