@@ -140,9 +140,10 @@ def plot(records: list[Record]) -> Figure:
                 axes.plot([r["net_ratio"] for r in units], [r["excess_loss"] for r in units], linestyle="", **look)
         # Logarithmic: the worst method loses ten times what the best one does.
         axes.set(xlabel="share of the parameters removed, net", title=name, yscale="log",
-                 xlim=(0.05, 0.6), ylim=(0.02, 3), ylabel="excess loss ln(ppl / dense ppl), nats per token")
+                 xlim=(0.05, 0.6), ylim=(0.01, 3), ylabel="excess loss ln(ppl / dense ppl), nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"])
+        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower right")
