@@ -78,15 +78,14 @@ def fitted(
         start = states.block.start
         before = apply_edits(model, edits) if edits else model
         with contextlib.ExitStack() as lent:
+            entering, lender = (index_after(edits, boundary) for boundary in (start, start - 1))
             with connected(before):
-                if edits:
-                    inputs = boundary_states(before, rows, index_after(edits, start), batch_size=BATCH)
-                    states = dataclasses.replace(states, inputs=inputs)
-                if variant != "own":
-                    near = boundary_states(before, rows, index_after(edits, start - 1), batch_size=BATCH)
+                found = boundary_states(before, rows, [entering, lender], batch_size=BATCH)
+            if edits:
+                states = dataclasses.replace(states, inputs=found[entering])
             if variant != "own":
                 purse = lent.enter_context(lending(model, states.block, variant == "aligned"))
-                paired: Any = Paired(states.inputs, near, purse, model, start - 1)
+                paired: Any = Paired(states.inputs, found[lender], purse, model, start - 1)
                 states = dataclasses.replace(states, inputs=paired)
             edit, record = fit_block(
                 model, states, shape, method.settings(shape), generator(seed, number + 1), work_device(model), Stages())
