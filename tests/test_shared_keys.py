@@ -69,7 +69,7 @@ def test_the_fit_sees_what_the_pruned_model_computes(pages: Any, name: str, vari
     family, layers, rows = family_of(model), decoder_layers(model), torch.arange(5)
     before, own = {key: value.clone() for key, value in model.state_dict().items()}, layers[2].self_attn
     [states] = collect_block_states(model, tokens, [range(2, 4)], held=2, path=PathRows(1, 1), batch_size=4)
-    near = boundary_states(model, tokens, 1, batch_size=4)
+    near = boundary_states(model, tokens, [1], batch_size=4)[1]
     with lent.lending(model, states.block, variant == "aligned") as purse:
         assert layers[2].self_attn is not own
         paired = lent.Paired(states.inputs, near, purse, model, 1)
