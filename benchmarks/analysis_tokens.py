@@ -18,7 +18,7 @@ import torch
 
 from kdprune.analysis import ENOUGH, Scores, score_layers
 from kdprune.data import TokenSet, bundled_calibration, bundled_heldout, load_tokens
-from kdprune.methods.blocks import Budget, choose_blocks
+from kdprune.methods.blocks import choose_blocks
 from kdprune.methods.kdp import KDP
 from kdprune.model.loading import load_model, load_tokenizer
 from kdprune.runtime import Stages
@@ -50,7 +50,7 @@ def compared(found: Scores, whole: Scores, longest: int) -> dict[str, float]:
 def measure() -> dict[str, Any]:
     """Scores at every count of tokens."""
     model, tokens, method = load_model(BUNDLED_MODEL, device="cpu"), whole_text(), KDP()
-    budget = Budget(model, method.shape(model.config.hidden_size), method.ratio)
+    budget = method.budget(model)
     longest = model.config.num_hidden_layers // 2
 
     def scored(limit: int, seed: int) -> tuple[Scores, list[list[int]]]:

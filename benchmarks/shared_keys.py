@@ -39,7 +39,7 @@ from units_file import (
 from kdprune.analysis import score_layers
 from kdprune.data import TokenSet
 from kdprune.evaluation.perplexity import perplexity
-from kdprune.methods.blocks import Budget, choose_blocks, spare_features
+from kdprune.methods.blocks import choose_blocks, spare_features
 from kdprune.methods.blockwise import index_after
 from kdprune.methods.fitting import fit_block
 from kdprune.methods.kdp import KDP
@@ -103,16 +103,17 @@ class Bench:
         self.method.check(self.model, self.rows)
         scores = score_layers(
             self.model, self.rows, protect=self.method.protect, seed=seed, batch_size=BATCH, stages=Stages())
-        self.shape = self.method.shape(self.model.config.hidden_size)
-        budget = Budget(self.model, self.shape, RATIO)
-        self.blocks = choose_blocks(self.method, scores.tensors(), budget)
+        self.budget = self.method.budget(self.model)
+        self.blocks = choose_blocks(self.method, scores.tensors(), self.budget)
         check_lending(self.model, self.blocks)
         self.dense = perplexity(self.model, held_out)
 
     def measure(self, variant: str) -> Record:
         """One variant: its size, what it loses, how well it fits."""
-        budget = (Budget if variant == "own" else LentBudget)(self.model, self.shape, RATIO)
-        shape = spare_features(self.shape, budget, self.blocks) if self.method.fill else self.shape
+        shape = self.budget.shape
+        if self.method.fill:
+            budget = self.budget if variant == "own" else LentBudget(self.model, shape, RATIO)
+            shape = spare_features(shape, budget, self.blocks)
         start = time.perf_counter()
         edits, fit = fitted(self.model, self.rows, self.method, shape, self.blocks, variant, self.seed)
         seconds = time.perf_counter() - start

@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Stat
 
 from kdprune.evaluation.flops import forward_flops
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.blocks import Budget, choose_blocks, spare_features
+from kdprune.methods.blocks import choose_blocks, spare_features
 from kdprune.methods.kdp import KDP
 from kdprune.methods.shape import Shape
 from kdprune.model.edits import Drop, Substitute
@@ -68,12 +68,11 @@ def build(shape: str, layers: int | None, device: torch.device, dtype: torch.dty
 def plan(dense: PreTrainedModel, form: str, ratio: float) -> tuple[list[range], Shape]:
     """The blocks and stand-ins that KDP takes for a net ratio."""
     options = KDP(ratio=ratio, **FORMS[form])
-    shape = options.shape(dense.config.hidden_size)
-    budget = Budget(dense, shape, ratio)
+    budget = options.budget(dense)
     index = torch.arange(len(budget.layers) + 1.0)
     similarity = (-0.01 * (index[:, None] - index).abs()).exp()
     blocks = choose_blocks(options, {options.similarity: similarity}, budget)
-    return blocks, spare_features(shape, budget, blocks)
+    return blocks, spare_features(budget.shape, budget, blocks)
 
 
 def prune(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:

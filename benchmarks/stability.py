@@ -23,7 +23,7 @@ from stand_ins import RESULTS, Bench, spread
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
-from kdprune.methods.blocks import Budget, choose_blocks
+from kdprune.methods.blocks import choose_blocks
 from kdprune.methods.kdp import KDP
 from kdprune.model.surgery import apply_edits
 from kdprune.session import BATCH
@@ -71,7 +71,7 @@ def measure(bench: Bench, ratio: float, variant: str, known: Record | None, quic
     method = KDP(ratio=ratio, **(QUICK if quick else {}), **VARIANTS[variant][1])
     scores = bench.scores.tensors()
     try:
-        chosen = choose_blocks(method, scores, Budget(bench.model, method.shape(bench.model.config.hidden_size), ratio))
+        chosen = choose_blocks(method, scores, method.budget(bench.model))
     except KDPruneError as error:
         return unit | {"unreachable": str(error)}
     blocks = [[block.start, block.stop] for block in chosen]
