@@ -218,11 +218,10 @@ def _calibration(model: PreTrainedModel, samples: int | None, length: int | None
 
 def _layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     """Blocks and stand-ins as KDP itself chooses them."""
-    shape = method.shape(dense.config.hidden_size)
     budget = method.budget(dense)
     index = torch.arange(len(budget.layers) + 1.0)
     blocks = choose_blocks(method, {method.similarity: (-FALL * (index[:, None] - index).abs()).exp()}, budget)
-    return blocks, spare_features(shape, budget, blocks) if method.fill else shape
+    return blocks, spare_features(budget.shape, budget, blocks) if method.fill else budget.shape
 
 
 def _added(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:

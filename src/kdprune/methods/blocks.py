@@ -41,13 +41,15 @@ class Budget:
         self.shape, self.ratio, self.longer = shape, ratio, longer
         self.total = model.num_parameters()
         self.layers = layer_sizes(model)
-        heads = key_value_heads(model.config)
-        gone = 0 if (groups := shape.groups(heads)) is None else heads - groups
         # A context layer keeps everything but the MLP path and the heads that go.
         self.kept_by_context = [
-            _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp)
-            - gone * sum(part.size(layer) for part in attention_parts(model, layer)) for layer in decoder_layers(model)
+            _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
+        heads = key_value_heads(model.config)
+        if (groups := shape.groups(heads)) is not None:
+            self.kept_by_context = [
+                kept - (heads - groups) * sum(part.size(layer) for part in attention_parts(model, layer))
+                for kept, layer in zip(self.kept_by_context, decoder_layers(model), strict=True)]
         self.target = round(ratio * self.total)
         self.mean_layer = sum(self.layers) / len(self.layers)
         self.selected = self.target + round(longer * self.mean_layer)
@@ -95,6 +97,8 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
     select_blocks(torch.ones(layers + 1, layers + 1), candidates, budget.removal, budget.target, budget.total)
+    if not budget.longer:
+        return candidates
     spare = max(reachable(candidates, lambda _: 0.0, budget.removal)) - budget.selected
     if spare < 0:
         raise KDPruneError(
