@@ -19,6 +19,7 @@ from main_table import RESULTS, add, row_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from publish import command
+from stand_ins import spread
 from units_file import COLOURS, table
 
 from kdprune.report import summary
@@ -100,11 +101,12 @@ def gains(found: Comparison, step: Step) -> list[float]:
     return [mine[seed] - base[seed] for seed in mine if seed in base]
 
 
-def with_spread(values: Sequence[float], signed: bool = False) -> str:
-    """Mean, and standard deviation over seeds."""
-    form = "+.4f" if signed else ".3f"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{spread}" if values else MISSING
+def gain_cell(found: Comparison, step: Step) -> str:
+    """What the step changes the loss by; small, so that it has its sign and a digit more."""
+    values = gains(found, step)
+    if not values:
+        return MISSING
+    return ("+" if statistics.fmean(values) >= 0 else "") + spread(values, 4)
 
 
 def loss_cell(found: Comparison, step: Step) -> str:
@@ -114,7 +116,7 @@ def loss_cell(found: Comparison, step: Step) -> str:
         return MISSING if row is None or not row.failures else "refused"
     off = abs(row.net_ratio.mean - found.ratio) > 0.002
     ratio = f" ({summary.percent(row.net_ratio.mean)})" if off else ""
-    return with_spread(list(losses(found, step.variant).values())) + ratio
+    return spread(list(losses(found, step.variant).values())) + ratio
 
 
 def verdict(models: Models, step: Step) -> str:
@@ -130,7 +132,7 @@ def rows(models: Models, steps: Sequence[Step]) -> list[list[str]]:
     """A row a step: what changes, the variant, then loss and gain of every model, and the verdict."""
     return [[step.says, f"`{step.variant}`",
              *(cell for found in models.values()
-               for cell in (loss_cell(found, step), with_spread(gains(found, step), signed=True))),
+               for cell in (loss_cell(found, step), gain_cell(found, step))),
              verdict(models, step)] for step in steps]
 
 

@@ -313,8 +313,7 @@ def render() -> None:
     said = "\n" + notes.read_text() if notes.is_file() else ""
     (RESULTS / "main.md").write_text(page(models) + said)
     (RESULTS / "main-excess.svg").write_text(picture(models))
-    if RESULTS == ROOT / "docs" / "results":
-        fill_readme("main", table(models, "excess loss"))
+    fill_readme(RESULTS.parent.parent / "README.md", "main", table(models, "excess loss"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -99,13 +99,13 @@ def render(name: str) -> None:
         f"{title[0]}\n\n{headline(found)}\n\n    {command(found)} -o {name}\n    "
         f"python benchmarks/publish.py {name} {name}\n\n{images}\n\n{tables}\n{title[1].strip()}\n",
         encoding="utf-8")
-    fill_readme(name, short_table(found, cost))
+    fill_readme(ROOT / "README.md", name, short_table(found, cost))
 
 
-def fill_readme(name: str, table: str) -> None:
-    """Puts the table into the README's block of this name, if it has one."""
-    file, start, end = ROOT / "README.md", f"<!-- table: {name} -->\n", "<!-- end -->"
-    readme = file.read_text(encoding="utf-8")
+def fill_readme(file: Path, name: str, table: str) -> None:
+    """Puts the table into the block of this name of a README, if there is one that has it."""
+    start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
+    readme = file.read_text(encoding="utf-8") if file.is_file() else ""
     if start in readme:
         head, rest = readme.split(start, 1)
         file.write_text(f"{head}{start}{table}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

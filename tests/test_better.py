@@ -52,7 +52,7 @@ def test_the_page_shows_them_and_says_what_failed(made: Comparison, monkeypatch:
     folder = made.save(tmp_path / "out" / "results.json").parent
     better.main(["--add", str(folder), "tiny"])
     page = (tmp_path / "better.md").read_text(encoding="utf-8")
-    [gain] = [better.with_spread(better.gains(made, better.Step(FIXED, BASE, "")), signed=True)]
+    gain = better.gain_cell(made, better.Step(FIXED, BASE, ""))
     assert f"| {gain} |" in page
     assert f"`{refused}`" in page
     assert "refused" in page
