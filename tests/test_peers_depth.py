@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from kdprune.methods.drop import (
     ShortGPT,
     block_influence,
     cheapest_layers,
-    loss_without,
     losses_without,
     runs,
 )
@@ -32,11 +32,21 @@ from kdprune.methods.merging import Merger, edits_of, final_states, first_tokens
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, final_norm
 from kdprune.model.losses import mean_loss
-from kdprune.model.surgery import Drop, Rewrite, apply_edits
+from kdprune.model.surgery import Drop, Rewrite, apply_edits, layers_replaced
 from kdprune.runtime import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEERS = ("shortgpt", "uidl", "sleb", "laco")
+
+
+@torch.no_grad()
+def loss_without(model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], batch_size: int) -> float:
+    """The oracle: the whole stack without the layers ``gone`` is run; infinite where the loss is not a number."""
+    gone = set(gone)
+    alive = [layer for index, layer in enumerate(decoder_layers(model)) if index not in gone]
+    with layers_replaced(model, alive):
+        loss = mean_loss(model, tokens, batch_size)
+    return loss if math.isfinite(loss) else math.inf
 
 
 def padded_tokens(side: str = "right", rows: int = 7, length: int = 12, seed: int = 0) -> TokenSet:

@@ -22,7 +22,7 @@ from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import IGNORED, language_loss, mean_loss, next_tokens
+from kdprune.model.losses import IGNORED, language_loss, next_tokens
 from kdprune.model.passes import let_pass, run, standing_in
 from kdprune.model.surgery import Drop, layers_replaced
 from kdprune.runtime import Stages
@@ -229,8 +229,8 @@ def losses_without(
     model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], candidates: Sequence[int], batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> dict[int, float]:
-    """For each candidate the mean next-token loss in nats without it and the layers ``gone``, as :func:`loss_without`
-    has it.
+    """For each candidate the mean next-token loss in nats of ``model`` without it and the layers ``gone``; infinite
+    where it is not a number.
 
     What enters a candidate is the same whether it is there or not, so one pass without the layers ``gone`` gives the
     states in front of all candidates, and of each model only the layers behind its candidate are run, and the head.
@@ -273,13 +273,3 @@ def _starting_behind(model: PreTrainedModel, alive: Sequence[int], start: int, s
     layers = [decoder_layers(model)[index] for index in alive]
     with layers_replaced(model, layers), standing_in(layers[:start], lambda *_: state):
         yield
-
-
-@torch.no_grad()
-def loss_without(model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], batch_size: int) -> float:
-    """Mean next-token loss in nats of ``model`` without the layers ``gone``; infinite where it is not a number."""
-    gone = set(gone)
-    alive = [layer for index, layer in enumerate(decoder_layers(model)) if index not in gone]
-    with layers_replaced(model, alive):
-        loss = mean_loss(model, tokens, batch_size)
-    return loss if math.isfinite(loss) else math.inf
