@@ -1,14 +1,10 @@
 """Fewer heads in the attention in front of a stand-in: those that add most to the state stay."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdprune.methods.saliency import Part, attention_parts
-from kdprune.methods.site import PASS_ROWS, Site
+from kdprune.methods.site import PASS_ROWS, Site, inputs_of
 from kdprune.model.families import family_of
 from kdprune.model.modeling_kdp import thin_attention
 from kdprune.model.widths import set_weights
@@ -51,7 +47,7 @@ def group_energies(site: Site, out: Part) -> Tensor:
     columns = out.lines(site.module)
     size = out.members.shape
     moments = columns.new_zeros(size[0], size[1], size[1])
-    with _inputs_of(site.module.get_submodule(out.path)) as seen:
+    with inputs_of(site.module.get_submodule(out.path)) as seen:
         for rows in site.row_batches(PASS_ROWS):
             site.predict(rows)
             _, mask = site.target(rows)
@@ -61,18 +57,3 @@ def group_energies(site: Site, out: Part) -> Tensor:
                 moments += read.mT @ read
     world().sum(moments)
     return ((columns @ columns.mT) * moments).sum((1, 2))
-
-
-@contextlib.contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """While active, every call of ``module`` adds its input to the yielded list."""
-    seen: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0])
-
-    hook = module.register_forward_pre_hook(before)
-    try:
-        yield seen
-    finally:
-        hook.remove()

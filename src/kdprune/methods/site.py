@@ -1,5 +1,6 @@
 """Where a stand-in sits while it is fitted: alone (token-wise), or in the MLP place of a decoder layer (context)."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,20 +103,14 @@ class Site:
     @torch.no_grad()
     def probe(self, rows: Tensor) -> Probe:
         """Runs some rows with the read-out at zero, recording what reaches the stand-in."""
-        seen: list[Tensor] = []
         readout = self.stand_in.readout
         saved = copy.deepcopy(readout.state_dict())
         for parameter in readout.parameters():
             parameter.zero_()
-        hooks = [
-            module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            for module in (self.stand_in, readout)
-        ]
         try:
-            base = self.predict(rows)
+            with inputs_of(self.stand_in, readout) as seen:
+                base = self.predict(rows)
         finally:
-            for hook in hooks:
-                hook.remove()
             readout.load_state_dict(saved)
         target, mask = self.target(rows)
         # Some families flatten (B, T, d) to (B·T, d) before their MLP.
@@ -157,6 +152,18 @@ class Site:
         if self.context is None:
             return Substitute(self.states.block, self.stand_in)
         return Substitute(self.states.block, self.stand_in, self.module, self.context, self.groups)
+
+
+@contextlib.contextmanager
+def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """While active, every call of one of ``modules`` adds its input to the yielded list."""
+    seen: list[Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for module in modules]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
