@@ -27,8 +27,9 @@ from kdprune.report.comparison_records import Comparison, Row
 
 DEFAULT = "kdp"
 BASE = "kdp:slack=0"      # what single changes are measured on
-PAPER = "kdp:preset=paper:fill=yes:kernel_epochs=20"
-HEALED = 100_000  # tokens of polish
+PRINTED = "kdp:preset=paper:fill=yes"
+PAPER = f"{PRINTED}:kernel_epochs=20"
+HEALED = "heal=kl:heal_tokens=100000"
 UNREFINED = "kdp:slack=0:refine=no"
 MISSING = "—"
 Models = Mapping[str, Comparison]
@@ -44,7 +45,8 @@ class Step:
 
 
 LADDER = (
-    Step(PAPER, "", "the method as printed, filled up to the ratio"),
+    Step(PRINTED, "", "the method as printed, filled up to the ratio"),
+    Step(PAPER, PRINTED, "20 epochs of step 1 instead of 100"),
     Step(f"{PAPER}:inverse=residual", PAPER, "the inverse gives the update, on a normed input"),
     Step(f"{PAPER}:inverse=residual:refine=yes", f"{PAPER}:inverse=residual", "kernel and inverse refined together"),
     Step("kdp:context=none:sequential=no:slack=0", f"{PAPER}:inverse=residual:refine=yes",
@@ -67,10 +69,18 @@ CHANGES: Mapping[str, tuple[Step, ...]] = {
         Step("kdp:ranking=damage", DEFAULT, "… on top of the slack"),
     ),
     "Polish of the stand-ins": (
-        Step(f"kdp:slack=0:heal=kl:heal_tokens={HEALED}", BASE, f"KL to the dense logits, {HEALED:,} tokens"),
+        Step(f"kdp:slack=0:{HEALED}", BASE, "KL to the dense logits, 100,000 tokens"),
     ),
     "Feature map": (
         Step("kdp:slack=0:kernel=mlp", BASE, "a GELU layer instead of Fourier features"),
+    ),
+    "On top of the default: what helped above": (
+        Step("kdp:context_from=middle", DEFAULT, "attention started from the block's middle layer"),
+        Step(f"kdp:{HEALED}", DEFAULT, "KL to the dense logits, 100,000 tokens"),
+        Step("kdp:refine_epochs=60", DEFAULT, "the time of that polish spent on step 3: 60 epochs instead of 15"),
+        Step("kdp:samples=320", DEFAULT, "… or spent on twice the calibration text"),
+        Step("kdp:kernel=mlp", DEFAULT, "a GELU layer instead of Fourier features"),
+        Step(f"kdp:kernel=mlp:{HEALED}", DEFAULT, "a GELU layer and the KL polish"),
     ),
 }
 # What the inverse network reads: features of a random kernel, least-squares operators on it, or all that step 1 learns.
@@ -145,7 +155,8 @@ def tables(models: Models) -> str:
              *(cell for found in models.values() for cell in (loss_cell(found, Step(BASE, "", "")), "")), ""]]
     changed = [row for title, steps in CHANGES.items()
                for row in ([f"*{title}*", *[""] * (2 + 2 * len(models))], *rows(models, steps))]
-    parts.append(f"## One change at a time\n\nΔ is the difference from the default without slack, seed by seed.\n\n"
+    parts.append(f"## One change at a time\n\nΔ is the difference from the default without slack, in the last "
+                 "rows from the default itself,\nseed by seed. A figure without ± has one seed.\n\n"
                  f"{table(f'what changes | variant | {heads} | helps on', [*base, *changed])}")
     parts.append("## Does step 1 dominate?\n\nThe same inverse network on three kernels; Δ is the difference from the "
                  "fully trained one: above 0, step 1's training pays.\n\n"

@@ -26,8 +26,9 @@ from kdprune.evaluation.perplexity import perplexity
 
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 # The cheap ones first: a run that is stopped has more to show.
-METHODS = ("shortgpt", "linearpatch", "slicegpt", "streamline", "replaceme", "kdp", "sleb")
-SHOWN = ("kdp", "streamline", "linearpatch", "replaceme", "shortgpt", "sleb", "slicegpt")
+SLEB = "sleb:sequences=32"  # as in the main table: about what its published code looks at
+METHODS = ("shortgpt", "linearpatch", "slicegpt", "streamline", "replaceme", "kdp", SLEB)
+SHOWN = ("kdp", "streamline", "linearpatch", "replaceme", "shortgpt", SLEB, "slicegpt")
 MARKS = "osD^vPX"
 MISSING = "—"
 
