@@ -139,7 +139,7 @@ def seed_lead(found: Comparison, ours: str, peer: str) -> str:
 def significance(found: Comparison, ours: str, seed: int = 0) -> str:
     """A line a peer: what KDP keeps more than it, item by item, in both forms."""
     best = best_peers(found)
-    lines = ["| KDP against | excess loss | retained | above chance |", "|---|---|---|---|"]
+    lines = [f"| {title({'': found}, ours)} against | excess loss | retained | above chance |", "|---|---|---|---|"]
     for name in [row.variant.name for row in found.rows if row.seeds and row.variant.options.get("method") != OURS]:
         cells = {"excess loss": seed_lead(found, ours, name)}
         for column, above in (("retained", False), ("above chance", True)):
@@ -162,16 +162,21 @@ def likelihood(p: float) -> str:
 
 
 def verdict(model: str, found: Comparison, ours: str, seed: int = 0) -> str:
-    """Whether KDP leads the best peer above chance, in one sentence."""
-    peer = best_peers(found).get("above chance", "")
+    """Whether KDP leads the best peer by loss and above chance, in one sentence."""
+    best = best_peers(found)
+    said = f"- **{model}**, {title({'': found}, ours)}:"
+    if "excess loss" in best:
+        peer = best["excess loss"]
+        said += f" excess loss {seed_lead(found, ours, peer)}, against the best peer, {title({'': found}, peer)};"
+    peer = best.get("above chance", "")
     measured = item_lead(found, ours, peer, True, seed)
     if measured is None:
-        return f"- **{model}**: no items to compare by."
+        return f"{said} no items to compare by."
     word = "keeps" if measured.difference >= 0 else "loses"
     sure = "more" if measured.p < 0.05 else "no more"
     points = abs(100 * measured.difference)
-    return (f"- **{model}**: above chance KDP {word} {points:.1f} points more than the best peer, "
-            f"{title({'': found}, peer)}: {sure} than the choice of {measured.items:,} items explains "
+    return (f"{said} above chance it {word} {points:.1f} points more than the best peer, "
+            f"{title({'': found}, peer)}, {sure} than the choice of {measured.items:,} items explains "
             f"({shown(measured)}).")
 
 
@@ -212,10 +217,10 @@ def picture(models: Models) -> str:
     return canvas.svg
 
 
-def ours_of(found: Comparison) -> str:
-    """KDP's row: with default options if there is one, otherwise the first."""
-    return next(row.variant.name for row in sorted(found.rows, key=lambda row: row.variant.name != OURS)
-                if row.variant.options.get("method") == OURS)
+def ours_of(found: Comparison) -> list[str]:
+    """KDP's rows, the one with default options first."""
+    return [row.variant.name for row in sorted(found.rows, key=lambda row: row.variant.name != OURS)
+            if row.variant.options.get("method") == OURS and row.seeds]
 
 
 def page(models: Models) -> str:
@@ -226,9 +231,9 @@ def page(models: Models) -> str:
     tables = "\n\n".join(
         f"## {heading}\n\n{says}\n\n{table(models, column)}" for heading, column, says in TABLES
         if any(getattr(row, COLUMNS[column][0]) for found in models.values() for row in found.rows))
-    ours = {model: ours_of(found) for model, found in models.items()}
-    tests = "\n\n".join(f"### {model}\n\n{significance(found, ours[model])}" for model, found in models.items())
-    verdicts = "\n".join(verdict(model, found, ours[model]) for model, found in models.items())
+    tests = "\n\n".join("\n\n".join([f"### {model}", *(significance(found, ours) for ours in ours_of(found))])
+                        for model, found in models.items())
+    verdicts = "\n".join(verdict(model, found, ours) for model, found in models.items() for ours in ours_of(found))
     lacking = [line for model, found in models.items() for line in missing(model, found)]
     lacks = "\n\n## What is missing\n\n" + "\n".join(lacking) if lacking else ""
     ratios = " and ".join(sorted({summary.percent(found.ratio) for found in models.values()}))
