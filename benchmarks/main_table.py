@@ -8,13 +8,11 @@ Every figure of docs/results/main.md comes from these records; docs/results/main
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from publish import command, fill_readme
+from publish import command, fill_readme, merged, portable
 
 from kdprune.report import summary
 from kdprune.report.bootstrap import RESAMPLES, Lead, lead, loss_lead, without_items
@@ -268,40 +266,6 @@ from the same bootstrap over the windows of the held-out text, which follow each
 
 {tests}{lacks}
 """
-
-
-def portable(found: Comparison) -> Comparison:
-    """The record with paths as they are from the repository's root: the page shows its command."""
-    def relative(value: Any) -> Any:
-        if isinstance(value, list):
-            return [relative(item) for item in value]
-        return os.path.relpath(value, ROOT) if isinstance(value, str) and os.path.isabs(value) else value
-
-    return found.model_copy(update={
-        "model": relative(found.model), "recipe": {name: relative(value) for name, value in found.recipe.items()}})
-
-
-def merged(found: Sequence[Comparison]) -> Comparison:
-    """Comparisons of one model under one protocol as one: the later ones add variants and seeds to the first.
-
-    Raises:
-        SystemExit: they differ in model, ratio, calibration or the dense model's figures.
-    """
-    first = found[0]
-    for other in found[1:]:
-        same = [(one.model, one.ratio, one.calibration, one.dense.perplexity, one.dense.tokens, one.dense.tasks)
-                for one in (first, other)]
-        if same[0] != same[1]:
-            raise SystemExit(f"got comparisons of {first.model} and {other.model} under different protocols, expected "
-                             f"the same model, ratio, calibration, held-out text and tasks")
-    units = {(unit.variant, unit.seed): unit for one in found for unit in one.units}
-    variants = {variant.name: variant for one in found for variant in one.variants}
-    failures = {(failure.variant, failure.seed): failure for one in found for failure in one.failures}
-    methods = {"methods": list(variants), "seeds": sorted({seed for one in found for seed in one.seeds})}
-    return first.model_copy(update={
-        "seeds": methods["seeds"], "variants": list(variants.values()), "units": list(units.values()),
-        "failures": [failure for key, failure in failures.items() if key not in units],
-        "recipe": {name: value for name, value in first.recipe.items() if name != "base"} | methods})
 
 
 def add(folders: Sequence[Path], stem: str, model: str) -> None:

@@ -10,7 +10,9 @@ Every figure of the page comes from the record; ``docs/results/NAME-notes.md``, 
 """
 
 import argparse
+import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,42 @@ def command(found: Comparison) -> str:
     whole = found.seeds == list(range(len(found.seeds)))
     seeds = str(len(found.seeds)) if whole else "".join(f"{seed}," for seed in found.seeds)
     return shlex.join([*words, "--seeds", seeds])
+
+
+def portable(found: Comparison) -> Comparison:
+    """The record with paths as they are from the repository's root: the page shows its command."""
+    def relative(value: Any) -> Any:
+        if isinstance(value, list):
+            return [relative(item) for item in value]
+        return os.path.relpath(value, ROOT) if isinstance(value, str) and os.path.isabs(value) else value
+
+    return found.model_copy(update={
+        "model": relative(found.model), "recipe": {name: relative(value) for name, value in found.recipe.items()}})
+
+
+def merged(found: Sequence[Comparison]) -> Comparison:
+    """Comparisons of one model under one protocol as one: the later ones add variants and seeds to the first.
+
+    Raises:
+        SystemExit: they differ in model, ratio, calibration or the dense model's figures, or ablate different things.
+    """
+    first = found[0]
+    for other in found[1:]:
+        same = [(one.model, one.ratio, one.calibration, one.dense.perplexity, one.dense.tokens, one.dense.tasks,
+                 one.kind == "ablation" and (one.recipe.get("base"), one.recipe.get("only"))) for one in (first, other)]
+        if same[0] != same[1]:
+            raise SystemExit(f"got comparisons of {first.model} and {other.model} under different protocols, expected "
+                             f"the same model, ratio, calibration, held-out text and tasks")
+    units = {(unit.variant, unit.seed): unit for one in found for unit in one.units}
+    variants = {variant.name: variant for one in found for variant in one.variants}
+    failures = {(failure.variant, failure.seed): failure for one in found for failure in one.failures}
+    # An ablation's base and parts name its variants.
+    names = {} if first.kind == "ablation" else {"base": None, "methods": list(variants)}
+    seeds = sorted({seed for one in found for seed in one.seeds})
+    return first.model_copy(update={
+        "seeds": seeds, "variants": list(variants.values()), "units": list(units.values()),
+        "failures": [failure for key, failure in failures.items() if key not in units],
+        "recipe": first.recipe | names | {"seeds": seeds}})
 
 
 def pictures(found: Comparison, cost: Comparison) -> dict[str, tuple[str, str]]:
@@ -113,12 +151,13 @@ def fill_readme(file: Path, name: str, table: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="what the command wrote (results.json in it)")
+    parser.add_argument("folders", nargs="*", metavar="folder", help="what the command wrote (results.json in it); "
+                        "several, of other seeds or variants, become one")
     parser.add_argument("name", help="name of the page in docs/results")
     parser.add_argument("--render", action="store_true", help="only write the page again")
     options = parser.parse_args()
     if not options.render:
-        Comparison.load(options.folder).save(RESULTS / f"{options.name}.json")
+        merged([Comparison.load(folder) for folder in options.folders]).save(RESULTS / f"{options.name}.json")
     render(options.name)
 
 

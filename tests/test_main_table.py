@@ -151,3 +151,14 @@ def test_pieces_under_another_protocol_are_refused(results: Path):
     other = other.model_copy(update={"dense": other.dense.model_copy(update={"perplexity": 1.0})})
     with pytest.raises(SystemExit, match="different protocols"):
         main_table.merged([first, other])
+
+
+def test_an_ablation_made_in_pieces_keeps_its_parts(results: Path):
+    parts = {"base": KDP, "only": ["rank"]}
+    first, other = (part.model_copy(update={"kind": "ablation", "recipe": part.recipe | parts})
+                    for part in pieces(results))
+    whole = main_table.merged([first, other])
+    assert (whole.recipe["base"], whole.recipe["only"], whole.recipe["seeds"]) == (KDP, ["rank"], [0, 1])
+    other.recipe["only"] = ["kernel"]
+    with pytest.raises(SystemExit, match="different protocols"):
+        main_table.merged([first, other])
