@@ -29,7 +29,7 @@ from speed import SHAPES
 
 from kdprune.analysis import ENOUGH
 from kdprune.files import readable_bytes
-from kdprune.methods.kdp import KDP, PRESETS
+from kdprune.methods.kdp import PRESETS, REFINE_EPOCHS
 from kdprune.runtime import resolve_device
 from kdprune.session import BUNDLED_MODEL
 
@@ -105,7 +105,7 @@ def projected(found: dict[str, Any]) -> dict[str, float]:
         scale = default["kernel_epochs"] / ran["kernel_epochs"] * wanted / had
         passes["kernel"] = seconds["kernel"] * scale / (forward * MILLION)
     if "refine" in seconds:
-        passes["refine"] = seconds["refine"] / each * KDP.refine_epochs / ran["refine_epochs"]
+        passes["refine"] = seconds["refine"] / each * REFINE_EPOCHS[0] / ran["refine_epochs"]
     return passes
 
 

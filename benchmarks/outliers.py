@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-from stand_ins import VARIANTS
+from stand_ins import TRAINED, VARIANTS
 from torch import BoolTensor, Tensor
 from transformers import PreTrainedModel
 from units_file import (
@@ -158,7 +158,8 @@ def fitted(subject: Subject, rows: TokenSet, block: range, variant: str, quick: 
     options = VARIANTS[variant][1]
     if options is None:
         return Drop(block)
-    method = KDP(**{"fill": False, **options, "blocks": ((block.start, block.stop),), **(QUICK if quick else {})})
+    method = KDP(**{
+        "fill": False, **TRAINED, **options, "blocks": ((block.start, block.stop),), **(QUICK if quick else {})})
     return method(subject.model, rows, None, seed=0, batch_size=BATCH).edits[0]
 
 
@@ -238,7 +239,8 @@ or any other stand-in, err more there than elsewhere?
     python benchmarks/outliers.py
 
 All stand-ins replace the same block, the four middle layers, at 2.5 d² parameters beside their attention (a linear map
-has d²; nothing is filled up to a ratio), one seed. Outlier dimensions: root mean square above {OUTLIER:g} times the
+has d²; nothing is filled up to a ratio), {TRAINED["refine_epochs"]} epochs of step 3, one seed.
+Outlier dimensions: root mean square above {OUTLIER:g} times the
 median dimension's; massive tokens: norm above {MASSIVE:g} times the median token's, both of the dense model's h_e on
 the bundled held-out text. Figures are Σ(ŷ − y)² of a group over its Σ(h_e − h_s)²: dropping the block is 1. Then the
 group's share of the whole error, and its error over its variance.

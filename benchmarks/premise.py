@@ -57,7 +57,7 @@ RESAMPLES = 2000
 # Only solves: the kernel as drawn, least-squares operators, a ridge read-out behind the block's first attention.
 CLOSED_FORM = {"kernel": "fixed", "kernel_epochs": 1, "refine": False, "fill": False}
 # The default, with smaller batches as there are few rows; on a subset of the blocks.
-REFINED, REFINED_LENGTH = {"kernel_epochs": 3, "batch": 2, "fill": False}, 4
+REFINED, REFINED_LENGTH = {"kernel_epochs": 3, "batch": 2, "fill": False, "refine_epochs": 15}, 4
 
 
 def key(record: Record) -> tuple[object, ...]:
@@ -279,8 +279,9 @@ the damage that their removal does, better than cosine, ShortGPT's Block Influen
 Every block of 2, 4 and 6 unprotected layers is removed by itself: **dropped**; replaced by an affine **linear map**
 (`method=linear`); replaced by the default's **attention + kernel in closed form** (the kernel as drawn, least-squares
 operators, ridge read-out behind the block's first attention; no gradient steps on the state); blocks of
-{REFINED_LENGTH} layers also by the default, **refined**, in batches of {REFINED["batch"]} rows as there are few. RBF
-CKA, linear CKA and cosine compare h_s with h_e; BI, one minus the cosine of a layer's input and output, and the
+{REFINED_LENGTH} layers also by the default, **refined** for {REFINED["refine_epochs"]} epochs, in batches of
+{REFINED["batch"]} rows as there are few. RBF CKA, linear
+CKA and cosine compare h_s with h_e; BI, one minus the cosine of a layer's input and output, and the
 relative update norm are summed over the block's layers. In brackets: 95 % of {RESAMPLES} bootstrap resamples of the
 blocks, which overlap, so that the true uncertainty is larger. Over all lengths together any score does well that grows
 with length.

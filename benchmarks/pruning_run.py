@@ -138,6 +138,7 @@ def measure(job: Job) -> dict[str, Any]:
                 save_model(made.pruned, Path(out), None)
                 verify(out, made.pruned, tokens.ids[:1, :64])
         passes.append(forward_seconds(run, some, stages.clock))
+    shape = method.shape(run.model.config.hidden_size)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
     return {
         "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(run.model),
@@ -145,8 +146,9 @@ def measure(job: Job) -> dict[str, Any]:
         "forward_seconds": [seconds * tokens.tokens / some.tokens for seconds in passes],
         "stages": stages.costs, "wall_seconds": dict(stages.seconds), "peak_bytes": peak_memory_bytes(),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-        "method": {name: getattr(method, name) for name in ("kernel_epochs", "refine_epochs", "kernel_tokens")},
-        "features": [method.shape(run.model.config.hidden_size).features],
+        "method": {"kernel_epochs": method.kernel_epochs, "kernel_tokens": method.kernel_tokens,
+                   "refine_epochs": method.settings(shape, tokens).step3.epochs},
+        "features": [shape.features],
     }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from lent_keys import LentBudget, Paired, check_lending, connected, lending, projections
 from matplotlib.figure import Figure
 from pruned_models import QUICK, add_sizes, compared, fitted_tokens, scored_tokens, seeds_of
-from stand_ins import spread
+from stand_ins import TRAINED, spread
 from transformers import PreTrainedModel
 from units_file import (
     COLOURS,
@@ -57,7 +57,7 @@ VARIANTS = {
     "shared": "the neighbour's; the rest starts as the block's first attention",
     "aligned": "the neighbour's; the rest starts as the neighbour's attention",
 }
-OPTIONS: dict[str, Any] = {}  # of the default, for trials on models too small for it
+OPTIONS: dict[str, Any] = TRAINED  # where they are not the default's
 
 
 def key(record: Record) -> tuple[object, ...]:
@@ -88,7 +88,8 @@ def fitted(
                 paired: Any = Paired(states.inputs, found[lender], purse, model, start - 1)
                 states = dataclasses.replace(states, inputs=paired)
             edit, record = fit_block(
-                model, states, shape, method.settings(shape), generator(seed, number + 1), work_device(model), Stages())
+                model, states, shape, method.settings(shape, rows), generator(seed, number + 1), work_device(model),
+                Stages())
         edits.append(edit)
         records.append(record)
     return edits, records
@@ -99,7 +100,7 @@ class Bench:
 
     def __init__(self, subject: Subject, held_out: TokenSet, rows: TokenSet, seed: int, quick: bool):
         self.model, self.held_out, self.rows, self.seed = subject.model, held_out, rows, seed
-        self.method = KDP(ratio=RATIO, **OPTIONS, **(QUICK["kdp"] if quick else {}))
+        self.method = KDP(ratio=RATIO, **(OPTIONS | (QUICK["kdp"] if quick else {})))
         self.method.check(self.model, self.rows)
         scores = score_layers(
             self.model, self.rows, protect=self.method.protect, seed=seed, batch_size=BATCH, stages=Stages())
@@ -228,7 +229,8 @@ have cost goes into more features?
 
     python benchmarks/shared_keys.py --seeds 3
 
-KDP's default at {RATIO:.0%} net. Every variant stands in the blocks that the default selects and is fitted by the same
+KDP's default at {RATIO:.0%} net with {TRAINED["refine_epochs"]} epochs of step 3.
+Every variant stands in the blocks that the default selects and is fitted by the same
 code on the same rows, later blocks on the states that the model with the earlier stand-ins gives. The neighbour's keys
 and values are taken as its projections put them out, in front of norms and rotary positions, which the attention that
 borrows applies as ever; queries, output projection, norms and features are refined, the neighbour stays as it is. Mean

@@ -19,7 +19,7 @@ from typing import Any
 
 import units_file
 from matplotlib.figure import Figure
-from stand_ins import RESULTS, Bench, spread
+from stand_ins import RESULTS, TRAINED, Bench, spread
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
@@ -68,7 +68,7 @@ def _order(unit: tuple[float, str, int]) -> tuple[float, int, int]:
 def measure(bench: Bench, ratio: float, variant: str, known: Record | None, quick: bool) -> Record:
     """One unit. ``known``: the default's record at this ratio and seed, whose blocks may turn out to be these."""
     unit: Record = {"ratio": ratio, "variant": variant, "seed": bench.seed, "quick": quick}
-    method = KDP(ratio=ratio, **(QUICK if quick else {}), **VARIANTS[variant][1])
+    method = KDP(ratio=ratio, **(QUICK if quick else TRAINED), **VARIANTS[variant][1])
     scores = bench.scores.tensors()
     try:
         chosen = choose_blocks(method, scores, method.budget(bench.model))
@@ -220,6 +220,7 @@ blocks, and the longest block K_max change on the bundled model, in theory and i
 
     {command}
 
+{TRAINED["refine_epochs"]} epochs of step 3;
 {reached[0]['calibration_tokens']:,} calibration tokens; held-out text: {protocol['tokens']:,} tokens, window
 {protocol['window']}, stride {protocol['stride']}; dense perplexity {protocol['dense']:.2f}. Mean ± standard deviation
 over {len(seeds)} seeds. State error (of the finished stand-in, on held-out tokens, dropping the block is about 1), B_A,

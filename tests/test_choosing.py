@@ -138,7 +138,7 @@ def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) ->
 def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **options) -> dict[range, float]:
     method = KDP(**{**SOLVED, **options})
     shape = method.shape(model.config.hidden_size)
-    trial = Trial(shape, method.settings(shape), method.held, method.path_rows(tokens, shape).fit)
+    trial = Trial(shape, method.settings(shape, tokens), method.held, method.path_rows(tokens, shape).fit)
     return measure_damage(model, tokens, blocks, trial, seed=3, stages=Stages(), batch_size=4, keep=Keeper())
 
 

@@ -277,7 +277,7 @@ def _job(
     kept = len(sizes) - sum(map(len, blocks))
     return Job(
         width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
-        held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape),
+        held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),
         path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
         site=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
         outside=(dense.num_parameters() - sum(sizes)) * itemsize, added=max(_added(method, dense, blocks, shape)))

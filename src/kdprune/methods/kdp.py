@@ -38,6 +38,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Step 3 lasts so many epochs: the least, or where the rows are few as many as make LEAST_STEPS, up to the most
+# (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
+REFINE_EPOCHS = (15, 60)
+LEAST_STEPS = 1200
+
 
 @dataclass(frozen=True, kw_only=True)
 class KDP(RankedMethod):
@@ -102,7 +107,8 @@ class KDP(RankedMethod):
         None, "tokens of step 1 (8192, or 8 for every feature if that is more)", least=1)
     kernel_rate: float | None = option(None, "peak learning rate of step 1 (0.384 / the width)", above=0)
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1)
-    refine_epochs: int = option(15, "epochs of step 3", least=1)
+    refine_epochs: int | None = option(
+        None, "epochs of step 3 (15; where the rows are few as many as make 1,200 steps, at most 60)", least=1)
     rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0)
     batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1)
     # Parts of the method, each of which can be left out to see what it brings.
@@ -186,7 +192,7 @@ class KDP(RankedMethod):
         budget = self.budget(model)
         shape, damage = budget.shape, None
         if self._by_damage:
-            trial = Trial(shape, self.settings(shape), self.held, self.path_rows(tokens, shape).fit)
+            trial = Trial(shape, self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
             damage = measure_damage(
                 model, tokens, blocks_to_measure(possible_blocks(self, budget), budget), trial, seed=seed,
                 stages=stages, batch_size=batch_size, keep=keep)
@@ -196,7 +202,7 @@ class KDP(RankedMethod):
         if self.fill:
             shape = spare_features(shape, budget, blocks)
         plan = Plan(
-            blocks, shape, self.settings(shape), tokens.held_out(self.held), self.path_rows(tokens, shape),
+            blocks, shape, self.settings(shape, tokens), tokens.held_out(self.held), self.path_rows(tokens, shape),
             self.share_kernel, bool(self.sequential))
         result = fit_blocks(model, tokens, plan, seed=seed, stages=stages, batch_size=batch_size, keep=keep)
         return replace(result, damage=damage)
@@ -212,8 +218,8 @@ class KDP(RankedMethod):
         wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
         return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
 
-    def settings(self, shape: Shape) -> FitSettings:
-        """How blocks are fitted with stand-ins of this shape."""
+    def settings(self, shape: Shape, tokens: TokenSet) -> FitSettings:
+        """How blocks are fitted with stand-ins of this shape, on these tokens."""
         # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
         rate = self.rate or 4 / shape.width
         return FitSettings(
@@ -221,7 +227,13 @@ class KDP(RankedMethod):
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, self.batch, rate),
-            step3=Schedule(self.refine_epochs, self.batch, rate),
+            step3=Schedule(self._refine_epochs(tokens), self.batch, rate),
             parts=Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)}),
             spectral_norm=self.spectral_norm,
         )
+
+    def _refine_epochs(self, tokens: TokenSet) -> int:
+        """Epochs of step 3 on these rows, less those held out."""
+        least, most = REFINE_EPOCHS
+        steps = max(1, -(-(len(tokens) - tokens.held_out(self.held)) // self.batch))
+        return self.refine_epochs or min(most, max(least, -(-LEAST_STEPS // steps)))
