@@ -61,8 +61,8 @@ def test_sweep_measures_once_and_shows_what_is_missing(
     for record in records:
         assert record["excess_loss"] == pytest.approx(math.log(record["perplexity"] / record["dense"]), abs=1e-3)
     page = file.with_suffix(".md").read_text()
-    assert "Not measured yet: KDP (10%, 20%, 25%, 30%, 40%, 50%)" in page
-    assert "| KDP | — |" in page
+    assert "Not measured yet: KDP `refine_epochs=15` (10%, 20%, 25%, 30%, 40%, 50%)" in page
+    assert "| KDP `refine_epochs=15` | — |" in page
     assert file.with_suffix(".svg").is_file()
     # What was measured is not measured again; what was pruned is found again and gives the same figure.
     monkeypatch.setattr(pruned_models, "apply_edits", lambda *_: pytest.fail("pruned again"))
@@ -153,4 +153,4 @@ def test_generation_runs(bench: Bench, tmp_path: Path, monkeypatch: pytest.Monke
     assert dense["of_dense_text"] == dense["under_dense"]
     assert all(0 <= score <= 1 for record in records for score in record["rouge"]["true"]["rouge1"])
     page = file.with_suffix(".md").read_text()
-    assert "Not measured yet: ShortGPT, LinearPatch, Streamline-FFN, KDP." in page
+    assert "Not measured yet: ShortGPT, LinearPatch, Streamline-FFN, KDP `refine_epochs=15`." in page
