@@ -39,13 +39,16 @@ QUICK: dict[str, dict[str, Any]] = {
     "kdp": {"kernel_epochs": 1, "inverse_epochs": 1, "refine_epochs": 1}, "streamline": {"epochs": 1},
     "replaceme": {"epochs": 1}}
 TITLES = {
-    "kdp": "KDP", "streamline": "Streamline-FFN", "linearpatch": "LinearPatch", "replaceme": "ReplaceMe",
+    "kdp": "KDP", "streamline": "Streamline-FFN", "streamline:stand_in=layer": "Streamline-Layer",
+    "linearpatch": "LinearPatch", "replaceme": "ReplaceMe",
     "shortgpt": "ShortGPT", "sleb": "SLEB", "slicegpt": "SliceGPT"}
 
 
 def title(variant: str) -> str:
     """A variant as pages show it."""
-    name, _, options = variant.partition(":")
+    named = [name for name in TITLES if f"{variant}:".startswith(f"{name}:")]
+    name = max(named, key=len, default=variant.partition(":")[0])
+    options = variant.removeprefix(name).removeprefix(":")
     return f"{TITLES.get(name, name)}{f' `{options}`' if options else ''}"
 
 
