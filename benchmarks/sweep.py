@@ -125,26 +125,31 @@ def lacking(records: list[Record]) -> str:
 
 
 def plot(records: list[Record]) -> Figure:
-    """A panel a model: excess loss against net ratio, a curve a method, dots are seeds."""
+    """A panel a model, two in a row: excess loss against net ratio, a curve a method, dots are seeds."""
     models = by_model(records)
-    figure = Figure(figsize=(6.6 * len(models), 4.6), layout="constrained")
-    for axes, (name, found) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+    columns, lines = min(2, len(models)), -(-len(models) // 2)
+    figure = Figure(figsize=(6.6 * columns, 4.6 * lines), layout="constrained")
+    for number, (name, found) in enumerate(models.items()):
+        axes = figure.add_subplot(lines, columns, number + 1)
         for place, method in enumerate(methods_of(found)):
             colour, mark = COLOURS[place % len(COLOURS)], MARKS[place % len(MARKS)]
             units = reached(found, method)
             points = [(statistics.fmean(r["net_ratio"] for r in here), statistics.fmean(r["excess_loss"] for r in here))
                       for ratio in sorted({r["ratio"] for r in units}) if (here := reached(found, method, ratio))]
             look = {"color": colour, "marker": mark, "markersize": 5,
-                    "fillstyle": "full" if method == KDP else "none"}
+                    "fillstyle": "full" if title(method).startswith("KDP") else "none"}
+            if place >= len(COLOURS):  # the same colour and mark, larger and with an edge
+                look |= {"markersize": 8, "markeredgecolor": "black", "linestyle": "--"}
             axes.plot(*zip(*points, strict=True) if points else ([], []), linewidth=1.8 if method == KDP else 1.1,
                       label=title(method).replace("`", "") + ("" if points else " (not measured)"), **look)
             if len({record["seed"] for record in units}) > 1:
-                axes.plot([r["net_ratio"] for r in units], [r["excess_loss"] for r in units], linestyle="", **look)
+                look |= {"linestyle": ""}
+                axes.plot([r["net_ratio"] for r in units], [r["excess_loss"] for r in units], **look)
         # Logarithmic: the worst method loses ten times what the best one does.
         axes.set(xlabel="share of the parameters removed, net", title=name, yscale="log",
-                 xlim=(0.05, 0.6), ylim=(0.01, 3), ylabel="excess loss ln(ppl / dense ppl), nats per token")
+                 xlim=(0.05, 0.6), ylim=(0.003, 3), ylabel="excess loss ln(ppl / dense ppl), nats per token")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
+        ticks = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
