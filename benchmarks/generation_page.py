@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from pruned_models import title
+from pruned_models import KDP, title
 from units_file import COLOURS, Record, by_model, load, table, write_page
 
 RATIO = 0.25
-KDP = "kdp:refine_epochs=15"  # a third of the time that the default takes on few rows
 METHODS = ("shortgpt", "linearpatch", "streamline", KDP)
 PROMPT, NEW = 64, 64  # tokens of a prompt, and of a continuation
 MEASURES = ("rouge1", "rouge2", "rougeL")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from pruned_models import Pruner, add_options, compared, fitted_tokens, scored_tokens, seeds_of, title
+from pruned_models import KDP, Pruner, add_options, compared, fitted_tokens, scored_tokens, seeds_of, title
 from stand_ins import spread
 from units_file import COLOURS, Record, Subject, arguments, by_model, compact, keep, load, make_page, table, write_page
 
@@ -26,7 +26,6 @@ from kdprune.evaluation.perplexity import perplexity
 
 RATIOS = (0.1, 0.2, 0.25, 0.3, 0.4, 0.5)
 # The cheap ones first: a run that is stopped has more to show.
-KDP = "kdp:refine_epochs=15"  # a third of the time that the default takes on few rows
 SLEB = "sleb:sequences=32"  # as in the main table: about what its published code looks at
 METHODS = ("shortgpt", "linearpatch", "slicegpt", "streamline", "replaceme", KDP, SLEB)
 SHOWN = (KDP, "streamline", "linearpatch", "replaceme", "shortgpt", SLEB, "slicegpt")
