@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from pruned_models import (
+    KDP,
     LONGEST,
     QUICK_TOKENS,
     TOKENS,
@@ -40,7 +41,7 @@ from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import Perplexity, perplexity
 
 RATIO = 0.25
-METHODS = ("linearpatch", "streamline", "kdp")
+METHODS = ("linearpatch", "streamline", KDP)
 COUNTS = (2048, 8192, 32_768, TOKENS)
 DOMAINS = {"news": "wikinews", "books": "gutenberg", "encyclopedia": "wiki_en"}
 SHOWN_DOMAINS = ("news", "books")
