@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from stand_ins import TRAINED
 from units_file import (
     COLOURS,
     Record,
@@ -57,7 +58,7 @@ RESAMPLES = 2000
 # Only solves: the kernel as drawn, least-squares operators, a ridge read-out behind the block's first attention.
 CLOSED_FORM = {"kernel": "fixed", "kernel_epochs": 1, "refine": False, "fill": False}
 # The default, with smaller batches as there are few rows; on a subset of the blocks.
-REFINED, REFINED_LENGTH = {"kernel_epochs": 3, "batch": 2, "fill": False, "refine_epochs": 15}, 4
+REFINED, REFINED_LENGTH = {"kernel_epochs": 3, "batch": 2, "fill": False, **TRAINED}, 4
 
 
 def key(record: Record) -> tuple[object, ...]:

@@ -157,6 +157,8 @@ def main() -> None:
     parser.add_argument("--render", action="store_true", help="only write the page again")
     options = parser.parse_args()
     if not options.render:
+        if not options.folders:
+            parser.error("got no folder, expected what the command wrote; or give --render")
         merged([Comparison.load(folder) for folder in options.folders]).save(RESULTS / f"{options.name}.json")
     render(options.name)
 

@@ -234,6 +234,8 @@ class KDP(RankedMethod):
 
     def _refine_epochs(self, tokens: TokenSet) -> int:
         """Epochs of step 3 on these rows, less those held out."""
+        if self.refine_epochs is not None:
+            return self.refine_epochs
         least, most = REFINE_EPOCHS
-        steps = max(1, -(-(len(tokens) - tokens.held_out(self.held)) // self.batch))
-        return self.refine_epochs or min(most, max(least, -(-LEAST_STEPS // steps)))
+        steps = -(-len(tokens.fitted(self.held)) // self.batch)
+        return min(most, max(least, -(-LEAST_STEPS // steps)))
