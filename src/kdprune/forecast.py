@@ -193,7 +193,7 @@ class Job:
         if self.shape.kind == "fourier":
             path, epochs = self.path[0] * self.length, self.settings.step1.epochs
             restarts = epochs + 1
-            if not self.settings.parts.operators:  # nothing is learned, nothing solved for
+            if "operators" in self.settings.without:  # nothing is learned, nothing solved for
                 epochs, restarts = 0, 0
             found["kernel"] = Work(
                 single=GRADIENT * epochs * steps * path * size**2,

@@ -22,7 +22,6 @@ from kdprune.methods.shape import Shape
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
-from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer, layers_replaced
 from kdprune.pipeline import make_method
 from kdprune.runtime import generator, quiet_libraries
@@ -79,7 +78,7 @@ class PruningPlan:
 
     Attributes:
         ratio: asked for; net_ratio: what these blocks and stand-ins give. given: whether the blocks were named.
-        kind, features, hidden, context: of the stand-ins. groups: key-value heads of the context; None: all.
+        kind, features, hidden, context: of the stand-ins.
         added: parameters of each with what stands before it.
         states_bytes: on disk, or in memory without a work directory. scratch_bytes: of a streamed model's analysis.
         forward_seconds: of one pass of the layer stack over the calibration set.
@@ -96,7 +95,6 @@ class PruningPlan:
     features: int
     hidden: int
     context: bool
-    groups: int | None
     added: list[int]
     samples: int
     length: int
@@ -160,7 +158,7 @@ def plan(
         net_ratio=1 - pruned_side.parameters / dense_side.parameters,
         blocks=[(block.start, block.stop) for block in blocks], given=method.blocks is not None, kind=shape.kind,
         features=shape.features, hidden=shape.hidden, context=shape.context,
-        groups=shape.groups(key_value_heads(dense.config)), added=_added(method, dense, blocks, shape),
+        added=_added(method, dense, blocks, shape),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,
         stages=[Stage(name, value / forward, value) for name, value in seconds.items()])
@@ -232,13 +230,13 @@ def _added(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shap
 
 def _pruned(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:
     """The outline with stand-ins in the place of the blocks."""
-    edits, groups = [], shape.groups(key_value_heads(dense.config))
+    edits = []
     for block in blocks:
         with torch.device("meta"):
             stand_in = shape.build(generator(0))
         source = shape.source(block)
-        context = None if source is None else context_layer(dense, source, stand_in, groups)
-        edits.append(Substitute(block, stand_in, context, source, groups))
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(block, stand_in, context, source))
     return apply_edits(dense, edits).eval()
 
 
@@ -248,13 +246,6 @@ def _cache_bytes(dense: PreTrainedModel) -> int:
         return kv_cache_bytes_per_token(dense)
 
 
-def _all_layers(model: PreTrainedModel, cache: int) -> int:
-    """Bytes that all layers cache a token, ``cache`` each, or less where one has fewer heads."""
-    heads = key_value_heads(model.config)
-    widths = (getattr(model.config, "kdp", None) or {}).get("widths") or [{}] * model.config.num_hidden_layers
-    return sum(cache * width.get("groups", heads) // heads for width in widths)
-
-
 def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
     """``cache``: bytes that a layer of the dense model caches a token."""
     buffers = [buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
@@ -262,7 +253,7 @@ def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
     return Side(
         layers=model.config.num_hidden_layers, parameters=model.num_parameters(),
         disk_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *buffers]),
-        kv_bytes=_all_layers(model, cache), prefill_flops=forward_flops(model, 1, length) / length,
+        kv_bytes=cache * model.config.num_hidden_layers, prefill_flops=forward_flops(model, 1, length) / length,
         decode_flops=forward_flops(model, 1, 1, length))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.methods.options import choices
+from kdprune.methods.options import choices, takes_several
 from kdprune.resources import Resources
 from kdprune.text import parse_weighted
 
@@ -98,8 +99,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
     if name == "blocks" and isinstance(value, str):
         return parse_blocks(value)
+    if takes_several(kind) and isinstance(value, str):
+        value = [part.strip() for part in re.split(r"[,+]", value) if part.strip()]
     if allowed := choices(kind):
-        reject_unknown([value], allowed, name)
+        reject_unknown(value if takes_several(kind) else [value], allowed, name)
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:

@@ -46,7 +46,7 @@ class Resources:
         "directory (most of what is free)")
     device_memory: str | None = option(None, "the same on the accelerator (most of what is free)")
     device_map: str | None = option(None, "auto: spread the model over all devices, as in transformers")
-    load_in: Literal["8bit", "4bit", "8bit-torchao", "4bit-torchao"] | None = option(
+    load_in: Literal["8bit", "4bit"] | None = option(
         None, "collect states from a copy of the model in so many bits; what is pruned stays in full precision")
 
     def __post_init__(self) -> None:
@@ -100,9 +100,8 @@ class Resources:
         """The quantised model that states are collected from, if one is asked for."""
         if self.load_in is None:
             return None
-        check_load_in(self.load_in, model, device)
-        bits, backend = LOAD_IN[self.load_in]
-        return load_quantised(model, bits, backend, device, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_load_in(self.load_in, model)
+        return load_quantised(model, LOAD_IN[self.load_in], device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def _max_memory(self) -> dict[int | str, int | str] | None:
         """The budgets in transformers' form, which leaves a device alone that it does not name."""

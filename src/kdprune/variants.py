@@ -123,12 +123,12 @@ def parts_of(width: int, layers: int, rows: int) -> list[Part]:
     return [
         Part("kernel", "The kernel", {
             "kernel=linear": "without kernel: a linear map", "kernel=mlp": "a GELU layer instead",
-            "kernel=fixed": "fixed as drawn", "kernel=isotropic": "isotropic"}),
-        Part("start", "Starts of step 1", {"ols_start=no": "without OLS starts"}),
+            "kernel=fixed": "fixed as drawn", "without=anisotropy": "isotropic"}),
+        Part("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}),
         Part("loss", "Loss of step 1", {
-            "cosine_term=no": "without the cosine term", "position_weights=no": "without position weights"}),
-        Part("operators", "Operators", {"operators=no": "without operators"}),
-        Part("alpha", "α", {"alpha=no": "without α"}),
+            "without=cosine_term": "without the cosine term", "without=position_weights": "without position weights"}),
+        Part("operators", "Operators", {"without=operators": "without operators"}),
+        Part("alpha", "α", {"without=alpha": "without α"}),
         Part("inverse", "Inverse network, token by token", {
             token_wise: "residual, no attention", "inverse=direct": "direct, no attention"}),
         Part("features", "Features m", {f"features={m}": f"m = {m}" for m in features}, "features m"),

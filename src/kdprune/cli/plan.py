@@ -68,8 +68,7 @@ def _layout(found: PruningPlan) -> str:
     spans = ", ".join(f"[{start}, {end})" for start, end in found.blocks)
     replaced, count = sum(end - start for start, end in found.blocks), len(found.blocks)
     size = summary.count(max(found.added))
-    heads = "" if found.groups is None else f" of {found.groups} key-value head{'s' * (found.groups > 1)}"
-    context = f"attention{heads} and " if found.context else ""
+    context = "attention and " if found.context else ""
     hidden = f", hidden {found.hidden}" if found.hidden else ""
     words = (f"{replaced} of {found.dense.layers} layers in {count} block{'s' * (count > 1)}, {spans}; each gets "
              f"{context}{found.kind} features m = {found.features}{hidden} ({size} parameters)")

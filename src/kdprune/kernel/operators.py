@@ -87,33 +87,18 @@ def spectral_norm(matrices: Tensor, exact: int = 1024, iterations: int = 100) ->
     return (matrices @ vector).norm(dim=(1, 2))
 
 
-def clip_spectral_norm(matrices: Tensor, limit: float) -> Tensor:
-    """The matrices with ‖A‖₂ ≤ limit that are nearest in the Frobenius norm: (k, D, D) → (k, D, D), float64.
-
-    With the singular value decomposition A = U S Vᵀ these are U min(S, limit) Vᵀ = A V min(1, limit/S) Vᵀ. V and S come
-    from the eigenvectors of AᵀA, several times faster to get than singular vectors: where AᵀA loses accuracy, at small
-    singular values, the factor is 1 and VVᵀ = I.
-    """
-    matrices = matrices.double()
-    squared, right = torch.linalg.eigh(matrices.mT @ matrices)
-    factor = (limit / squared.clamp_min(1e-300).sqrt()).clamp_max(1)
-    return (matrices @ right * factor.unsqueeze(-2)) @ right.mT
-
-
 class LinearDynamics(nn.Module):
     """k operators A_i = I + γ_i B_i on R^D, ‖B_i‖₂ = 1 at every (re)start, so that γ_i is the size of the step.
 
     Args:
-        steps: k. size: D.
-        limit: largest ‖A_i‖₂ that ``start`` and ``hold`` leave; None: any. Gradient steps between them are free.
+        steps: k.
+        size: D.
 
-    Source: KDP, section 4 (I + γB keeps the residual form of the network in kernel space); the limit is the spectral
-    normalisation that it suggests for more than a quarter of the parameters.
+    Source: KDP, section 4 (I + γB keeps the residual form of the network in kernel space).
     """
 
-    def __init__(self, steps: int, size: int, limit: float | None = None):
+    def __init__(self, steps: int, size: int):
         super().__init__()
-        self.limit = limit
         self.gamma = nn.Parameter(torch.zeros(steps))
         self.direction = nn.Parameter(torch.zeros(steps, size, size))
 
@@ -131,14 +116,12 @@ class LinearDynamics(nn.Module):
 
     @torch.no_grad()
     def start(self, matrices: Iterable[Tensor], trained: bool = True) -> None:
-        """Sets A_i to given matrices, k times (D, D), or to the nearest within the limit (``clip_spectral_norm``).
+        """Sets A_i to given matrices, k times (D, D).
 
         A_i − I is split into γ_i, its spectral norm, and B_i; where nothing is trained afterwards, which spares the
         norm, into 1 and itself.
         """
         for number, matrix in enumerate(matrices):
-            if self.limit is not None:
-                matrix = clip_spectral_norm(matrix[None], self.limit)[0]
             update = matrix.double() - torch.eye(len(matrix), dtype=torch.float64, device=matrix.device)
             gamma = spectral_norm(update[None])[0].clamp_min(1e-12) if trained else torch.ones_like(update[0, 0])
             self.gamma[number] = gamma
@@ -150,12 +133,6 @@ class LinearDynamics(nn.Module):
         draw = torch.randn(self.direction.shape, generator=generator).to(self.direction)
         self.gamma.zero_()
         self.direction.copy_(draw / spectral_norm(draw)[:, None, None])
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Brings operators that have left the limit back to it; those within it keep their γ_i and B_i."""
-        if self.limit is not None and float(self.spectral_norms().max()) > self.limit:
-            self.start(self.matrices())
 
     @torch.no_grad()
     def spectral_norms(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 
 import torch
@@ -11,11 +10,9 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.methods.method import RankedMethod
-from kdprune.methods.saliency import attention_parts
 from kdprune.methods.shape import Shape
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.model.modeling_kdp import key_value_heads
-from kdprune.selection import candidate_blocks, open_layers, reachable, select_blocks
+from kdprune.selection import candidate_blocks, open_layers, select_blocks
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
 # parameters bring a residual MLP from .192 to .177).
@@ -26,34 +23,27 @@ class Budget:
     """Parameters of a model, layer by layer, against what a block's stand-in costs.
 
     Args:
-        model: the dense model. shape: the stand-in. ratio: share of all parameters to remove.
-        longer: mean layers by which the blocks, with stand-ins of this shape, are to remove more than that.
-        slack: mean layers by which they may remove more than they have to.
+        model: the dense model.
+        shape: the stand-in.
+        ratio: share of all parameters to remove.
+        slack: mean layers by which the blocks may remove more than they have to.
 
     Attributes:
-        target: parameters that are to be gone in the end. selected: those that the selection of blocks has to remove,
-            the target and ``longer`` mean layers; what lies between the two is for wider stand-ins. slack: parameters
-            that it may remove beyond ``selected``, for the same use.
+        target: parameters that are to be gone in the end.
+        slack: parameters that the selection may remove beyond that, for wider stand-ins.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, longer: int = 0, slack: float = 0.0):
+    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, slack: float = 0.0):
         family = family_of(model)
-        self.shape, self.ratio, self.longer = shape, ratio, longer
+        self.shape, self.ratio = shape, ratio
         self.total = model.num_parameters()
         self.layers = layer_sizes(model)
-        # A context layer keeps everything but the MLP path and the heads that go.
+        # A context layer keeps everything but the MLP path.
         self.kept_by_context = [
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
-        heads = key_value_heads(model.config)
-        if (groups := shape.groups(heads)) is not None:
-            self.kept_by_context = [
-                kept - (heads - groups) * sum(part.size(layer) for part in attention_parts(model, layer))
-                for kept, layer in zip(self.kept_by_context, decoder_layers(model), strict=True)]
         self.target = round(ratio * self.total)
-        self.mean_layer = sum(self.layers) / len(self.layers)
-        self.selected = self.target + round(longer * self.mean_layer)
-        self.slack = round(slack * self.mean_layer)
+        self.slack = round(slack * sum(self.layers) / len(self.layers))
 
     def removal(self, block: range, features: int | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -76,8 +66,7 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     """The explicit blocks, or every candidate of the selection; needs no scores, so mistakes show before any work.
 
     Raises:
-        KDPruneError: too few layers, impossible blocks, or a ratio, or ``longer``, out of reach (says the largest
-            possible).
+        KDPruneError: too few layers, impossible blocks, or a ratio out of reach (says the largest possible).
     """
     layers = len(budget.layers)
     if options.blocks is not None:
@@ -97,14 +86,6 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
     select_blocks(torch.ones(layers + 1, layers + 1), candidates, budget.removal, budget.target, budget.total)
-    if not budget.longer:
-        return candidates
-    spare = max(reachable(candidates, lambda _: 0.0, budget.removal)) - budget.selected
-    if spare < 0:
-        raise KDPruneError(
-            f"got longer {budget.longer}, expected at most {budget.longer + math.floor(spare / budget.mean_layer)}, "
-            f"which is what ratio {budget.ratio:.4g} leaves in blocks of at most {longest}; lower longer or the ratio, "
-            f"or allow longer blocks (max_block=…)")
     return candidates
 
 
@@ -119,7 +100,7 @@ def choose_blocks(options: RankedMethod, scores: Mapping[str, Tensor] | None, bu
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))
-    return select_blocks(similarity, candidates, budget.removal, budget.selected, budget.total, budget.slack)
+    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.total, budget.slack)
 
 
 def check_blocks(blocks: list[range], layers: int) -> list[range]:

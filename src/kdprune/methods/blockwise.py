@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.identity import digest
 from kdprune.keeper import Keeper
-from kdprune.methods.dynamics import Step1
-from kdprune.methods.fitting import FitSettings, fit_block, shared_kernel
+from kdprune.methods.fitting import FitSettings, fit_block
 from kdprune.methods.keeping import joined, kept
 from kdprune.methods.result import MethodResult
 from kdprune.methods.shape import Shape
@@ -26,7 +25,7 @@ class Plan:
 
     Attributes:
         held: rows at the end that no fit sees. path: rows whose inner states step 1 sees.
-        share_kernel: one step 1 for all blocks. sequential: later blocks see the states that the pruned model gives.
+        sequential: later blocks see the states that the pruned model gives.
     """
 
     blocks: Sequence[range]
@@ -34,7 +33,6 @@ class Plan:
     settings: FitSettings
     held: int
     path: PathRows
-    share_kernel: bool
     sequential: bool
 
     def identity(self) -> str:
@@ -60,7 +58,7 @@ def fit_blocks(
 
 @dataclass
 class _Supply:
-    """States and shared kernels of the plan, collected when the first block asks for them."""
+    """States of the plan's blocks, collected when the first block asks for them."""
 
     model: PreTrainedModel
     tokens: TokenSet
@@ -71,17 +69,14 @@ class _Supply:
     keep: Keeper
     identity: str
     _states: list[BlockStates] | None = None
-    _kernels: list[Step1] | None = None
 
     def fitter(self, number: int, edits: Sequence[Edit]) -> Callable[[], MethodResult]:
         """What fits block ``number``; ``edits``: of the blocks in front of it."""
 
         def compute() -> MethodResult:
-            states, kernel = self.of(number, edits), self.kernel(number)
             edit, record = fit_block(
-                self.model, states, self.plan.shape, self.plan.settings, generator(self.seed, number + 1),
-                work_device(self.model), self.stages, kernel,
-                self.keep.checkpoints(self.identity, number))
+                self.model, self.of(number, edits), self.plan.shape, self.plan.settings,
+                generator(self.seed, number + 1), work_device(self.model), self.stages, self.keep.checkpoints(self.identity, number))
             return MethodResult([edit], [record])
 
         return compute
@@ -104,18 +99,6 @@ class _Supply:
                 home=lambda _: self.keep.home(digest([self.keep.about, self.identity, number]))(start),
                 advance=advance)
         return dataclasses.replace(states, inputs=found[index])
-
-    def kernel(self, number: int) -> Step1 | None:
-        """Step 1 of block ``number`` if the blocks share theirs, else None."""
-        plan = self.plan
-        if not plan.share_kernel or plan.shape.kind != "fourier" or len(plan.blocks) < 2:
-            return None
-        if self._kernels is None:
-            assert self._states is not None, "states come first"
-            self._kernels = shared_kernel(
-                self.model, self._states, plan.shape, plan.settings, generator(self.seed, len(plan.blocks) + 1),
-                work_device(self.model), self.stages, self.keep.checkpoints(self.identity, "shared"))
-        return self._kernels[number]
 
 
 def index_after(edits: Sequence[Edit], boundary: int) -> int:

@@ -145,7 +145,7 @@ def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
 
 def blocks_to_measure(candidates: Sequence[range], budget: Budget) -> list[range]:
     """The candidates that a set which meets the budget may contain; the others need no stand-in."""
-    return useful_blocks(candidates, budget.removal, budget.selected, budget.slack)
+    return useful_blocks(candidates, budget.removal, budget.target, budget.slack)
 
 
 def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[range]:
@@ -158,4 +158,4 @@ def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[rang
     score = torch.zeros(len(budget.layers) + 1, len(budget.layers) + 1, dtype=torch.float64)
     for block, value in damage.items():
         score[block.start, block.stop] = math.exp(-value)
-    return select_blocks(score, list(damage), budget.removal, budget.selected, budget.total, budget.slack)
+    return select_blocks(score, list(damage), budget.removal, budget.target, budget.total, budget.slack)

@@ -1,6 +1,6 @@
 """Step 1: learn the kernel and the linear operators together (KDP, section 4)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +32,6 @@ class Step1:
     dynamics: LinearDynamics
     curves: dict[str, list[float]]
     effective_rank: float
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Which parts of the method are there; names as in ``KDP``, and all of them by default."""
-
-    ols_start: bool = True
-    cosine_term: bool = True
-    position_weights: bool = True
-    operators: bool = True
-    alpha: bool = True
 
 
 @torch.no_grad()
@@ -89,7 +78,7 @@ def position_weights(positions: Tensor, length: int) -> Tensor:
 
 def fit_dynamics(
     features: FourierFeatures,
-    paths: Sequence[Tensor],
+    path: Tensor,
     weights: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
@@ -97,73 +86,58 @@ def fit_dynamics(
     ridge: float,
     name: str,
     learn_kernel: bool = True,
-    parts: Parts = Parts(),
-    limit: float | None = None,
+    without: Set[str] = frozenset(),
     advance: Callable[[int], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
-) -> list[Step1]:
+) -> Step1:
     """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
 
         Σ_i Σ_x ‖A_i φ(h_{s+i−1}) − φ(h_{s+i})‖² + (1 − w_t cos(A_i φ(h_{s+i−1}), φ(h_{s+i}))),
 
     the operators restarted at the least-squares solution of the current kernel space at the start of every epoch
-    (the paper's "iteration") and once more at the end. Given several blocks, i runs over the operators of all of them:
-    one θ serves them all.
+    (the paper's "iteration") and once more at the end.
 
     Args:
-        paths: of every block its states at the same tokens, shape (k+1, n, d). weights: w_t, shape (n,).
-        ridge: relative ridge of the restarts. learn_kernel: False keeps θ as drawn (only restarts and B learn).
-        parts: without ``ols_start`` A_i starts at I (γ_i = 0, B_i random) and gradients alone teach it; without
-            ``cosine_term`` the loss ends after the first sum; without ``operators`` A_i stays I, and θ as drawn, since
-            the loss would then only ask φ to be constant.
-        limit: largest ‖A_i‖₂ of the operators an epoch starts from, and of those at the end; None: any.
-
-    Returns:
-        What was learned of every block; all share ``features`` and the curves of loss and cosine.
+        path: the block's states at the same tokens, shape (k+1, n, d).
+        weights: w_t, shape (n,).
+        ridge: relative ridge of the restarts.
+        learn_kernel: False keeps θ as drawn (only restarts and B learn).
+        without: parts left out. Without ``ols_start`` A_i starts at I (γ_i = 0, B_i random) and gradients alone teach
+            it; without ``cosine_term`` the loss ends after the first sum; without ``operators`` A_i stays I, and θ as
+            drawn, since the loss would then only ask φ to be constant.
     """
-    device, tokens = paths[0].device, paths[0].shape[1]
-    blocks = [LinearDynamics(len(path) - 1, 2 * features.features, limit).to(device) for path in paths]
-    if parts.operators and not parts.ols_start:
-        for dynamics in blocks:
-            dynamics.start_random(generator)
+    dynamics = LinearDynamics(len(path) - 1, 2 * features.features).to(path.device)
+    solves = not {"operators", "ols_start"} & without
+    if "operators" not in without and not solves:
+        dynamics.start_random(generator)
 
     def restart() -> dict[str, float]:
-        found = {}
-        for number, (dynamics, path) in enumerate(zip(blocks, paths, strict=True)):
-            if parts.operators and parts.ols_start:
-                dynamics.start(solve_operators(features, path, ridge))
-            else:
-                dynamics.hold()
-            found[f"spectral_norm {number}"] = float(dynamics.spectral_norms().max())
-            for key, value in endpoint_statistics(features, dynamics.product().detach(), path).items():
-                found[f"{key} {number}"] = value
-        return found
+        if solves:
+            dynamics.start(solve_operators(features, path, ridge))
+        largest = float(dynamics.spectral_norms().max())
+        return {"spectral_norm": largest, **endpoint_statistics(features, dynamics.product().detach(), path)}
 
     def on_epoch(_: int) -> dict[str, float]:
         advance(1)
         return restart()
 
     def measure(chosen: Tensor) -> Sums:
-        errors = [_step_errors(features, dynamics, path[:, chosen.to(device)])
-                  for dynamics, path in zip(blocks, paths, strict=True)]
-        squared, cosine = (torch.cat(found) for found in zip(*errors, strict=True))
-        loss = squared + 1 - weights[chosen].to(device) * cosine if parts.cosine_term else squared
+        squared, cosine = _step_errors(features, dynamics, path[:, chosen.to(path.device)])
+        loss = squared if "cosine_term" in without else squared + 1 - weights[chosen].to(path.device) * cosine
         # Means over the operators, sums over the tokens.
         return Sums({"loss": loss.mean(0).sum(), "cosine": cosine.mean(0).sum()}, len(chosen))
 
-    trained = [*(features.parameters() if learn_kernel else []), *(p for block in blocks for p in block.parameters())]
-    if parts.operators:
-        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
-                     mine=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
-    else:
+    tokens = path.shape[1]
+    if "operators" in without:
         with torch.no_grad():
             curves = {key: [value] for key, value in measure(torch.arange(tokens)).means().items()}
+    else:
+        trained = [*(features.parameters() if learn_kernel else []), *dynamics.parameters()]
+        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
+                     mine=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
     for key, value in restart().items():
         curves.setdefault(key, []).append(value)
-    return [
-        Step1(features, dynamics, _curves_of(curves, number), _feature_rank(features, path[0]))
-        for number, (dynamics, path) in enumerate(zip(blocks, paths, strict=True))
-    ]
+    return Step1(features, dynamics, curves, _feature_rank(features, path[0]))
 
 
 def _step_errors(features: FourierFeatures, dynamics: LinearDynamics, path: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,12 +146,6 @@ def _step_errors(features: FourierFeatures, dynamics: LinearDynamics, path: Tens
     predicted = mapped[:-1] @ dynamics.matrices().transpose(1, 2)
     cosine = cosine_similarity(predicted, mapped[1:], dim=-1)
     return (predicted - mapped[1:]).square().sum(-1), cosine
-
-
-def _curves_of(curves: dict[str, list[float]], number: int) -> dict[str, list[float]]:
-    """The curves of one block, by plain names, and those of all blocks together."""
-    own = {key.removesuffix(f" {number}"): values for key, values in curves.items() if key.endswith(f" {number}")}
-    return {key: values for key, values in curves.items() if " " not in key} | own
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,11 @@ from kdprune.gradients import Measure, Sums
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.methods.diagnostics import held_out, norm_decay, theory
-from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, position_weights, solve_operators
-from kdprune.methods.heads import keep_heads
+from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
 from kdprune.model.block_states import BlockStates
-from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import Edit
 from kdprune.runtime import Stages
 from kdprune.training import Schedule, advancing, fit
@@ -41,29 +39,24 @@ class FitSettings:
     step1: Schedule
     step2: Schedule
     step3: Schedule
-    parts: Parts = Parts()  # noqa: RUF009 (frozen)
-    spectral_norm: float | None = None
+    without: frozenset[str] = frozenset()
 
 
 def new_site(
     model: PreTrainedModel, states: BlockStates, shape: Shape, generator: torch.Generator, device: torch.device
 ) -> Site:
-    """An unfitted stand-in of this shape in its place, its context with the heads it is to keep."""
-    site = Site(model, states, shape.build(generator), shape.source(states.block), device)
-    if (groups := shape.groups(key_value_heads(model.config))) is not None:
-        keep_heads(site, groups)
-    return site
+    """An unfitted stand-in of this shape in its place."""
+    return Site(model, states, shape.build(generator), shape.source(states.block), device)
 
 
 def fit_block(
     model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
-    device: torch.device, stages: Stages, step1: Step1 | None = None, checkpoints: Checkpoints = lambda _: None,
+    device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
 ) -> tuple[Edit, dict[str, Any]]:
     """Fits the stand-in of one block.
 
     Args:
         model: the dense model. states: of this block. shape: of the stand-in. generator: source of every draw.
-        step1: kernel and operators to start from (``shared_kernel``); None: they are learned on this block alone.
         checkpoints: where a fit stands, by the name of its step.
 
     Returns:
@@ -75,8 +68,7 @@ def fit_block(
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
-        if step1 is None:
-            [step1] = _step1([site], shape, settings, generator, name, stages, checkpoints)
+        step1 = _step1(site, shape, settings, generator, name, stages, checkpoints)
         record["step1"] = step1.curves
         record |= _step2(site, step1, shape, settings, generator, energy, name, stages, checkpoints)
         record |= theory(site, step1)
@@ -92,11 +84,15 @@ def fit_block(
     added = edit.context if edit.context is not None else edit.stand_in
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
-        "hidden": shape.hidden, "rank": settings.rank if settings.kernel in ("learned", "fixed") else 0,
+        "hidden": shape.hidden, "rank": _rank(shape, settings),
         "context": "attention" if shape.context else "none", "context_layer": site.context,
-        "context_groups": site.groups,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
+
+
+def _rank(shape: Shape, settings: FitSettings) -> int:
+    """Rank of the low-rank part of Σ; 0 where the stand-in has none."""
+    return settings.rank if shape.kind == "fourier" and "anisotropy" not in settings.without else 0
 
 
 @torch.no_grad()
@@ -109,9 +105,9 @@ def fit_closed_form(site: Site, shape: Shape, settings: FitSettings, generator: 
     if shape.kind != "fourier":
         _solve_plain(site, settings.ridge)
         return
-    features, [path] = _draw_kernel([site], shape, settings, generator)
-    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features, settings.spectral_norm).to(site.device)
-    if settings.parts.operators:
+    features, path = _draw_kernel(site, shape, settings, generator)
+    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features).to(site.device)
+    if "operators" not in settings.without:
         dynamics.start(solve_operators(features, path, settings.ridge), trained=False)
     product = dynamics.product()
     inverse = _new_inverse(shape, site.device, generator)
@@ -120,41 +116,30 @@ def fit_closed_form(site: Site, shape: Shape, settings: FitSettings, generator: 
     site.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
 
 
-def shared_kernel(
-    model: PreTrainedModel, states: Sequence[BlockStates], shape: Shape, settings: FitSettings,
-    generator: torch.Generator, device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
-) -> list[Step1]:
-    """Step 1 of several blocks together: one kernel, operators of each; arguments as of :func:`fit_block`."""
-    sites = [Site(model, part, shape.build(generator), shape.source(part.block), device) for part in states]
-    return _step1(sites, shape, settings, generator, "of all blocks", stages, checkpoints)
-
-
 def _step1(
-    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages,
+    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages,
     checkpoints: Checkpoints,
-) -> list[Step1]:
-    features, paths = _draw_kernel(sites, shape, settings, generator)
-    states = sites[0].states
-    weights = position_weights(states.path_position, states.tokens.ids.shape[1])
-    if not settings.parts.position_weights:
+) -> Step1:
+    features, path = _draw_kernel(site, shape, settings, generator)
+    weights = position_weights(site.states.path_position, site.states.tokens.ids.shape[1])
+    if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
     with stages.stage(f"kernel {name}", settings.step1.epochs) as advance:
         return fit_dynamics(
-            features, paths, weights, settings.step1, generator, ridge=settings.ridge, name=name,
-            learn_kernel=settings.kernel != "fixed", parts=settings.parts, limit=settings.spectral_norm,
-            advance=advance, checkpoint=checkpoints("kernel"))
+            features, path, weights, settings.step1, generator, ridge=settings.ridge, name=name,
+            learn_kernel=settings.kernel != "fixed", without=settings.without, advance=advance,
+            checkpoint=checkpoints("kernel"))
 
 
 def _draw_kernel(
-    sites: Sequence[Site], shape: Shape, settings: FitSettings, generator: torch.Generator,
-) -> tuple[FourierFeatures, list[Tensor]]:
-    """The kernel that step 1 starts from, and the states of every block as it sees them, (k+1, n, d)."""
-    device = sites[0].device
-    paths = [site.to_kernel(site.states.path.to(device)) for site in sites]
+    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator,
+) -> tuple[FourierFeatures, Tensor]:
+    """The kernel that step 1 starts from, and the states on the block's path as it sees them, (k+1, n, d)."""
+    path = site.to_kernel(site.states.path.to(site.device))
     features = FourierFeatures(
-        shape.width, shape.features, settings.rank, generator, anisotropic=settings.kernel != "isotropic").to(device)
-    features.init_median(torch.cat([path.flatten(0, 1) for path in paths]), generator, settings.bandwidth)
-    return features, paths
+        shape.width, shape.features, settings.rank, generator, anisotropic="anisotropy" not in settings.without)
+    features.to(site.device).init_median(path.flatten(0, 1), generator, settings.bandwidth)
+    return features, path
 
 
 def _new_inverse(shape: Shape, device: torch.device, generator: torch.Generator) -> InverseNetwork:
@@ -195,7 +180,7 @@ def _step2(
         predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
         alpha = decay_compensation(predicted, true)
         norms = norm_decay(step1, alpha, kernel_path, held_path, settings.ridge)
-        if settings.parts.alpha:
+        if "alpha" not in settings.without:
             inverse.alpha.fill_(alpha)
         else:
             inverse.alpha.requires_grad_(False)

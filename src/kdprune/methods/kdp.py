@@ -1,7 +1,7 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from kdprune.methods.block_data import check_rows
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.blockwise import Plan, fit_blocks
 from kdprune.methods.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
-from kdprune.methods.dynamics import Parts
 from kdprune.methods.fitting import FitSettings
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.options import option
@@ -29,6 +28,10 @@ from kdprune.training import Schedule
 # measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md).
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
+        "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
+    },
+    "thorough": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
         "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
     },
@@ -61,65 +64,56 @@ class KDP(RankedMethod):
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
-    preset: Literal["default", "paper"] = option(
-        "default", "fills options not given: the kernel's best form as measured, or the method as printed")
+    preset: Literal["default", "thorough", "paper"] = option(
+        "default", "fills options not given: the best form measured in a short or a long run, or the method as printed")
     endpoints: Literal["input", "output"] | None = option(
-        None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)")
-    kernel: Literal["learned", "fixed", "isotropic", "mlp", "linear"] = option(
-        "learned", "feature map: learned anisotropic kernel, the kernel as drawn, one width for all dimensions, "
-        "or no kernel: a GELU layer, a linear map")
+        None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
+        group="size", rare=True)
+    kernel: Literal["learned", "fixed", "mlp", "linear"] = option(
+        "learned", "feature map: learned anisotropic kernel, the kernel as drawn, or no kernel: a GELU layer, a linear "
+        "map")
     features: int | None = option(
-        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1)
-    rank: int = option(16, "r, rank of the learned part of the covariance", least=0)
+        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size")
+    rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
-        None, "scale of the first frequencies in units of the median heuristic", above=0)
-    spectral_norm: float | None = option(
-        None, "largest spectral norm of an operator in kernel space, 1.0: none lets an error grow (no limit)", above=0)
-    share_kernel: bool = option(
-        False, "learn one kernel in step 1 on all blocks together, from which every stand-in starts")
+        None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
     sequential: bool | None = option(
-        None, "fit later blocks on the states that the model with the earlier stand-ins gives, towards the dense one's")
+        None, "fit later blocks on the states that the model with the earlier stand-ins gives, towards the dense one's",
+        rare=True)
     inverse: Literal["direct", "residual"] | None = option(
-        None, "inverse network rebuilds the state from features alone, or its update on a normalised input")
+        None, "inverse network rebuilds the state from features alone, or its update on a normalised input", rare=True)
     hidden: int | None = option(
-        None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1)
+        None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1, group="size",
+        rare=True)
     context: Literal["none", "attention"] | None = option(
-        None, "what stands before the kernel map: nothing, or one attention sublayer started from one of the block's")
-    context_from: Literal["first", "middle", "last"] = option(
-        "first", "which of the block's layers that sublayer is started from")
-    context_heads: float = option(
-        1.0, "share of its key-value heads, with their queries, that it keeps, at least one: those that add most",
-        above=0, most=1)
-    refine: bool | None = option(None, "step 3: train kernel and inverse (and context) together on the state")
+        None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
+        group="size")
+    refine: bool | None = option(
+        None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
     fill: bool | None = option(
-        None, "spend what the blocks remove beyond the ratio on more features (not when features is given)")
+        None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
+        group="size", rare=True)
     ranking: Literal["similarity", "damage"] = option(
         "similarity", "what the choice of blocks goes by: similarity of states, or the held-out loss that each block "
-        "costs alone with a stand-in that is solved for")
-    longer: int = option(
-        0, "choose blocks that remove so many layers more than the ratio takes; fill spends them on features", least=0)
+        "costs alone with a stand-in that is solved for", group="size", rare=True)
     slack: float | None = option(
         None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
-        "shorter; fill spends it on features", least=0)
-    ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0)
-    kernel_epochs: int | None = option(None, "epochs of step 1", least=1)
+        "shorter; fill spends it on features", least=0, group="size", rare=True)
+    ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0, rare=True)
+    kernel_epochs: int | None = option(None, "epochs of step 1", least=1, rare=True)
     kernel_tokens: int | None = option(
-        None, "tokens of step 1 (8192, or 8 for every feature if that is more)", least=1)
-    kernel_rate: float | None = option(None, "peak learning rate of step 1 (0.384 / the width)", above=0)
-    inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1)
+        None, "tokens of step 1 (8192, or 8 for every feature if that is more)", least=1, rare=True)
+    kernel_rate: float | None = option(
+        None, "peak learning rate of step 1 (0.384 / the width)", above=0, rare=True)
+    inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1, rare=True)
     refine_epochs: int | None = option(
         None, "epochs of step 3 (15; where the rows are few as many as make 1,200 steps, at most 60)", least=1)
-    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0)
-    batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1)
-    # Parts of the method, each of which can be left out to see what it brings.
-    ols_start: bool = option(
-        True, "operators restart at the least-squares solution every epoch; without: from I, by gradient alone")
-    cosine_term: bool = option(True, "the term 1 - w cos of step 1")
-    position_weights: bool = option(True, "w grows with a token's position; without: 1")
-    operators: bool = option(
-        True, "linear operators in kernel space; without: the inverse reads the features of the block's input, and the "
-        "kernel stays as drawn until step 3")
-    alpha: bool = option(True, "the inverse makes up for the operators' norm decay; without: alpha is 1")
+    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0, rare=True)
+    batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1, rare=True)
+    without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
+        option((), "parts of the method left out, to see what they bring: alpha (1 instead), anisotropy (one width for "
+               "all dimensions), cosine_term and position_weights of step 1's loss, ols_start (operators start at I), "
+               "operators (the inverse reads the features of the block's input)", rare=True))
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -136,30 +130,11 @@ class KDP(RankedMethod):
         if self.inverse == "direct" and self.context == "attention":
             raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
                                "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
-        self._check_longer()
-
-    def _check_longer(self) -> None:
-        """What longer blocks save has to be spent, and blocks that are named have their length."""
-        if not self.longer:
-            return
-        advice = "it chooses longer blocks and gives what they save to wider stand-ins"
-        if self.blocks is not None:
-            raise KDPruneError(
-                f"got longer {self.longer} with blocks, expected 0 there: {advice}. Leave one of them out")
-        if not self.fill or self.kernel == "linear":
-            what = "without fill" if self.kernel != "linear" else "with kernel 'linear', which has no features"
-            raise KDPruneError(
-                f"got longer {self.longer} {what}, expected 0 there: {advice}. Give fill, or another kernel")
-
-    @property
-    def takes_blocks(self) -> bool:
-        """Not with ``longer``, which is about choosing them."""
-        return super().takes_blocks and not self.longer
 
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
         slack = (self.slack or 0.0) if self.fill else 0.0
-        return Budget(model, self.shape(model.config.hidden_size), self.ratio, self.longer, slack)
+        return Budget(model, self.shape(model.config.hidden_size), self.ratio, slack)
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
@@ -170,7 +145,6 @@ class KDP(RankedMethod):
         return Shape(
             width=width, kind=kind, features=features, hidden=hidden or 0,
             residual=self.inverse == "residual", context=self.context == "attention",
-            context_from=self.context_from, context_heads=self.context_heads,
         )
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
@@ -203,7 +177,7 @@ class KDP(RankedMethod):
             shape = spare_features(shape, budget, blocks)
         plan = Plan(
             blocks, shape, self.settings(shape, tokens), tokens.held_out(self.held), self.path_rows(tokens, shape),
-            self.share_kernel, bool(self.sequential))
+            bool(self.sequential))
         result = fit_blocks(model, tokens, plan, seed=seed, stages=stages, batch_size=batch_size, keep=keep)
         return replace(result, damage=damage)
 
@@ -228,8 +202,7 @@ class KDP(RankedMethod):
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, self.batch, rate),
             step3=Schedule(self._refine_epochs(tokens), self.batch, rate),
-            parts=Parts(**{part.name: getattr(self, part.name) for part in fields(Parts)}),
-            spectral_norm=self.spectral_norm,
+            without=frozenset(self.without),
         )
 
     def _refine_epochs(self, tokens: TokenSet) -> int:

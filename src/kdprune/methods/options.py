@@ -1,4 +1,4 @@
-"""What a method's fields say of themselves: help texts, choices and ranges."""
+"""What the fields of an option group say of themselves: help texts, groups, choices and ranges."""
 
 from dataclasses import field, fields
 from typing import Any, Literal, get_args, get_origin
@@ -8,16 +8,31 @@ from kdprune.errors import KDPruneError
 
 def option(
     default: Any, text: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
+    group: str = "training", rare: bool = False,
 ) -> Any:
-    """A dataclass field with its help text and, for numbers, its least value or the bound it must exceed, and its
-    greatest value."""
-    return field(default=default, metadata={"help": text, "least": least, "above": above, "most": most})
+    """A dataclass field that is an option on the command line, in recipes, in Python and in the record.
+
+    Args:
+        text: its help.
+        least: least value of a number.
+        above: bound that a number must exceed.
+        most: greatest value of a number.
+        group: heading in the help: "model", "data", "size", "training", "resources" or "output".
+        rare: whether only ``--help-all`` shows it, because the default suits nearly everybody.
+    """
+    return field(default=default, metadata={
+        "help": text, "least": least, "above": above, "most": most, "group": group, "rare": rare})
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a Literal annotation, optional or not; empty for any other annotation."""
+    """The values of a Literal annotation, optional, in a tuple or alone; empty for any other annotation."""
     parts = [part for part in (annotation, *get_args(annotation)) if get_origin(part) is Literal]
     return tuple(choice for part in parts for choice in get_args(part))
+
+
+def takes_several(annotation: Any) -> bool:
+    """Whether the annotation is a tuple of choices."""
+    return get_origin(annotation) is tuple and bool(choices(annotation))
 
 
 def check_values(options: Any) -> None:
@@ -27,8 +42,9 @@ def check_values(options: Any) -> None:
         least, above, most = (item.metadata.get(bound) for bound in ("least", "above", "most"))
         if value is None:
             continue
-        if allowed and value not in allowed:
-            raise KDPruneError(f"got {item.name} {value!r}, expected one of {', '.join(map(str, allowed))}")
+        for one in (value if takes_several(item.type) else [value]) if allowed else []:
+            if one not in allowed:
+                raise KDPruneError(f"got {item.name} {one!r}, expected one of {', '.join(map(str, allowed))}")
         if least is not None and not value >= least:
             kind = "number" if isinstance(value, float) else "whole number"
             raise KDPruneError(f"got {item.name} {value}, expected a {kind} of at least {least}")

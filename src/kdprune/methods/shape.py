@@ -15,8 +15,6 @@ class Shape:
     Attributes:
         width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
         residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
-        context_from: "first", "middle" or "last" of the block's layers, that which the context is started from.
-        context_heads: share of the key-value heads, with their queries, that the context keeps.
     """
 
     width: int
@@ -25,8 +23,6 @@ class Shape:
     hidden: int
     residual: bool
     context: bool
-    context_from: str = "first"
-    context_heads: float = 1.0
 
     def build(self, generator: torch.Generator) -> StandIn:
         """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
@@ -42,15 +38,8 @@ class Shape:
         return stand_in
 
     def source(self, block: range) -> int | None:
-        """The layer that the context of this block's stand-in is started from: s, s + ⌊k/2⌋ or e − 1; None without."""
-        if not self.context:
-            return None
-        return block[{"first": 0, "middle": len(block) // 2, "last": -1}[self.context_from]]
-
-    def groups(self, heads: int) -> int | None:
-        """How many of a layer's key-value heads the context keeps, at least one; None: all, or there is no context."""
-        kept = max(1, round(self.context_heads * heads))
-        return kept if self.context and kept < heads else None
+        """The layer that the context of this block's stand-in is started from: its first; None without context."""
+        return block.start if self.context else None
 
     def parameters(self) -> int:
         """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""

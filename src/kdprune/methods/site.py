@@ -54,7 +54,6 @@ class Site:
         device: torch.device,
     ):
         self.model, self.states, self.device, self.context = model, states, device, context
-        self.groups: int | None = None  # key-value heads left of the context's, None: all
         self.fit_rows = len(states.tokens.ids) - states.held
         self.stand_in = template.to(device)
         self.module: nn.Module = self.stand_in
@@ -151,7 +150,7 @@ class Site:
         """The architecture change this site stands for."""
         if self.context is None:
             return Substitute(self.states.block, self.stand_in)
-        return Substitute(self.states.block, self.stand_in, self.module, self.context, self.groups)
+        return Substitute(self.states.block, self.stand_in, self.module, self.context)
 
 
 @contextlib.contextmanager

@@ -10,46 +10,33 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    TorchAoConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import from_checkpoint, resolve_dtype
 from kdprune.runtime import quiet_libraries, resolve_device
 
-Backend = Literal["bitsandbytes", "torchao"]
-# What ``load_in`` may say: (bits, backend).
-LOAD_IN: dict[str, tuple[int, Backend]] = {
-    "8bit": (8, "bitsandbytes"), "4bit": (4, "bitsandbytes"),
-    "8bit-torchao": (8, "torchao"), "4bit-torchao": (4, "torchao"),
-}  # fmt: skip
-GROUP = 64       # inputs that share a scale in 4 bits
-_OLDEST = {"bitsandbytes": "0.46.1", "torchao": "0.15.0"}
+LOAD_IN: dict[str, int] = {"8bit": 8, "4bit": 4}  # what ``load_in`` may say, in bits
+BACKEND, OLDEST = "bitsandbytes", "0.46.1"
+GROUP = 64  # inputs that share a scale in 4 bits
 
 
-def check_load_in(load_in: str, model: str | Path | PreTrainedModel, device: str | torch.device = "auto") -> None:
+def check_load_in(load_in: str, model: str | Path | PreTrainedModel) -> None:
     """Raises KDPruneError for a name that is not in ``LOAD_IN``, and where :func:`load_quantised` would: at once."""
     if load_in not in LOAD_IN:
         raise KDPruneError(f"got load_in {load_in!r}, expected one of {', '.join(LOAD_IN)}")
-    bits, backend = LOAD_IN[load_in]
-    _check(model, bits, backend, resolve_device(device))
+    _check(model, LOAD_IN[load_in])
 
 
 def load_quantised(
     model: str | Path | PreTrainedModel,
     bits: int,
-    backend: Backend = "bitsandbytes",
     device: str | torch.device = "auto",
     *,
     dtype: str | torch.dtype | None = None,
@@ -57,28 +44,26 @@ def load_quantised(
 ) -> PreTrainedModel:
     """A causal LM whose decoder layers hold their linear maps in 8 or 4 bits, in eval mode, whole on ``device``.
 
-    bitsandbytes: LLM.int8() (inputs are rounded too, outlier channels kept in float16) or NF4 with one scale for 64
-    values. torchao: 8-bit weights with a scale for each output; 4-bit ones with a scale for 64 inputs, on CUDA and in
-    bfloat16 alone. Embeddings, norms and the head stay as they are, and so does, in 4 bits, a linear map whose number
-    of inputs is no multiple of 64: bitsandbytes 0.50 decodes such a matrix wrongly on a CPU.
+    By bitsandbytes: LLM.int8() (inputs are rounded too, outlier channels kept in float16) or NF4 with one scale for 64
+    values. Embeddings, norms and the head stay as they are, and so does, in 4 bits, a linear map whose number of inputs
+    is no multiple of 64: bitsandbytes 0.50 decodes such a matrix wrongly on a CPU.
 
     Args:
-        model: a directory or hub id (weights are quantised while they are read). device: as in ``load_model``.
-        dtype: of what is not quantised and of the states; None keeps the checkpoint's.
+        model: a directory or hub id (weights are quantised while they are read).
+        bits: 8 or 4.
+        device: as in ``load_model``.
+        dtype: of what is not quantised and of the hidden states; None keeps the checkpoint's.
 
     Raises:
-        KDPruneError: a loaded model, a missing package, a device that the backend cannot use, nothing to quantise, and
-            as ``load_model`` does.
+        KDPruneError: a loaded model, a missing package, nothing to quantise, and as ``load_model`` does.
     """
     target, wanted = resolve_device(device), resolve_dtype(dtype)
-    _check(model, bits, backend, target)
+    _check(model, bits)
     assert isinstance(model, str | Path)
     with _muted():
-        skipped = _kept_whole(model, bits, backend, trust_remote_code)
-        if bits == 4 and backend == "torchao":
-            wanted = torch.bfloat16
+        skipped = _kept_whole(model, bits, trust_remote_code)
         found = from_checkpoint(
-            model, wanted, trust_remote_code, quantization_config=_config(bits, backend, skipped),
+            model, wanted, trust_remote_code, quantization_config=_config(bits, skipped),
             device_map={"": str(target)})
         family_of(found)
         module: Any
@@ -102,30 +87,24 @@ def quantised_share(model: PreTrainedModel) -> float:
     return held / whole
 
 
-def _check(model: Any, bits: int, backend: str, device: torch.device) -> None:
+def _check(model: Any, bits: int) -> None:
     if isinstance(model, PreTrainedModel):
         raise KDPruneError(
             "got a loaded model to load in fewer bits, expected a directory or hub id: save it and give that")
-    if (bits, backend) not in LOAD_IN.values():
-        raise KDPruneError(f"got {bits} bits by {backend!r}, expected 8 or 4 by bitsandbytes or torchao")
-    if importlib.util.find_spec(backend) is None:
-        raise KDPruneError(
-            f"{bits}-bit states need {backend}, which is not installed: pip install {backend}, or choose another of "
-            f"{', '.join(LOAD_IN)}")
-    version = importlib.metadata.version(backend)
-    if _numbers(version) < _numbers(_OLDEST[backend]):
-        raise KDPruneError(f"got {backend} {version}, expected {_OLDEST[backend]} or later: pip install -U {backend}")
-    if backend == "torchao" and bits == 4 and device.type != "cuda":
-        raise KDPruneError(
-            f"torchao's 4-bit weights need a CUDA device, got {device}; expected load_in 4bit (bitsandbytes) or "
-            f"8bit-torchao")
+    if bits not in LOAD_IN.values():
+        raise KDPruneError(f"got {bits} bits, expected 8 or 4")
+    if importlib.util.find_spec(BACKEND) is None:
+        raise KDPruneError(f"{bits}-bit states need {BACKEND}, which is not installed: pip install {BACKEND}")
+    version = importlib.metadata.version(BACKEND)
+    if _numbers(version) < _numbers(OLDEST):
+        raise KDPruneError(f"got {BACKEND} {version}, expected {OLDEST} or later: pip install -U {BACKEND}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
-def _kept_whole(model: str | Path, bits: int, backend: str, trust_remote_code: bool) -> list[str]:
+def _kept_whole(model: str | Path, bits: int, trust_remote_code: bool) -> list[str]:
     """Names of the linear maps that are not quantised, from the architecture alone."""
     try:
         with torch.device("meta"):
@@ -135,41 +114,27 @@ def _kept_whole(model: str | Path, bits: int, backend: str, trust_remote_code: b
         return []
     inside = f"{family_of(skeleton).layers}."
     kept, quantised = [], 0
-    kinds: tuple[type[nn.Module], ...] = (nn.Linear,) if backend == "torchao" else (nn.Linear, Conv1D)
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             inputs = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-            if name.startswith(inside) and isinstance(module, kinds) and (bits == 8 or inputs % GROUP == 0):
+            if name.startswith(inside) and (bits == 8 or inputs % GROUP == 0):
                 quantised += 1
             else:
                 kept.append(name)
     if not quantised:
-        raise KDPruneError(
-            f"got {model}, in whose layers {backend} finds nothing to hold in {bits} bits; expected linear maps"
-            + (f" with a multiple of {GROUP} inputs" if bits == 4 else ": choose bitsandbytes"))
+        raise KDPruneError(f"got {model}, in whose layers there is nothing to hold in {bits} bits; expected linear maps"
+                           + (f" with a multiple of {GROUP} inputs" if bits == 4 else ""))
     return kept
 
 
-def _config(bits: int, backend: str, skipped: list[str]) -> Any:
-    if backend == "bitsandbytes":
-        four = {"bnb_4bit_quant_type": "nf4"} if bits == 4 else {}
-        return BitsAndBytesConfig(
-            load_in_8bit=bits == 8, load_in_4bit=bits == 4, llm_int8_skip_modules=skipped, **four)
-    try:
-        quantization = importlib.import_module("torchao.quantization")
-        if bits == 8:
-            kind = quantization.Int8WeightOnlyConfig()
-        else:
-            kind = quantization.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
-    except (ImportError, AttributeError, TypeError, AssertionError) as error:
-        raise KDPruneError(f"torchao cannot hold weights in {bits} bits here ({one_line(error)}): update it, or choose "
-                           f"another of {', '.join(LOAD_IN)}") from error
-    return TorchAoConfig(kind, modules_to_not_convert=skipped)
+def _config(bits: int, skipped: list[str]) -> BitsAndBytesConfig:
+    four = {"bnb_4bit_quant_type": "nf4"} if bits == 4 else {}
+    return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, llm_int8_skip_modules=skipped, **four)
 
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """The backends tell at import which of their kernels they did not find; loading says what matters."""
+    """bitsandbytes tells at import which of its kernels it did not find; loading says what matters."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
