@@ -24,10 +24,10 @@ from kdprune.evaluation.models import evaluating
 from kdprune.gradients import Sums
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
-from kdprune.methods.options import check_values, option
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
+from kdprune.options import check_values, option
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, fit
 from kdprune.world import world

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.methods.options import choices, takes_several
+from kdprune.options import choices, takes_several
 from kdprune.resources import Resources
 from kdprune.text import parse_weighted
 

@@ -17,10 +17,10 @@ from kdprune.files import tell
 from kdprune.identity import Part, code_identity, digest, files_identity, model_identity
 from kdprune.keeper import Keeper
 from kdprune.memory import Memory, parse_bytes
-from kdprune.methods.options import check_values, option
 from kdprune.model.loading import load_model
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
+from kdprune.options import check_values, option
 from kdprune.runtime import resolve_device
 from kdprune.work import Work, WorkInUse, cache_dir, default_work_dir
 from kdprune.world import world

@@ -11,7 +11,7 @@ import typer
 
 from kdprune.heal import Heal, argument
 from kdprune.methods.method import Method
-from kdprune.methods.options import choices
+from kdprune.options import choices
 from kdprune.resources import Resources
 
 Model = Annotated[str | None, typer.Argument(help="hub id or directory; left out: the bundled reference model")]

@@ -18,13 +18,13 @@ from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.distance import measure_distances
 from kdprune.methods.method import DepthMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, language_loss, next_tokens
 from kdprune.model.passes import let_pass, run, standing_in
 from kdprune.model.surgery import Drop, layers_replaced
+from kdprune.options import option
 from kdprune.runtime import Stages
 from kdprune.selection import open_layers
 

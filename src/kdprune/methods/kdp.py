@@ -16,11 +16,11 @@ from kdprune.methods.blockwise import Plan, fit_blocks
 from kdprune.methods.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
 from kdprune.methods.fitting import FitSettings
 from kdprune.methods.method import RankedMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.shape import Shape
 from kdprune.model.block_states import PathRows
 from kdprune.model.surgery import check_model
+from kdprune.options import option
 from kdprune.runtime import Stages
 from kdprune.training import Schedule
 

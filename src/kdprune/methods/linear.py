@@ -14,7 +14,6 @@ from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import block_states, check_rows, fit_record, fitted_error
 from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks
 from kdprune.methods.method import RankedMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Site
@@ -22,6 +21,7 @@ from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, check_model
+from kdprune.options import option
 from kdprune.runtime import Stages
 
 

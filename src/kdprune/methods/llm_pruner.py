@@ -13,7 +13,6 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.saliency import (
     Part,
@@ -25,6 +24,7 @@ from kdprune.methods.saliency import (
 )
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import Resize, check_model
+from kdprune.options import option
 from kdprune.runtime import Stages, generator
 
 

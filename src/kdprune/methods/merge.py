@@ -16,10 +16,10 @@ from kdprune.methods.blocks import check_blocks
 from kdprune.methods.drop import check_reach, layer_sizes
 from kdprune.methods.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
 from kdprune.methods.method import DepthMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
+from kdprune.options import option
 from kdprune.runtime import Advance, Stages
 from kdprune.selection import open_layers
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
-from kdprune.methods.options import check_values, option
 from kdprune.methods.result import MethodResult
 from kdprune.model.placement import collector_of, is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
+from kdprune.options import check_values, option
 from kdprune.runtime import Stages
 
 

@@ -17,7 +17,6 @@ from kdprune.keeper import Keeper
 from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import candidates, check_rows, choose
 from kdprune.methods.method import DepthMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import named, read
 from kdprune.model.activations import recorded
@@ -26,6 +25,7 @@ from kdprune.model.passes import run
 from kdprune.model.placement import collector_of, input_device, work_device
 from kdprune.model.streaming import resident
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
+from kdprune.options import option
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, advancing, fit
 

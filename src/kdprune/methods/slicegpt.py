@@ -12,11 +12,11 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import StreamSize, measure_cuts, sliced_edits
 from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
 from kdprune.model.surgery import check_model
+from kdprune.options import option
 from kdprune.runtime import Stages
 
 SPARE = 0.005  # share of the parameters by which the ratio may be exceeded before cuts get widths of their own

@@ -13,7 +13,6 @@ from kdprune.errors import KDPruneError
 from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record
 from kdprune.methods.method import DepthMethod
-from kdprune.methods.options import option
 from kdprune.methods.result import MethodResult
 from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Site
@@ -22,6 +21,7 @@ from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import work_device
 from kdprune.model.surgery import Drop, Edit, Rewrite, check_model, plain_copy
+from kdprune.options import option
 from kdprune.runtime import Stages, generator
 from kdprune.training import Schedule, advancing, fit
 
