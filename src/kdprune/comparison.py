@@ -1,8 +1,10 @@
 """``kdprune compare`` and ``kdprune ablate``: many variants, one model, one ratio, one protocol."""
 
+import contextlib
 import datetime
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from kdprune.report.comparison_records import Variant as VariantRecord
 from kdprune.report.results import Calibration
 from kdprune.runtime import Stages
 from kdprune.session import Session, plain_source
-from kdprune.units import Bench, Protocol, Store, Texts
+from kdprune.units import PARTS, Bench, Protocol, Texts
 from kdprune.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
 
 
@@ -185,9 +187,38 @@ def _run(
     seeds = plan.seed_list()
     plan.check()
     folder = None if plan.output_dir is None else _prepare(Path(plan.output_dir), plan.overwrite)
-    session = Session(
-        plan.model, plan.tokenizer, seeds[0], plan.device, plan.dtype, plan.trust_remote_code,
-        Stages(show=plan.progress))
+    stages = Stages(show=plan.progress)
+    with Session(plan.model, plan.tokenizer, seeds[0], plan.device, plan.dtype, plan.trust_remote_code,
+                 stages) as session, _bench(plan, session, folder) as bench:
+        variants = variants_for(bench)
+        refused = _refusals(bench, variants, seeds, blocks_from)
+        dense = bench.dense(seeds[0])
+        tokens = bench.tokens(seeds[0])
+        units: list[Unit] = []
+        failures: list[Failure] = []
+        for found in _units(bench, variants, seeds, blocks_from, refused, dense):
+            if isinstance(found, Unit):
+                units.append(found)
+            else:
+                failures.append(found)
+            _say(found, len(units) + len(failures), len(variants) * len(seeds), plan.progress)
+        result = Comparison(
+            kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
+            family=family_of(session.model).model_type, ratio=plan.ratio, seeds=seeds,
+            recipe={name: value for name, value in {**plan.recipe(), **recipe}.items() if value is not None},
+            calibration=Calibration(
+                source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+            device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
+            units=units, failures=failures, versions=software_versions())
+    if folder is not None:
+        result.save(folder / "results.json")
+        write_comparison(result, folder)
+    return result
+
+
+@contextlib.contextmanager
+def _bench(plan: Plan, session: Session, folder: Path | None) -> Iterator[Bench]:
+    """The bench of this plan, its cache in ``runs/`` of the output unless a work directory was named."""
     if session.tokenizer is None and plan.suite is not None:
         raise KDPruneError("got a suite of tasks without a tokenizer, expected one: give tokenizer=…")
     if session.tokenizer is None and plan.heldout is None:
@@ -196,30 +227,8 @@ def _run(
     tokens = session.calibration(plan.texts.source, plan.texts.samples, plan.texts.length)
     protocol = Protocol(
         session.heldout(plan.heldout, tokens, 0.1), plan.suite, [Path(path) for path in plan.suite_data], plan.limit)
-    bench = Bench(session, plan.texts, protocol, Store(folder), plan.progress)
-    variants = variants_for(bench)
-    refused = _refusals(bench, variants, seeds, blocks_from)
-    dense = bench.dense()
-    units: list[Unit] = []
-    failures: list[Failure] = []
-    for found in _units(bench, variants, seeds, blocks_from, refused, dense):
-        if isinstance(found, Unit):
-            units.append(found)
-        else:
-            failures.append(found)
-        _say(found, len(units) + len(failures), len(variants) * len(seeds), plan.progress)
-    result = Comparison(
-        kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
-        family=family_of(session.model).model_type, ratio=plan.ratio, seeds=seeds,
-        recipe={name: value for name, value in {**plan.recipe(), **recipe}.items() if value is not None},
-        calibration=Calibration(
-            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
-        device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
-        units=units, failures=failures, versions=software_versions())
-    if folder is not None:
-        result.save(folder / "results.json")
-        write_comparison(result, folder)
-    return result
+    with session.cache(tokens, None if folder is None else folder / "runs") as cache:
+        yield Bench(session, plan.texts, protocol, cache, plan.progress)
 
 
 def _units(
@@ -242,15 +251,13 @@ def _units(
 
 
 def _unit(bench: Bench, variant: Variant, seed: int, dense: Any) -> Unit | Failure:
-    """A finished unit again, or a new one, kept; or why there is none."""
+    """A finished unit again, or a new one; or why there is none."""
     try:
-        if (known := bench.finished(variant, seed)) is not None:
-            return known
-        unit = bench.measure(variant, seed, dense)
+        return bench.unit(variant, seed, dense)
     except Exception as error:  # whatever a method fails with, the others go on
-        return Failure(variant=variant.name, seed=seed, reason=_reason(error))
-    bench.keep(variant, unit)
-    return unit
+        trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
+        bench.cache.clean(*PARTS)
+        return Failure(variant=variant.name, seed=seed, reason=_reason(error), traceback=trace)
 
 
 def _refusals(
