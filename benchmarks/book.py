@@ -28,15 +28,18 @@ END = "<!-- end -->"
 # ------------------------------------------------------------------------------------------------- run
 
 
-def run(page: Page, work: Path, **given: Any) -> None:
+def run(page: Page, work: Path, suite_data: Sequence[str] = ()) -> None:
     """Runs what the records lack, one comparison after the other, and keeps each as soon as it ends.
 
     Args:
-        work: folder of unfinished comparisons. given: options that take the place of the page's.
+        work: folder of unfinished comparisons.
+        suite_data: folders with the tasks' data, for runs that score tasks.
     """
     for number, one in enumerate(page.spec["runs"]):
         options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
-            name: value for name, value in one.items() if name not in ("name", "record", "models", "ratios")} | given
+            name: value for name, value in one.items() if name not in ("name", "record", "models", "ratios")}
+        if suite_data and options.get("suite"):
+            options["suite_data"] = list(suite_data)
         chosen = one.get("models", list(page.models))
         for model, ratio in itertools.product(chosen, one.get("ratios", [options["ratio"]])):
             for call in missing(page, one, model, options | {"ratio": ratio}):
@@ -164,7 +167,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         parser.error("got no page, or pages and --all; expected one of both")
     for page in [Page.load(name, root) for name in options.pages or names(root)]:
         if options.what == "run":
-            run(page, options.work, **({"suite_data": options.suite_data} if options.suite_data else {}))
+            run(page, options.work, options.suite_data or ())
         render(page)
     return 0
 
