@@ -89,11 +89,11 @@ def files(page: Page, leave_out: Sequence[str] = ()) -> dict[Path, str]:
     """Every file that is made from the page's records → its content.
 
     Args:
-        leave_out: tables that are slow to make.
+        leave_out: kinds of tables and plots that are slow to make.
     """
     spec, made, parts = page.spec, {}, []
     for section in spec["shows"]:
-        if section.get("table") in leave_out:
+        if section.get("table", section.get("plot")) in leave_out:
             continue
         if "plot" in section:
             image = f"{page.name}-{section['name']}.svg" if "name" in section else f"{page.name}.svg"
@@ -133,7 +133,7 @@ def check(root: Path = ROOT, leave_out: Sequence[str] = ()) -> list[str]:
     """Files that are not what the records give; of pictures only the words count, layout differs between systems.
 
     Args:
-        leave_out: tables that are not made again; with them only what else a page says is looked for.
+        leave_out: kinds of tables and plots that are not made again; only what else a page says is looked for.
     """
     wrong = []
     for name in names(root):
