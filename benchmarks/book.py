@@ -62,19 +62,11 @@ def missing(page: Page, one: Mapping[str, Any], model: str, options: Mapping[str
             yield call | {"seeds": lacking}
         return
     by_seeds: dict[tuple[int, ...], list[str]] = {}
-    for variant in _variants(page, options["methods"]):
+    for variant in options["methods"]:
         by_seeds.setdefault(tuple(seed for seed in seeds if (variant, seed) not in done), []).append(variant)
     for lacking, variants in by_seeds.items():
         if lacking:
             yield call | {"methods": variants, "seeds": list(lacking)}
-
-
-def _variants(page: Page, methods: Sequence[str] | str) -> list[str]:
-    """The run's variants; ``rows``: those of the page's sections, but for rows that no longer run (``gone``)."""
-    if methods != "rows":
-        return list(methods)
-    rows = [row for section in page.spec["shows"] for row in section.get("rows", [])]
-    return list(dict.fromkeys(row["variant"] for row in rows if "variant" in row and not row.get("gone")))
 
 
 def _path(page: Page, value: Any) -> Any:
