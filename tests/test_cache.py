@@ -16,14 +16,25 @@ import torch
 from faults import flip, forked, killed, killed_with, resize, small_disk
 from torch import Tensor
 
+from kdprune.cache import Cache, JsonCodec, TensorCodec, default_work_dir
 from kdprune.errors import KDPruneError
 from kdprune.identity import Part, digest, files_identity, part
+from kdprune.run import Run
 from kdprune.states import SpilledStates
-from kdprune.work import Work, default_work_dir
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
 KEY, OTHER = digest("one recipe"), digest("another")
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stage(cache: Cache, name: str, about: str, compute: Callable[[], Any], codec: Any) -> Any:
+    """A stage of a run about something: found, or computed and cached."""
+    return Run(cache=cache, about=about).cached(name, None, compute, codec)
+
+
+def key_of(name: str, about: str) -> str:
+    """The key of that stage."""
+    return Run(about=about).key(name, None)
 
 
 def never() -> Any:
@@ -48,9 +59,9 @@ def place(tmp_path: Path) -> Path:
 
 def test_the_same_run_opens_it_again(place: Path) -> None:
     for _ in range(2):
-        with Work(place, IDENTITY):
+        with Cache(place, IDENTITY):
             pass
-    with Work(place, {"seed": "0", "model": Part("moved/tiny", IDENTITY["model"].hash)}):
+    with Cache(place, {"seed": "0", "model": Part("moved/tiny", IDENTITY["model"].hash)}):
         pass  # a model is its contents, wherever it stands
 
 
@@ -65,48 +76,48 @@ def test_the_same_run_opens_it_again(place: Path) -> None:
     ],
 )
 def test_another_run_is_refused_with_the_difference(place: Path, identity: dict[str, str], message: str) -> None:
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass
     with pytest.raises(KDPruneError, match=message) as caught:
-        Work(place, identity)
+        Cache(place, identity)
     assert str(place) in str(caught.value)
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass  # and nothing was changed, nor is it still locked
 
 
 def test_another_version_is_refused(place: Path) -> None:
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass
     content = json.loads((place / "work.json").read_text())
     (place / "work.json").write_text(json.dumps({**content, "kdprune": "0.0.7", "format": 9}))
     with pytest.raises(KDPruneError, match=r"format 9 there, 1 here; kdprune 0\.0\.7 there, .* here\); choose another"):
-        Work(place, IDENTITY)
+        Cache(place, IDENTITY)
 
 
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"format": 1}', '{"format": 1, "kdprune": "1", "identity": {"a": 1}}'])
 def test_a_corrupted_manifest_is_refused(place: Path, content: str) -> None:
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass
     (place / "work.json").write_text(content)
     with pytest.raises(KDPruneError, match=r"whose work\.json cannot be read .*another --work-dir, or remove it"):
-        Work(place, IDENTITY)
+        Cache(place, IDENTITY)
 
 
 def test_other_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(KDPruneError, match=r"holds thesis\.txt and no work\.json; give a new directory"):
-        Work(tmp_path, IDENTITY)
+        Cache(tmp_path, IDENTITY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(KDPruneError, match=r"cannot use work directory .*choose another --work-dir"):
-        Work(tmp_path / "thesis.txt", IDENTITY)
+        Cache(tmp_path / "thesis.txt", IDENTITY)
     with pytest.raises(KDPruneError, match=r"cannot use work directory /proc/1/work"):
-        Work("/proc/1/work", IDENTITY)
+        Cache("/proc/1/work", IDENTITY)
 
 
 def test_one_process_at_a_time(place: Path) -> None:
     def hold() -> None:
-        with Work(place, IDENTITY):
+        with Cache(place, IDENTITY):
             (place / "alive").touch()
             time.sleep(60)
 
@@ -114,9 +125,9 @@ def test_one_process_at_a_time(place: Path) -> None:
     while not (place / "alive").exists():
         time.sleep(0.001)
     with pytest.raises(KDPruneError, match=rf"which process {child} on .* is using; wait for it, or choose another"):
-        Work(place, IDENTITY)
+        Cache(place, IDENTITY)
     killed_with(child)
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass
 
 
@@ -125,39 +136,40 @@ def test_one_process_at_a_time(place: Path) -> None:
 
 def test_records_are_found_again(place: Path) -> None:
     made = Scores([1.0, 0.1 + 0.2, 1e-300, math.pi, math.inf], "RBF CKA, α = ½")
-    with Work(place, IDENTITY) as work:
-        assert work.record("analysis", KEY, lambda: made, Scores) == made
-    with Work(place, IDENTITY) as work:
-        assert work.record("analysis", KEY, never, Scores) == made
-        assert work.record("analysis", OTHER, lambda: Scores([], "other"), Scores).name == "other"
-        assert work.record("selection", KEY, lambda: [(1, 3)], list[tuple[int, int]]) == [(1, 3)]
-        assert work.record("analysis", KEY, never, Scores) == made
-        assert work.record("selection", KEY, never, list[tuple[int, int]]) == [(1, 3)]
+    with Cache(place, IDENTITY) as work:
+        assert stage(work, "analysis", KEY, lambda: made, JsonCodec(Scores)) == made
+    with Cache(place, IDENTITY) as work:
+        assert stage(work, "analysis", KEY, never, JsonCodec(Scores)) == made
+        assert stage(work, "analysis", OTHER, lambda: Scores([], "other"), JsonCodec(Scores)).name == "other"
+        assert stage(work, "selection", KEY, lambda: [(1, 3)], JsonCodec(list[tuple[int, int]])) == [(1, 3)]
+        assert stage(work, "analysis", KEY, never, JsonCodec(Scores)) == made
+        assert stage(work, "selection", KEY, never, JsonCodec(list[tuple[int, int]])) == [(1, 3)]
 
 
 def test_a_record_of_another_layout_is_computed_again(place: Path) -> None:
-    with Work(place, IDENTITY) as work:
-        work.record("analysis", KEY, lambda: [1.0], list[float])
-        assert work.record("analysis", KEY, lambda: Scores([], "new"), Scores).name == "new"
-        assert work.record("analysis", KEY, never, Scores).name == "new"
+    with Cache(place, IDENTITY) as work:
+        stage(work, "analysis", KEY, lambda: [1.0], JsonCodec(list[float]))
+        assert stage(work, "analysis", KEY, lambda: Scores([], "new"), JsonCodec(Scores)).name == "new"
+        assert stage(work, "analysis", KEY, never, JsonCodec(Scores)).name == "new"
 
 
 def test_tensors_are_found_again_bit_for_bit(place: Path) -> None:
     whole = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     made = {"t": whole.T, "row": whole[1], "same": whole[1], "half": whole.bfloat16(), "count": torch.tensor(3)}
-    with Work(place, IDENTITY) as work:
-        first = work.tensors("fit", KEY, lambda: made)
-    with Work(place, IDENTITY) as work:
-        again = work.tensors("fit", KEY, never)
+    with Cache(place, IDENTITY) as work:
+        first = stage(work, "fit", KEY, lambda: made, TensorCodec())
+    with Cache(place, IDENTITY) as work:
+        again = stage(work, "fit", KEY, never, TensorCodec())
     for found in (first, again):
         assert found.keys() == made.keys()
         for name, value in made.items():
             assert torch.equal(found[name], value)
-            assert (found[name].dtype, found[name].is_contiguous()) == (value.dtype, True)
+            assert found[name].dtype == value.dtype
+    assert all(value.is_contiguous() for value in again.values())
 
 
 def test_a_stage_that_fails_leaves_nothing(place: Path) -> None:
-    with Work(place, IDENTITY) as work:
+    with Cache(place, IDENTITY) as work:
         def fail() -> None:
             with work.finish("fit", KEY) as folder:
                 (folder / "file").write_text("half")
@@ -188,42 +200,42 @@ HARMS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_corrupted_stage_is_computed_again_and_says_so(place: Path, harm: str) -> None:
-    with Work(place, IDENTITY) as work:
-        work.tensors("fit", KEY, lambda: {"x": torch.ones(4)})
+    with Cache(place, IDENTITY) as work:
+        stage(work, "fit", KEY, lambda: {"x": torch.ones(4)}, TensorCodec())
     HARMS[harm](next((place / "stages").iterdir()))
     said: list[str] = []
-    with Work(place, IDENTITY, notify=said.append) as work:
-        assert torch.equal(work.tensors("fit", KEY, lambda: {"x": torch.ones(4)})["x"], torch.ones(4))
+    with Cache(place, IDENTITY, notify=said.append) as work:
+        assert torch.equal(stage(work, "fit", KEY, lambda: {"x": torch.ones(4)}, TensorCodec())["x"], torch.ones(4))
         assert len(said) == 1
         assert said[0].startswith(f"stage fit in {place} is not whole (")
         assert said[0].endswith("computed again")
-        assert torch.equal(work.tensors("fit", KEY, never)["x"], torch.ones(4))
+        assert torch.equal(stage(work, "fit", KEY, never, TensorCodec())["x"], torch.ones(4))
 
 
 def test_clean_keeps_what_other_runs_can_use(place: Path) -> None:
-    with Work(place, IDENTITY) as work:
-        work.record("analysis", KEY, lambda: [1.0], list[float])
-        folder = work.folder("states-5", KEY)
+    with Cache(place, IDENTITY) as work:
+        stage(work, "analysis", KEY, lambda: [1.0], JsonCodec(list[float]))
+        folder = work.spill_directory("states-5", KEY)
         assert folder is not None
         SpilledStates((2, 3, 4), torch.float32, "the states", folder).put(slice(0, 2), torch.ones(2, 3, 4))
         work.checkpoint("fit", KEY).save({"step": 1}, force=True)
         work.clean()
         assert not folder.exists()
         assert work.checkpoint("fit", KEY).load() is None
-        assert work.record("analysis", KEY, never, list[float]) == [1.0]
+        assert stage(work, "analysis", KEY, never, JsonCodec(list[float])) == [1.0]
 
 
 def test_without_a_directory_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Work(None, IDENTITY) as work:
+    with Cache(None, IDENTITY) as work:
         for _ in range(2):
-            assert work.record("analysis", KEY, lambda: [1.0], list[float]) == [1.0]
-            assert torch.equal(work.tensors("fit", KEY, lambda: {"x": torch.ones(2)})["x"], torch.ones(2))
+            assert stage(work, "analysis", KEY, lambda: [1.0], JsonCodec(list[float])) == [1.0]
+            assert torch.equal(stage(work, "fit", KEY, lambda: {"x": torch.ones(2)}, TensorCodec())["x"], torch.ones(2))
             with work.finish("fit", KEY) as folder:
                 (folder / "file").write_text("")
             assert not folder.exists()
             assert work.find("fit", KEY) is None
-            assert work.folder("states", KEY) is None
+            assert work.spill_directory("states", KEY) is None
             checkpoint = work.checkpoint("fit", KEY, seconds=0)
             assert (checkpoint.due, checkpoint.save({"a": 1}, force=True), checkpoint.load()) == (False, False, None)
             checkpoint.remove()
@@ -234,7 +246,7 @@ def test_without_a_directory_nothing_is_kept(tmp_path: Path, monkeypatch: pytest
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def steps(checkpoint_at: int | None, work: Work) -> Tensor:
+def steps(checkpoint_at: int | None, work: Cache) -> Tensor:
     """Ten steps of AdamW; stops short after `checkpoint_at` of them, or goes on from where it stands."""
     weight = torch.nn.Parameter(torch.arange(4.0))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -257,20 +269,20 @@ def steps(checkpoint_at: int | None, work: Work) -> Tensor:
 
 
 def test_a_fit_goes_on_from_its_checkpoint(place: Path) -> None:
-    with Work(None) as nowhere:
+    with Cache(None) as nowhere:
         expected = steps(None, nowhere)
     for stop in (3, 7, None):
-        with Work(place, IDENTITY) as work:
+        with Cache(place, IDENTITY) as work:
             found = steps(stop, work)
     assert torch.equal(found, expected)
     assert len(list((place / "checkpoints").iterdir())) == 1
-    with Work(place, IDENTITY) as work:
+    with Cache(place, IDENTITY) as work:
         work.checkpoint("fit", KEY).remove()
         assert work.checkpoint("fit", KEY).load() is None
 
 
 def test_checkpoints_are_not_saved_too_often(place: Path) -> None:
-    with Work(place, IDENTITY) as work:
+    with Cache(place, IDENTITY) as work:
         checkpoint = work.checkpoint("fit", KEY, seconds=0.2)
         assert not checkpoint.due
         assert not checkpoint.save({"step": 1})
@@ -287,7 +299,7 @@ def test_checkpoints_are_not_saved_too_often(place: Path) -> None:
 @pytest.mark.parametrize("offset", [4, -4, 200])
 def test_a_corrupted_checkpoint_counts_as_none_and_says_so(place: Path, offset: int) -> None:
     said: list[str] = []
-    with Work(place, IDENTITY, notify=said.append) as work:
+    with Cache(place, IDENTITY, notify=said.append) as work:
         work.checkpoint("fit", KEY).save({"weight": torch.zeros(100)}, force=True)
         flip(next((place / "checkpoints").iterdir()), offset)
         assert work.checkpoint("fit", KEY).load() is None
@@ -339,10 +351,10 @@ def test_processes_share_a_directory(place: Path) -> None:
             computed.append(rank)
             return [1.0]
 
-        with Work(place, IDENTITY, first=rank == 0, agree=agree) as work:
-            record = work.record("analysis", KEY, compute, list[float])
-            tensors = work.tensors("fit", KEY, lambda: {"x": torch.ones(2)})
-            found = work.find("fit", KEY)
+        with Cache(place, IDENTITY, first=rank == 0, agree=agree) as work:
+            record = stage(work, "analysis", KEY, compute, JsonCodec(list[float]))
+            tensors = stage(work, "fit", KEY, lambda: {"x": torch.ones(2)}, TensorCodec())
+            found = work.load("fit", key_of("fit", KEY))
             work.checkpoint("fit", KEY).save({"step": rank}, force=True)
             agree(True)
             return record, tensors["x"].tolist(), found is not None, work.checkpoint("fit", KEY).load()
@@ -353,22 +365,22 @@ def test_processes_share_a_directory(place: Path) -> None:
 
 
 def test_a_stage_counts_only_if_every_process_finds_it(place: Path) -> None:
-    with Work(place, IDENTITY) as work:
-        work.record("analysis", KEY, lambda: [1.0], list[float])
+    with Cache(place, IDENTITY) as work:
+        stage(work, "analysis", KEY, lambda: [1.0], JsonCodec(list[float]))
 
     def lonely(rank: int, agree: Callable[[bool], bool]) -> object:
-        with Work(place, IDENTITY, first=rank == 0, agree=agree) as work:
+        with Cache(place, IDENTITY, first=rank == 0, agree=agree) as work:
             return work.find("analysis", KEY if rank == 0 else OTHER)
 
     assert together(lonely) == [None, None]
 
 
 def test_an_error_in_the_first_process_ends_the_others(place: Path) -> None:
-    with Work(place, IDENTITY):
+    with Cache(place, IDENTITY):
         pass
 
     def other_run(rank: int, agree: Callable[[bool], bool]) -> object:
-        return Work(place, {"seed": "3"}, first=rank == 0, agree=agree)
+        return Cache(place, {"seed": "3"}, first=rank == 0, agree=agree)
 
     first, second = together(other_run)
     assert "seed 0 there, 3 here" in str(first)
@@ -376,7 +388,7 @@ def test_an_error_in_the_first_process_ends_the_others(place: Path) -> None:
     assert "another process could not open the work directory" in str(second)
 
     def failing(rank: int, agree: Callable[[bool], bool]) -> object:
-        with Work(place, IDENTITY, first=rank == 0, agree=agree) as work, work.finish("fit", KEY):
+        with Cache(place, IDENTITY, first=rank == 0, agree=agree) as work, work.finish("fit", KEY):
             if rank == 0:
                 raise OSError(28, "No space left on device")
 
@@ -391,14 +403,14 @@ def test_an_error_in_the_first_process_ends_the_others(place: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     values, few = {"x": torch.arange(64 * 256.0)}, torch.arange(100.0)  # 64 KiB
     with small_disk(tmp_path / "disk", 128) as disk:
-        with Work(disk / "work", IDENTITY) as work:
-            work.tensors("small", KEY, lambda: {"x": few})
+        with Cache(disk / "work", IDENTITY) as work:
+            stage(work, "small", KEY, lambda: {"x": few}, TensorCodec())
             checkpoint = work.checkpoint("fit", KEY)
             checkpoint.save({"x": few}, force=True)
             (disk / "filler").write_bytes(bytes(56 * 1024))
             for action in (
-                lambda: work.tensors("fit", KEY, lambda: values),
-                lambda: work.record("list", KEY, values["x"].tolist, list[float]),
+                lambda: stage(work, "fit", KEY, lambda: values, TensorCodec()),
+                lambda: stage(work, "list", KEY, values["x"].tolist, JsonCodec(list[float])),
                 lambda: checkpoint.save(values, force=True),
             ):
                 with pytest.raises(KDPruneError, match=r"cannot write .*No space left on device.*another") as caught:
@@ -406,44 +418,46 @@ def test_a_full_disk(tmp_path: Path) -> None:
                 assert str(disk) in str(caught.value)
                 assert "\n" not in str(caught.value)
             assert not list(disk.rglob(".*"))
-            assert torch.equal(work.tensors("small", KEY, never)["x"], few)
+            assert torch.equal(stage(work, "small", KEY, never, TensorCodec())["x"], few)
             assert torch.equal((checkpoint.load() or {})["x"], few)
         resize(disk, 1000)
-        with Work(disk / "work", IDENTITY) as work:
-            assert torch.equal(work.tensors("fit", KEY, lambda: values)["x"], values["x"])
+        with Cache(disk / "work", IDENTITY) as work:
+            assert torch.equal(stage(work, "fit", KEY, lambda: values, TensorCodec())["x"], values["x"])
 
 
 def work_for_ever(folder: Path) -> None:
     """Stage i holds i everywhere, the checkpoint the same number everywhere; both are written over again and again."""
     torch.set_num_threads(1)
     for number in itertools.count():
-        with Work(folder / "work", IDENTITY, notify=lambda line: os._exit(3)) as work:
+        with Cache(folder / "work", IDENTITY, notify=lambda line: os._exit(3)) as work:
             (folder / "alive").touch()
-            states = SpilledStates((4, 64, 1024), torch.float32, "the states", work.folder("states", KEY) or folder)
-            for stage in sorted(range(4), key=lambda stage: (stage + os.getpid()) % 4):
-                with work.finish(f"stage-{stage}", KEY) as place:
+            states = SpilledStates(
+                (4, 64, 1024), torch.float32, "the states", work.spill_directory("states", KEY) or folder)
+            for part in sorted(range(4), key=lambda part: (part + os.getpid()) % 4):
+                with work.finish(f"stage-{part}", KEY) as place:
                     for part_name in ("a", "b"):
-                        (place / part_name).write_text(str(stage) * 300_000)
+                        (place / part_name).write_text(str(part) * 300_000)
                         work.checkpoint("fit", KEY).save({"x": torch.full((75_000,), float(number))}, force=True)
                 states.put(slice(0, 4), torch.full(states.shape, float(number)))
-                stage_key = digest([stage, number])
-                work.tensors("tensors", stage_key, lambda value=stage: {"x": torch.full((9,), float(value))})
+                stage_key = digest([part, number])
+                stage(work, "tensors", stage_key,
+                      lambda value=part: {"x": torch.full((9,), float(value))}, TensorCodec())
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     seen: set[str] = set()
     for _ in killed(work_for_ever, tmp_path, draws=20, longest=0.1):
-        with Work(tmp_path / "work", IDENTITY, notify=pytest.fail) as work:  # a kill corrupts nothing
+        with Cache(tmp_path / "work", IDENTITY, notify=pytest.fail) as work:  # a kill corrupts nothing
             assert not list((tmp_path / "work").rglob(".*"))
-            for stage in range(4):
-                if (folder := work.find(f"stage-{stage}", KEY)) is not None:
+            for part in range(4):
+                if (folder := work.find(f"stage-{part}", KEY)) is not None:
                     seen.add(folder.name)
                     assert {file.name for file in folder.iterdir()} == {"a", "b", "files.json"}
-                    assert [(folder / name).read_text() for name in "ab"] == [str(stage) * 300_000] * 2
-                if work.find("tensors", digest([stage, 0])) is not None:
+                    assert [(folder / name).read_text() for name in "ab"] == [str(part) * 300_000] * 2
+                if work.find("tensors", key_of("tensors", digest([part, 0]))) is not None:
                     seen.add("tensors")
-                    found = work.tensors("tensors", digest([stage, 0]), never)["x"]
-                    assert torch.equal(found, torch.full((9,), float(stage)))
+                    found = stage(work, "tensors", digest([part, 0]), never, TensorCodec())["x"]
+                    assert torch.equal(found, torch.full((9,), float(part)))
             if (state := work.checkpoint("fit", KEY).load()) is not None:
                 seen.add("checkpoint")
                 assert torch.equal(state["x"], state["x"][:1].expand(75_000))
