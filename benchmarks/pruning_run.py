@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.methods.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.families import decoder_layers
 from kdprune.model.streaming import is_streamed
-from kdprune.pipeline import make_method, run_method
+from kdprune.pipeline import make_method, run_method, scored
 from kdprune.resources import Resources
-from kdprune.runtime import Advance, Stages, generator, peak_memory_bytes, reset_peak_memory, resolve_device
-from kdprune.session import BATCH, Session
+from kdprune.run import Run
+from kdprune.runtime import BATCH, Advance, Stages, generator, peak_memory_bytes, reset_peak_memory, resolve_device
+from kdprune.session import Session
 
 WARM = 1  # rows of the forward pass before it is timed
 
@@ -97,11 +100,11 @@ class Timed(Stages):
         cost["peak_bytes"] = peak_memory_bytes()
 
 
-def forward_seconds(run: Session, tokens: TokenSet, clock: Clock) -> float:
+def forward_seconds(model: PreTrainedModel, tokens: TokenSet, clock: Clock) -> float:
     """Seconds of one plain forward pass of the layer stack over these tokens, scaled from some of them if need be."""
-    last = len(decoder_layers(run.model))
+    last = len(decoder_layers(model))
     start = clock.now()
-    for _ in layer_states(run.model, tokens, [last], BATCH):
+    for _ in layer_states(model, tokens, [last], BATCH):
         pass
     return clock.now() - start
 
@@ -112,37 +115,26 @@ def measure(job: Job) -> dict[str, Any]:
     device = resolve_device(job.device)
     stages = Timed(clock=Clock(device))
     resources = Resources(work_dir=job.work_dir, host_memory=job.host_memory)
-    run = Session(job.model, None, 0, job.device, job.dtype, False, stages, resources)
-    ids = None
-    if job.tokens is not None:
-        shape = (job.tokens // job.length, job.length)
-        ids = torch.randint(run.model.config.vocab_size, shape, generator=generator(0, 1))
-    tokens = run.calibration(ids, None, job.length)
-    some = tokens if job.once is None else tokens.select(slice(0, max(1, job.once // job.length)))
-    with run.keeper(tokens) as keep, tempfile.TemporaryDirectory(dir=job.work_dir) as out:
-        forward_seconds(run, some.select(slice(0, WARM)), stages.clock)
-        passes = [forward_seconds(run, some, stages.clock)]
+    with Session(job.model, None, 0, job.device, job.dtype, False, stages, resources) as session:
+        model, ids = session.model, None
+        if job.tokens is not None:
+            shape = (job.tokens // job.length, job.length)
+            ids = torch.randint(model.config.vocab_size, shape, generator=generator(0, 1))
+        tokens = session.calibration(ids, None, job.length)
+        some = tokens if job.once is None else tokens.select(slice(0, max(1, job.once // job.length)))
         method = make_method("kdp", {"ratio": job.ratio, **job.options})
-        method.check(run.model, tokens)
-        scores = run.scores_for(method, tokens, keep)
-        found: dict[str, Any] = {"blocks": [], "parameters": [run.model.num_parameters()]}
-        if job.stop != "analyse":
-            start, before = stages.clock.now(), sum(cost["seconds"] for cost in stages.costs.values())
-            made = run_method(run, method, tokens, scores, 0, None, keep)
-            within = sum(cost["seconds"] for cost in stages.costs.values()) - before
-            # Closed forms, theory, diagnostics: what no stage counts.
-            stages.costs["rest"] = {"seconds": stages.clock.now() - start - within, "peak_bytes": peak_memory_bytes()}
-            found["parameters"].append(made.pruned.num_parameters())
-            found["blocks"] = [[edit.block.start, edit.block.stop] for edit in made.outcome.edits]
-            with stages.stage("save and verify"):
-                save_model(made.pruned, Path(out), None)
-                verify(out, made.pruned, tokens.ids[:1, :64])
-        passes.append(forward_seconds(run, some, stages.clock))
-    shape = method.shape(run.model.config.hidden_size)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in run.model.parameters())
+        method.check(model, tokens)
+        assert isinstance(method, KDP)
+        with session.run(tokens) as run:
+            forward_seconds(model, some.select(slice(0, WARM)), stages.clock)
+            passes = [forward_seconds(model, some, stages.clock)]
+            found = pruned(job, model, method, tokens, run, stages)
+            passes.append(forward_seconds(model, some, stages.clock))
+    shape = method.shape(model.config.hidden_size)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {
-        "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(run.model),
-        "dtype": str(run.model.dtype).removeprefix("torch."), "model_bytes": weights,
+        "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(model),
+        "dtype": str(model.dtype).removeprefix("torch."), "model_bytes": weights,
         "forward_seconds": [seconds * tokens.tokens / some.tokens for seconds in passes],
         "stages": stages.costs, "wall_seconds": dict(stages.seconds), "peak_bytes": peak_memory_bytes(),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -150,6 +142,27 @@ def measure(job: Job) -> dict[str, Any]:
                    "refine_epochs": method.settings(shape, tokens).step3.epochs},
         "features": [shape.features],
     }
+
+
+def pruned(
+    job: Job, model: PreTrainedModel, method: KDP, tokens: TokenSet, run: Run, stages: Timed,
+) -> dict[str, Any]:
+    """Scores, prunes, saves and verifies; returns blocks and parameters."""
+    run = scored(model, tokens, method, run)
+    found: dict[str, Any] = {"blocks": [], "parameters": [model.num_parameters()]}
+    if job.stop == "analyse":
+        return found
+    start, before = stages.clock.now(), sum(cost["seconds"] for cost in stages.costs.values())
+    made = run_method(model, method, tokens, run)
+    within = sum(cost["seconds"] for cost in stages.costs.values()) - before
+    # Closed forms, theory, diagnostics: what no stage counts.
+    stages.costs["rest"] = {"seconds": stages.clock.now() - start - within, "peak_bytes": peak_memory_bytes()}
+    found["parameters"].append(made.pruned.num_parameters())
+    found["blocks"] = [[block.start, block.stop] for block in made.outcome.blocks]
+    with stages.stage("save and verify"), tempfile.TemporaryDirectory(dir=job.work_dir) as out:
+        save_model(made.pruned, Path(out), None)
+        verify(out, made.pruned, tokens.ids[:1, :64])
+    return found
 
 
 def main() -> None:

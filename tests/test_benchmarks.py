@@ -1,8 +1,9 @@
-"""The benchmarks' own parts: random checkpoints, a measured run, and pages made from records."""
+"""The instruments: random checkpoints, a measured run, and pages made from records."""
 
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import memory  # noqa: E402
 import pruning_run  # noqa: E402
 import random_checkpoint  # noqa: E402
 import speed  # noqa: E402
+import speed_page  # noqa: E402
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -96,18 +98,18 @@ def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
     assert passes["kernel"] == pytest.approx(8 * 10 * 16384 / 512 / (2 * 1024))
 
 
-def test_pages_show_the_records_figures(measured: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("stem", "page"), [("cost", cost.page), ("memory", memory.page), ("speed", speed_page.page)])
+def test_pages_of_instruments_are_what_their_records_give(stem: str, page: Callable[[Any], str]) -> None:
+    found = list(BENCHMARKS.glob(f"{stem}_*.json"))
+    assert found
+    for record in found:
+        assert record.with_suffix(".md").read_text(encoding="utf-8") == page(json.loads(record.read_text("utf-8")))
+
+
+def test_a_page_shows_what_was_measured(measured: dict[str, Any]) -> None:
     facts = {"hardware": "a machine", "threads": 1, "torch": "2", "month": "202611", "command": "x", "clock": "."}
     found = {**measured, "forward_seconds": [0.5, 1.5], "peak_bytes": 3 * 2**30}
     text = cost.page({**facts, "shapes": {"0.1b": found}})
     row = next(line for line in text.splitlines() if line.startswith("| 0.1b"))
     assert f"| {cost.by_step(found)['analyse']:.2f} |" in row
     assert "| 3 GiB |" in row
-    rows = [
-        {"work_dir": spilled, "tokens": count, "peak_bytes": peak}
-        for spilled, count, peak in ((True, 10, 2**30), (False, 10, 2**30), (True, 100, 2**30), (False, 100, 2**31))]
-    size = {"dtype": "float32", "model_bytes": 2**32, "peak_bytes": 2**31, "streamed": True, "budget": "3GiB"}
-    text = memory.page({**facts, "shape": "0.1b", "by_tokens": rows, "by_size": {"1b": size}})
-    assert "| yes | 100 | 1 GiB | 1.000 |" in text
-    assert "| no | 100 | 2 GiB | 2.000 |" in text
-    assert "| 1b, float32 | 4 GiB | 3GiB | yes | 2 GiB | 0.50 |" in text

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def publish() -> Iterator[ModuleType]:
-    """The script's module, by its path: benchmarks/ has one of the same name."""
+    """The script's module, by its path."""
     sys.path.insert(0, str(ROOT / "reference"))
     try:
         spec = importlib.util.spec_from_file_location("reference_publish", ROOT / "reference" / "publish.py")

@@ -1,9 +1,7 @@
-"""Beyond 25 %: operators limited in spectral norm, a kernel shared by blocks, the longest block, and the benchmark."""
+"""Beyond 25 %: operators limited in spectral norm, a kernel shared by blocks, and the longest block."""
 
-import importlib
-import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -29,7 +27,6 @@ from kdprune.training import Schedule
 from kdprune.variants import parse_variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 QUICK: dict[str, Any] = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 1, "features": 6, "rank": 2}
 TWO_BLOCKS = ((1, 3), (4, 6))
 
@@ -268,43 +265,3 @@ def test_a_ratio_out_of_reach_names_the_largest(bundled: PreTrainedModel) -> Non
     budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.ratio)
     with pytest.raises(KDPruneError, match=r"ratio 0\.5, expected at most 0\.4\d+, .*blocks of at most 4.*max_block="):
         possible_blocks(method, budget)
-
-
-# ------------------------------------------------------------------------------------------ the benchmark
-
-
-@pytest.fixture
-def stability(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("stability")
-
-
-def made_up(ratio: float, variant: str, seed: int) -> dict[str, Any]:
-    return {
-        "ratio": ratio, "variant": variant, "seed": seed, "quick": False, "net_ratio": ratio, "seconds": 1.0,
-        "perplexity": {"dense": 45.0, "pruned": 50.0, "window": 256, "stride": 128, "tokens": 1000},
-        "excess_loss": 0.1 * ratio + 0.01 * seed, "calibration_tokens": 5000,
-        "blocks": [{"block": [2, 6], "features": 8, "B_A": 1.5, "k_step_error": [0.1, 0.2], "bound": [1.0, 2.0],
-                    "explained_variance": 0.9, "effective_rank": 5.0, "state_error": 0.3, "dropped_error": 1.0,
-                    "refined": True}],
-    }
-
-
-def test_the_benchmark_keeps_every_unit_and_measures_none_twice(
-    stability: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "stability.json"
-    for unit in ((0.4, "spectral-norm", 1), (0.25, "default", 0), (0.4, "spectral-norm", 0), (0.25, "default", 0)):
-        stability.keep(made_up(*unit), file)
-    stability.keep({"ratio": 0.5, "variant": "k-max-4", "seed": 0, "quick": False,
-                    "unreachable": "got ratio 0.5, expected at most 0.4524, the largest …"}, file)
-    found = [stability.key(record) for record in json.loads(file.read_text())]
-    assert found == [(0.25, "default", 0), (0.4, "spectral-norm", 0), (0.4, "spectral-norm", 1), (0.5, "k-max-4", 0)]
-    stability.render(file)
-    page = file.with_suffix(".md").read_text()
-    assert "| without `sequential` (K_max 8) | 2–5 | 25.0% | 0.025 | 0.300 | 1.5000 | 0.200 | 2 | 1 |" in page
-    assert "| `spectral_norm=1.0` | 2–5 | 40.0% | 0.045 ± 0.007 |" in page
-    assert "cannot: at most 45.2%" in page
-    assert file.with_suffix(".svg").is_file()
-    monkeypatch.setattr(stability, "Bench", None)  # nothing is loaded where nothing is missing
-    stability.run([0], [0.25], ["default"], file, quick=False)

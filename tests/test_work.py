@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from faults import flip, forked, killed, killed_with, resize, small_disk
+from kdprune.work import Work, default_work_dir
 from torch import Tensor
 
 from kdprune.errors import KDPruneError
 from kdprune.identity import Part, digest, files_identity, part
 from kdprune.states import SpilledStates
-from kdprune.work import Work, default_work_dir
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
 KEY, OTHER = digest("one recipe"), digest("another")

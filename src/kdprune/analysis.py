@@ -1,6 +1,6 @@
 """Similarity scores of a model's layers: the first stage of every run, and ``kdprune.analyze``'s result."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdprune.cache import TensorCodec
 from kdprune.data import TokenSet
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
 from kdprune.report import plots
 from kdprune.report.results import Analysis
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
+from kdprune.runtime import Advance
 from kdprune.selection import open_layers
 from kdprune.world import world
 
@@ -51,17 +53,13 @@ class Scores(Mapping[str, np.ndarray]):
         """The arrays as tensors, for a method's selection."""
         return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
-    def kept(self) -> dict[str, Tensor]:
-        """All of it but ``protected`` as tensors, for a work directory."""
-        return {**self.tensors(), "tokens": torch.tensor(self.tokens)}
-
     @staticmethod
-    def again(kept: Mapping[str, Tensor], protect: float) -> "Scores":
-        """The scores that :meth:`kept` gave, with a share of layers protected at either end."""
-        arrays = {name: value.numpy() for name, value in kept.items() if name != "tokens"}
+    def again(tensors: Mapping[str, Tensor], protect: float) -> "Scores":
+        """The scores from their arrays and the number of tokens, with a share of layers protected at either end."""
+        arrays = {name: value.numpy() for name, value in tensors.items() if name != "tokens"}
         layers = len(arrays["relative_update"])
         opened = open_layers(layers, protect)
-        return Scores(arrays, int(kept["tokens"]), (opened.start, layers - opened.stop))
+        return Scores(arrays, int(tensors["tokens"]), (opened.start, layers - opened.stop))
 
     def record(self) -> Analysis:
         """The ``analysis`` part of ``results.json``."""
@@ -77,27 +75,33 @@ class Scores(Mapping[str, np.ndarray]):
         return plots.save_analysis_plot(self.record(), path)
 
 
-def score_layers(
-    model: PreTrainedModel, tokens: TokenSet, *, protect: float, seed: int, batch_size: int, stages: Stages,
-    limit: int = ENOUGH,
-) -> Scores:
-    """Streams calibration rows once through the model and scores every pair of states.
+def score_layers(model: PreTrainedModel, tokens: TokenSet, run: Run, *, protect: float, limit: int = ENOUGH) -> Scores:
+    """Scores every pair of states in one pass over the calibration rows, or finds the scores in the cache.
 
     Every batch of rows is shuffled into chunks of ``CHUNK`` real tokens, so that a chunk mixes rows; a remainder of
     fewer than four tokens (the estimator's least) is left out. Several processes take batches in turn; what a batch
     is shuffled by follows from its number alone, and the RBF widths are those of the first process's first chunk.
 
     Args:
-        protect: share of layers kept at either end (recorded for the plots). seed: of the rows and the shuffles.
-        batch_size: rows a forward pass, at most. limit: tokens that are enough; of a larger set random rows are taken.
+        model: the dense model.
+        tokens: the calibration rows.
+        run: gives seed (of the rows and the shuffles), size of batches and cache.
+        protect: share of layers kept at either end (recorded for the plots).
+        limit: tokens that are enough; of a larger set random rows are taken.
     """
-    layers = len(decoder_layers(model))
-    tokens = some_rows(tokens, limit, seed)
-    row = tokens.ids.shape[1] * model.config.hidden_size * model.dtype.itemsize * (layers + 1)
-    batch_size = min(batch_size, max(1, STATES // row))
-    mine = tokens.select(world().share(len(tokens), batch_size))
-    with stages.stage("analyse", len(mine)) as advance:
-        chunks = _chunks(model, mine, seed, batch_size, advance)
+    cached = run.cached(
+        "analysis", limit, lambda: _measure(run.running(model), tokens, run, limit), TensorCodec(), "analyse")
+    return Scores.again(cached, protect)
+
+
+def _measure(model: PreTrainedModel, tokens: TokenSet, run: Run, limit: int) -> dict[str, Tensor]:
+    """What :meth:`Scores.again` reads."""
+    tokens = some_rows(tokens, limit, run)
+    row = tokens.ids.shape[1] * model.config.hidden_size * model.dtype.itemsize * (len(decoder_layers(model)) + 1)
+    batch_size = min(run.batch_size, max(1, STATES // row))
+    local = tokens.select(world().share(len(tokens), batch_size))
+    with run.stage("analyse", len(local)) as progress:
+        chunks = _chunks(model, local, run, batch_size, progress)
         chunk = next(chunks, None)
         width = world().broadcast(None if chunk is None else median_distances(chunk).cpu())
         assert width is not None, "the first process has rows"
@@ -106,27 +110,25 @@ def score_layers(
             similarity.update(chunk)
             chunk = next(chunks, None)
         world().sum(*similarity.sums.values())
-    opened = open_layers(layers, protect)
-    arrays = {name: value.numpy() for name, value in similarity.value().items()}
-    return Scores(arrays, int(similarity.sums["tokens"]), (opened.start, layers - opened.stop))
+    return {**similarity.value(), "tokens": similarity.sums["tokens"].long().cpu()}
 
 
-def some_rows(tokens: TokenSet, limit: int, seed: int) -> TokenSet:
+def some_rows(tokens: TokenSet, limit: int, run: Run) -> TokenSet:
     """Random rows with at most ``limit`` real tokens (but one row at least), in their order; all if they fit."""
     if tokens.tokens <= limit:
         return tokens
-    order = torch.randperm(len(tokens), generator=generator(seed, _PURPOSE))
+    order = torch.randperm(len(tokens), generator=run.generator(_PURPOSE))
     count = int((tokens.mask.sum(1)[order].cumsum(0) <= limit).sum())
     return tokens.select(order[: max(1, count)].sort().values)
 
 
 def _chunks(
-    model: PreTrainedModel, tokens: TokenSet, seed: int, batch_size: int, advance: Callable[[int], None],
+    model: PreTrainedModel, tokens: TokenSet, run: Run, batch_size: int, progress: Advance,
 ) -> Iterator[Tensor]:
     """The states of shuffled real tokens, (L + 1, n, d), n = ``CHUNK`` but for a short batch; rows of this process."""
     states_wanted = range(len(decoder_layers(model)) + 1)
     for number, (batch, states) in enumerate(layer_states(model, tokens, states_wanted, batch_size)):
-        draw = generator(seed, _PURPOSE + 1 + number * world().size + world().rank)
+        draw = run.generator(_PURPOSE + 1 + number * world().size + world().rank)
         real = batch.mask.flatten().nonzero().flatten()
         order = real[torch.randperm(len(real), generator=draw)].to(states[0].device)
         # Chunks of one size weigh the same in the average over chunks; a short last batch is one chunk.
@@ -135,4 +137,4 @@ def _chunks(
             if len(chunk) >= max(size, 4):
                 picked = [states[index].flatten(0, 1)[chunk.to(states[index].device)] for index in states_wanted]
                 yield torch.stack([state.to(order.device) for state in picked])
-        advance(len(batch))
+        progress(len(batch))

@@ -33,7 +33,8 @@ from kdprune.report.results import (
     Sample,
     Speed,
 )
-from kdprune.runtime import BATCH, Stages, peak_memory_bytes
+from kdprune.run import Run
+from kdprune.runtime import peak_memory_bytes
 from kdprune.world import world
 
 PROMPT_TOKENS = 32  # of the held-out text that both models continue
@@ -57,7 +58,7 @@ class Evaluation:
 
 def evaluate(
     dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: TokenSet,
-    stages: Stages,
+    run: Run,
 ) -> Evaluation:
     """Perplexity on the same windows, speed in turns, cache size, and a continuation of the same prompt.
 
@@ -65,14 +66,18 @@ def evaluate(
     first, while the others wait, and handed to all.
 
     Args:
-        text: held-out tokens. tokenizer: for the samples; without one there are none.
+        dense: the dense model.
+        pruned: the pruned one.
+        tokenizer: for the samples; without one there are none.
+        text: held-out tokens.
+        run: shows the stage.
     """
     streamed = reads_weights(dense) or reads_weights(pruned)
-    with stages.stage("evaluate", 3) as advance:
+    with run.stage("evaluate", 3) as progress:
         before, after = perplexity(dense, text), perplexity(pruned, text)
-        advance(1)
+        progress(1)
         pace = measured_speed(dense, pruned)
-        advance(1)
+        progress(1)
         samples: list[Sample] = []
         if tokenizer is not None and not streamed and world().first:
             prompts = [str(tokenizer.decode(text.ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
@@ -81,7 +86,7 @@ def evaluate(
                 for found in compare_samples(dense, pruned, tokenizer, prompts)
             ]
         samples = world().broadcast(samples)
-        advance(1)
+        progress(1)
     return Evaluation(
         Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
                    stride=before.stride, tokens=before.tokens),
@@ -117,8 +122,7 @@ def software_versions() -> dict[str, str]:
 
 
 def analysis_results(
-    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, scores: Scores | None,
-    stages: Stages, method: str = "analyze",
+    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, run: Run, method: str = "analyze",
 ) -> Results:
     """The record of a run that only looked: everything but what pruning adds."""
     return Results(
@@ -128,8 +132,8 @@ def analysis_results(
         layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
-            shares=[part.tokens for part in tokens.shares(BATCH)] if world().size > 1 else []),
-        analysis=None if scores is None else scores.record(), seconds=dict(stages.seconds),
+            shares=[part.tokens for part in tokens.shares(run.batch_size)] if world().size > 1 else []),
+        analysis=run.scores.record() if isinstance(run.scores, Scores) else None, seconds=dict(run.stages.seconds),
         peak_memory_bytes=peak_memory_bytes(),
         versions=software_versions(),
     )

@@ -1,8 +1,10 @@
 """``kdprune compare`` and ``kdprune ablate``: many variants, one model, one ratio, one protocol."""
 
+import contextlib
 import datetime
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,9 @@ from kdprune.report.comparison_records import Variant as VariantRecord
 from kdprune.report.results import Calibration
 from kdprune.resources import make_resources
 from kdprune.runtime import Stages
-from kdprune.session import plain_source
+from kdprune.session import Session, plain_source
 from kdprune.text import check_source
-from kdprune.units import Bench, Protocol, Store, Texts
+from kdprune.units import PARTS, Bench, Protocol, Texts
 from kdprune.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
 
 
@@ -111,15 +113,50 @@ def _run(
     recipe: Mapping[str, Any], blocks_from: str | None, kind: str = "comparison",
 ) -> Comparison:
     """Opens the model, goes through all units, and writes what was found."""
-    subject, data, output = taken(ModelOptions, chosen), taken(DataOptions, chosen), taken(OutputOptions, chosen)
-    suite, resources, seeds = taken(SuiteOptions, chosen), make_resources(chosen), wanted.seed_list()
+    data, output, suite = taken(DataOptions, chosen), taken(OutputOptions, chosen), taken(SuiteOptions, chosen)
+    subject, resources, seeds = taken(ModelOptions, chosen), make_resources(chosen), wanted.seed_list()
     _check_suite(suite)
     check_source(data.calibration)
     check_source(data.heldout)
     if output.output_dir is not None:
         resources.check_apart(output.output_dir)
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
-    session = open_session(subject, resources, seeds[0], Stages(show=output.progress))
+    stages = Stages(show=output.progress)
+    with open_session(subject, resources, seeds[0], stages) as session, _bench(
+            data, suite, session, folder, output.progress) as bench:
+        variants = variants_for(bench)
+        refused = _refusals(bench, variants, seeds, blocks_from)
+        dense = bench.dense(seeds[0])
+        tokens = bench.tokens(seeds[0])
+        units: list[Unit] = []
+        failures: list[Failure] = []
+        for found in _units(bench, variants, seeds, blocks_from, refused, dense):
+            if isinstance(found, Unit):
+                units.append(found)
+            else:
+                failures.append(found)
+            _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
+        result = Comparison(
+            kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
+            family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
+            recipe=_recipe({
+                **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
+                "calibration": plain_source(data.calibration), "heldout": plain_source(data.heldout)}),
+            calibration=Calibration(
+                source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+            device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
+            units=units, failures=failures, versions=software_versions())
+    if folder is not None:
+        result.save(folder / "results.json")
+        write_comparison(result, folder)
+    return result
+
+
+@contextlib.contextmanager
+def _bench(
+    data: DataOptions, suite: SuiteOptions, session: Session, folder: Path | None, show: bool
+) -> Iterator[Bench]:
+    """The bench of these texts and tasks, its cache in ``runs/`` of the output unless a work directory was named."""
     if session.tokenizer is None and suite.suite is not None:
         raise KDPruneError("got a suite of tasks without a tokenizer, expected one: give tokenizer=…")
     if session.tokenizer is None and data.heldout is None:
@@ -129,33 +166,8 @@ def _run(
     protocol = Protocol(
         session.heldout(data.heldout, tokens, 0.1), suite.suite, [Path(path) for path in suite.suite_data], suite.limit)
     texts = Texts(data.calibration, data.samples, data.length)
-    bench = Bench(session, texts, protocol, Store(folder), output.progress)
-    variants = variants_for(bench)
-    refused = _refusals(bench, variants, seeds, blocks_from)
-    with session.keeper(tokens):  # of a streamed model states are spilled there; the device's limit ends with it
-        dense = bench.dense()
-        units: list[Unit] = []
-        failures: list[Failure] = []
-        for found in _units(bench, variants, seeds, blocks_from, refused, dense):
-            if isinstance(found, Unit):
-                units.append(found)
-            else:
-                failures.append(found)
-            _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
-    result = Comparison(
-        kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
-        family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
-        recipe=_recipe({
-            **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
-            "calibration": plain_source(data.calibration), "heldout": plain_source(data.heldout)}),
-        calibration=Calibration(
-            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
-        device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
-        units=units, failures=failures, versions=software_versions())
-    if folder is not None:
-        result.save(folder / "results.json")
-        write_comparison(result, folder)
-    return result
+    with session.cache(tokens, None if folder is None else folder / "runs") as cache:
+        yield Bench(session, texts, protocol, cache, show)
 
 
 def _units(
@@ -178,15 +190,13 @@ def _units(
 
 
 def _unit(bench: Bench, variant: Variant, seed: int, dense: Any) -> Unit | Failure:
-    """A finished unit again, or a new one, kept; or why there is none."""
+    """A finished unit again, or a new one; or why there is none."""
     try:
-        if (known := bench.finished(variant, seed)) is not None:
-            return known
-        unit = bench.measure(variant, seed, dense)
+        return bench.unit(variant, seed, dense)
     except Exception as error:  # whatever a method fails with, the others go on
-        return Failure(variant=variant.name, seed=seed, reason=_reason(error))
-    bench.keep(variant, unit)
-    return unit
+        trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
+        bench.cache.clean(*PARTS)
+        return Failure(variant=variant.name, seed=seed, reason=_reason(error), traceback=trace)
 
 
 def _refusals(

@@ -71,7 +71,7 @@ class TokenSet:
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
 
-    def dealt(self, size: int) -> "TokenSet":
+    def local(self, size: int) -> "TokenSet":
         """The rows of this process: batches of `size` rows are dealt out to the processes of the run in turn."""
         return self.shares(size)[world().rank] if world().size > 1 else self
 

@@ -1,4 +1,4 @@
-"""The one exception users meet."""
+"""The exceptions that users meet: one, and what lies below it for whoever wants to tell them apart."""
 
 
 class KDPruneError(ValueError):
@@ -6,6 +6,18 @@ class KDPruneError(ValueError):
 
     The command line prints the message after ``kdprune: error:`` and exits with status 2.
     """
+
+
+class DiskError(KDPruneError):
+    """The disk is full, or refuses to be written or read; nothing half-written is left behind."""
+
+
+class Diverged(KDPruneError):
+    """A fit's loss or gradient stayed NaN or infinite at every rate that was tried."""
+
+
+class ProcessLost(KDPruneError):
+    """Another process of the run is gone; the same command goes on from the finished stages."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

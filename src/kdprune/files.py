@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError
 
 # What the file system says when it cannot take more, or may not: told in one line. Other errors are bugs.
 REFUSALS = (
@@ -74,7 +74,7 @@ def whole_file(
     With ``rename`` the last name is the one it gives for the written file (a checksum can stand in it).
 
     Raises:
-        KDPruneError: the disk is full or refuses to be written; names `what` (the path without it) and gives `advice`.
+        DiskError: the disk is full or refuses to be written; names `what` (the path without it) and gives `advice`.
     """
     path = Path(path)
     partial = partial_name(path)
@@ -86,7 +86,7 @@ def whole_file(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         if (reason := refusal(error)) is not None:
-            raise KDPruneError(f"cannot write {what or path}: {reason}; {advice}") from error
+            raise DiskError(f"cannot write {what or path}: {reason}; {advice}") from error
         raise
 
 

@@ -39,15 +39,15 @@ class Gradients:
     the parts add up, so that the result is the same to rounding. Processes talk when all have done their parts.
 
     Args:
-        parameters, measure, mine, name, notify: as of :func:`kdprune.training.fit`.
+        parameters, measure, local_rows, name, notify: as of :func:`kdprune.training.fit`.
         part: most rows that are measured at once; it only ever falls.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], measure: Measure, mine: Callable[[Tensor], Tensor], part: int,
+        self, parameters: Sequence[nn.Parameter], measure: Measure, local_rows: Callable[[Tensor], Tensor], part: int,
         name: str, notify: Notify,
     ):
-        self.parameters, self.measure, self.mine, self.part = parameters, measure, mine, part
+        self.parameters, self.measure, self.local_rows, self.part = parameters, measure, local_rows, part
         self.name, self.notify = name, notify
         self._names: list[str] = []  # of the sums, the same in every process
 
@@ -58,7 +58,7 @@ class Gradients:
             KDPruneError: one row alone is too large.
         """
         part = self.part
-        local, gradients = self._in_parts(self.mine(rows))
+        local, gradients = self._in_parts(self.local_rows(rows))
         if self.part < part:
             self.notify(f"out of memory with {part} rows at once while fitting {self.name}; going on with {self.part}, "
                         "to the same result up to rounding")

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import BoolTensor, Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -22,13 +20,13 @@ from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
 from kdprune.gradients import Sums
-from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.options import check_values, option, options_of, recorded, taken
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
+from kdprune.runtime import Advance
 from kdprune.training import Schedule, fit
 from kdprune.world import world
 
@@ -105,8 +103,8 @@ def make_heal(given: Mapping[str, Any]) -> Heal | None:
 
 
 def heal(
-    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal,
-    seed: int, stages: Stages, *, held: int, checkpoint: Checkpoint | None = None,
+    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, run: Run,
+    *, held: int, follows_from: Any = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Trains what ``settings`` names, in float32, on all but the last ``held`` rows of the calibration tokens.
 
@@ -115,8 +113,14 @@ def heal(
     the next token and q the pruned one's. Padding enters neither. Dropout is off.
 
     Args:
-        pruned: what ``edits`` made of ``dense``; neither is changed. seed: of the order of rows and of LoRA's start.
-        checkpoint: as of :func:`kdprune.training.fit`.
+        pruned: what ``edits`` made of ``dense``; neither is changed.
+        dense: the dense model.
+        edits: what the method returned.
+        tokens: the calibration rows.
+        settings: what is trained, for how long.
+        run: seed (of the order of rows and of LoRA's start), stages, cache; what is cached are the weights trained.
+        held: how many rows at the end watch.
+        follows_from: the method's options.
 
     Returns:
         A model that shares with ``pruned`` every weight that was not trained, or ``pruned`` itself where its held-out
@@ -125,6 +129,35 @@ def heal(
     Raises:
         KDPruneError: the edits put nothing in that could be trained, or the loss became NaN or infinite.
     """
+    key = [follows_from, dataclasses.asdict(settings), held]
+
+    def compute() -> tuple[PreTrainedModel, dict[str, Any]]:
+        return _heal(pruned, dense, edits, tokens, settings, held, run, run.checkpoint("heal", key))
+
+    return run.cached("heal", key, compute, HealedCodec(pruned))
+
+
+class HealedCodec:
+    """A healed model and its record in the cache: of the weights those that ``pruned`` does not have."""
+
+    def __init__(self, pruned: PreTrainedModel):
+        self.pruned = pruned
+
+    def pack(self, value: tuple[PreTrainedModel, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The record, and the trained weights by name."""
+        healed, record = value
+        before = dict(self.pruned.named_parameters())
+        return record, {name: weight for name, weight in healed.named_parameters() if weight is not before[name]}
+
+    def unpack(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model again; ``pruned`` itself where healing was undone."""
+        return (_with_weights(self.pruned, tensors) if tensors else self.pruned), plain
+
+
+def _heal(
+    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, held: int,
+    run: Run, checkpoint: Checkpoint,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     names = put_in(pruned, dense, edits) if settings.what == "stand-ins" else linear_weights(pruned)
     watched = tokens.select(slice(len(tokens) - held, None))
     rows = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
@@ -132,34 +165,13 @@ def heal(
     tuned = sharing_copy(pruned, own=names) if pruned.dtype == torch.float32 else copy.deepcopy(pruned).float()
     train = _train_lora if settings.what == "lora" else _train_put_in
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense), evaluating(tuned):
-        with stages.stage("heal", len(rows)) as advance:
-            course = _Course(tuned, objective, rows, advance, checkpoint)
-            count, curve = train(tuned, names, settings, seed, course)
+        with run.stage("heal", len(rows)) as progress:
+            training = _Training(tuned, objective, rows, progress, checkpoint)
+            count, curve = train(tuned, names, settings, run, training)
         healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
         record = {"loss": settings.loss, "what": settings.what, "tokens": rows.tokens, "parameters": count,
                   "curve": curve}
         return _better(pruned, healed, watched, objective, settings, record)
-
-
-def kept_heal(
-    pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, seed: int,
-    stages: Stages, *, held: int, keep: Keeper, key: str,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """:func:`heal`, or what an earlier run made of the same; what is kept are the weights it trained."""
-    if (folder := keep.work.find("heal", key)) is not None:
-        stages.found("heal")
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "tensors.safetensors")
-        return (_with_weights(pruned, weights) if weights else pruned), record
-    healed, record = heal(
-        pruned, dense, edits, tokens, settings, seed, stages, held=held, checkpoint=keep.work.checkpoint("heal", key))
-    before = dict(pruned.named_parameters())
-    trained = {name: weight.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, weight in healed.named_parameters() if weight is not before[name]}
-    with keep.work.finish("heal", key) as folder:
-        (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
-        save_file(trained, folder / "tensors.safetensors")
-    return healed, record
 
 
 def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
@@ -210,41 +222,43 @@ def divergence(dense: PreTrainedModel) -> Objective:
 
 
 @dataclass(frozen=True)
-class _Course:
-    """One training: what is measured on which rows, where it is kept meanwhile."""
+class _Training:
+    """One training: what is measured on which rows, and where it stands."""
 
     model: PreTrainedModel
     objective: Objective
     rows: TokenSet
-    advance: Callable[[int], None]
-    checkpoint: Checkpoint | None
+    progress: Advance
+    checkpoint: Checkpoint
 
     def measure(self, numbers: Tensor) -> Sums:
         """The summed loss of these rows."""
         total, count = self.objective(self.model, self.rows.select(numbers))
-        self.advance(len(numbers) * world().size)
+        self.progress(len(numbers) * world().size)
         return Sums({"loss": total}, count)
 
-    def fit(self, parameters: list[nn.Parameter], settings: Heal, rate: float, seed: int) -> list[float]:
+    def fit(self, parameters: list[nn.Parameter], settings: Heal, rate: float, run: Run) -> list[float]:
         """Trains these over the rows, once each; returns the mean loss of at most ``_POINTS`` successive stretches."""
         steps = -(-len(self.rows) // settings.batch)
         schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP, stretch=-(-steps // _POINTS))
         curves = fit(
-            parameters, self.measure, len(self.rows), schedule, generator(seed, _PURPOSE), name="healing",
-            mine=lambda rows: rows[world().share(len(rows))], checkpoint=self.checkpoint)
+            parameters, self.measure, len(self.rows), schedule, run.generator(_PURPOSE), name="healing",
+            local_rows=lambda rows: rows[world().share(len(rows))], checkpoint=self.checkpoint)
         return curves["loss"]
 
 
 Told = tuple[int, list[float]]  # how many numbers were trained, the curve
 
 
-def _train_put_in(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> Told:
+def _train_put_in(
+    model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: _Training
+) -> Told:
     """Trains the named parameters in place."""
     model.requires_grad_(False)
     parameters = [model.get_parameter(name) for name in names]
     for parameter in parameters:
         parameter.requires_grad_()
-    curve = course.fit(parameters, settings, RATE / model.config.hidden_size, seed)
+    curve = training.fit(parameters, settings, RATE / model.config.hidden_size, run)
     return _count(parameters), curve
 
 
@@ -252,7 +266,7 @@ def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, seed: int, course: _Course) -> Told:
+def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: _Training) -> Told:
     """Trains W + (α/r)·BA with A (r, in), B (out, r) for every named weight W, and adds the update to W in place.
 
     Source: Hu et al., "LoRA", ICLR 2022. B starts at 0, A uniform as PEFT has it but drawn from the seed.
@@ -267,7 +281,7 @@ def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, 
         # for a name that is going away.
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(model, config)
-    draw = generator(seed, _PURPOSE + 1)
+    draw = run.generator(_PURPOSE + 1)
     parameters = []
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
@@ -276,7 +290,7 @@ def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, 
                 bound = parameter.shape[1] ** -0.5
                 start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw)
                 parameter.data.copy_(start)
-    curve = course.fit(parameters, settings, LORA_RATE, seed)
+    curve = training.fit(parameters, settings, LORA_RATE, run)
     wrapped.merge_and_unload()
     return _count(parameters), curve
 

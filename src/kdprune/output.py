@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError, KDPruneError
 from kdprune.files import refusal
 
 
@@ -64,7 +64,7 @@ def staged_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if (reason := refusal(error)) is not None:
-            raise KDPruneError(f"cannot write {path}: {reason}; free some space or choose another directory") from error
+            raise DiskError(f"cannot write {path}: {reason}; free some space or choose another directory") from error
         raise
 
 
@@ -77,8 +77,8 @@ def _check_existing(target: Path, path: str | Path, overwrite: bool) -> None:
         raise KDPruneError(f"got output {path}, which cannot be replaced; give a directory inside it")
 
 
-def _refusal(path: str | Path, error: OSError) -> KDPruneError:
-    return KDPruneError(f"cannot write {path}: {error.strerror or error}; choose another directory")
+def _refusal(path: str | Path, error: OSError) -> DiskError:
+    return DiskError(f"cannot write {path}: {error.strerror or error}; choose another directory")
 
 
 def _new_sibling(target: Path, kind: str) -> Path:

@@ -9,16 +9,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdprune.analysis import Scores
+from kdprune.analysis import Scores, score_layers
 from kdprune.assemble import Evaluation, analysis_results, evaluate, pruning_results
+from kdprune.cache import JsonCodec
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.heal import Heal, kept_heal, make_heal
+from kdprune.heal import Heal, make_heal
+from kdprune.heal import heal as heal_model
 from kdprune.identity import tokens_identity
-from kdprune.keeper import Keeper
 from kdprune.methods import METHODS
-from kdprune.methods.keeping import kept
-from kdprune.methods.method import Method
+from kdprune.methods.keeping import ResultCodec
+from kdprune.methods.method import Method, RankedMethod
 from kdprune.methods.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.placement import is_dispatched
@@ -45,8 +46,9 @@ from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.resources import Resources, make_resources
-from kdprune.runtime import BATCH, Stages
-from kdprune.session import NOTHING, Session, plain_source
+from kdprune.run import Run
+from kdprune.runtime import Stages
+from kdprune.session import Session, plain_source
 from kdprune.text import check_source
 from kdprune.world import World, start_world
 
@@ -123,34 +125,33 @@ def prune(
     """
     chosen = run_options(recipe, given(options, model=model, output_dir=output_dir, method=method))
     subject, data, output = taken(ModelOptions, chosen), taken(DataOptions, chosen), taken(OutputOptions, chosen)
-    name, seed = taken(MethodOptions, chosen).method, taken(SeedOptions, chosen).seed
-    settings = make_method(name, {key: chosen[key] for key in options_of(METHODS[name]) if key in chosen})
+    name, draws = taken(MethodOptions, chosen), taken(SeedOptions, chosen)
+    settings = make_method(
+        name.method, {key: chosen[key] for key in options_of(METHODS[name.method]) if key in chosen})
     healing, resources = make_heal(chosen), make_resources(chosen)
     here = start_world(resources.device)
-    _check_place(output, resources, here)
-    check_source(data.calibration)
-    check_source(data.heldout)
+    _check_named(data, output, resources, here)
     stages = Stages(show=output.progress and here.first)
-    run = open_session(subject, resources, seed, stages)
-    tokens = run.calibration(data.calibration, data.samples, data.length)
-    check_run(run, settings, tokens, healing)
-    text = run.heldout(data.heldout, tokens, settings.held)
-    record = {
-        **recorded(subject, taken(MethodOptions, chosen), data, taken(SeedOptions, chosen), resources),
-        **_named(run, data), **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
-    with run.keeper(tokens) as keep:
-        scores = run.scores_for(settings, tokens, keep)
-        made = run_method(run, settings, tokens, scores, seed, healing, keep)
-        measured = evaluated(run, settings, healing, made.pruned, text, keep)
-        base = analysis_results(run.name, run.model, record, tokens, scores, stages, name)
-        results = pruning_results(base, run.model, made.pruned, made.outcome, measured, made.healed)
-        result = PruneResult(made.pruned, results, run.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
-        if output.output_dir is not None:
-            with stages.stage("save and verify"):
-                if here.first:
-                    result.save(output.output_dir, output.overwrite)
-                here.barrier()
-            keep.work.clean()
+    with open_session(subject, resources, draws.seed, stages) as session:
+        tokens = session.calibration(data.calibration, data.samples, data.length)
+        text = session.heldout(data.heldout, tokens, settings.held)
+        check_run(session, settings, tokens, healing)
+        record = {
+            **recorded(subject, name, data, draws, resources), **_sources(session, data),
+            **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
+        with session.run(tokens) as run:
+            run = scored(session.model, tokens, settings, run)
+            made = run_method(session.model, settings, tokens, run, healing)
+            measured = evaluated(session, settings, healing, made.pruned, text, run)
+            base = analysis_results(session.name, session.model, record, tokens, run, name.method)
+            results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
+            result = PruneResult(made.pruned, results, session.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
+            if output.output_dir is not None:
+                with stages.stage("save and verify"):
+                    if here.first:
+                        result.save(output.output_dir, output.overwrite)
+                    here.barrier()
+                run.cache.clean()
     return result
 
 
@@ -163,12 +164,16 @@ class RunOutcome:
     healed: dict[str, Any] | None = None
 
 
-def _check_place(output: OutputOptions, resources: Resources, here: World) -> None:
-    """Raises KDPruneError for an output that cannot be written, or that holds the work directory: before any work."""
+def _check_named(data: TextOptions, output: OutputOptions, resources: Resources, here: World) -> None:
+    """Raises KDPruneError, before any work, for an output that cannot be written or holds the work directory, and for
+    texts that cannot be read.
+    """
     if output.output_dir is not None:
         resources.check_apart(output.output_dir)
         if here.first:
             check_output(output.output_dir, output.overwrite)
+    for source in _texts(data).values():
+        check_source(source)
 
 
 def open_session(subject: ModelOptions, resources: Resources, seed: int, stages: Stages) -> Session:
@@ -178,43 +183,51 @@ def open_session(subject: ModelOptions, resources: Resources, seed: int, stages:
         resources)
 
 
-def _named(run: Session, data: TextOptions) -> dict[str, Any]:
+def _texts(data: TextOptions) -> dict[str, Any]:
+    """The text sources by name."""
+    return {"calibration": data.calibration, **({"heldout": data.heldout} if isinstance(data, DataOptions) else {})}
+
+
+def _sources(session: Session, data: TextOptions) -> dict[str, Any]:
     """What the record says of model and texts, which may be anything."""
-    return {"model": None if run.bundled else run.name, **{
-        name: plain_source(getattr(data, name)) for name in ("calibration", "heldout") if hasattr(data, name)}}
+    return {"model": None if session.bundled else session.name,
+            **{name: plain_source(source) for name, source in _texts(data).items()}}
 
 
-def check_run(run: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
+def check_run(session: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
     """Raises KDPruneError if the session's model cannot be pruned, or healed, so: before any work."""
     if heal is not None:
-        if is_streamed(run.model) or is_dispatched(run.model):
+        if is_streamed(session.model) or is_dispatched(session.model):
             raise KDPruneError("got heal for a model whose layers are read from disk or spread over devices, expected "
                                "one that fits on one; give it more memory (--host-memory), or leave healing out")
         heal.check(method, tokens)
-    with run.collecting():
-        method.check(run.model, tokens)
+    if session.states_model is not None:
+        method.check_states_model()
+    method.check(session.model, tokens)
+
+
+def scored(model: PreTrainedModel, tokens: TokenSet, method: Method, run: Run) -> Run:
+    """The run with the similarity analysis, if the method ranks its blocks by it."""
+    if not isinstance(method, RankedMethod):
+        return run
+    return dataclasses.replace(run, scores=score_layers(model, tokens, run, protect=method.protect))
 
 
 def run_method(
-    run: Session, method: Method, tokens: TokenSet, scores: Scores | None, seed: int, heal: Heal | None = None,
-    keep: Keeper = NOTHING,
+    model: PreTrainedModel, method: Method, tokens: TokenSet, run: Run, heal: Heal | None = None,
 ) -> RunOutcome:
-    """One method on the session's model, healed if asked for; in the pruned model kept weights are shared."""
+    """One method on a model, healed if asked for; in the pruned model kept weights are shared."""
     options = method_identity(method)
 
     def compute() -> MethodResult:
-        found = None if scores is None else scores.tensors()
-        with run.collecting():
-            return method(run.model, tokens, found, seed=seed, stages=run.stages, batch_size=BATCH, keep=keep)
+        return method(model, tokens, run)
 
-    outcome = compute() if method.keeps_parts else kept(
-        run.model, keep.work, "method", keep.key("method", options), compute, run.stages)
-    pruned = apply_edits(run.model, outcome.edits)
+    outcome = compute() if method.caches_parts else run.cached("method", options, compute, ResultCodec(model))
+    pruned = apply_edits(model, outcome.edits)
     if heal is None:
         return RunOutcome(outcome, pruned)
-    healed, record = kept_heal(
-        pruned, run.model, outcome.edits, tokens, heal, seed, run.stages, held=tokens.held_out(method.held),
-        keep=keep, key=keep.key("heal", options, dataclasses.asdict(heal)))
+    healed, record = heal_model(
+        pruned, model, outcome.edits, tokens, heal, run, held=tokens.held_out(method.held), follows_from=options)
     return RunOutcome(outcome, healed, record)
 
 
@@ -224,16 +237,15 @@ def method_identity(method: Method) -> list[Any]:
 
 
 def evaluated(
-    run: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, text: TokenSet, keep: Keeper
+    session: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, text: TokenSet, run: Run
 ) -> Evaluation:
-    """Both models measured, found again or made."""
+    """Both models measured, found in the cache or made."""
     healing = None if heal is None else dataclasses.asdict(heal)
-    reader = None if run.tokenizer is None else [type(run.tokenizer).__name__, run.tokenizer.name_or_path]  # of samples
-    key = keep.key("evaluation", method_identity(method), healing, tokens_identity(text), reader)
-    if keep.work.find("evaluation", key) is not None:
-        run.stages.found("evaluate")
-    return keep.work.record(
-        "evaluation", key, lambda: evaluate(run.model, pruned, run.tokenizer, text, run.stages), Evaluation)
+    tokenizer = session.tokenizer
+    reader = None if tokenizer is None else [type(tokenizer).__name__, tokenizer.name_or_path]  # of samples
+    return run.cached(
+        "evaluation", [method_identity(method), healing, tokens_identity(text), reader],
+        lambda: evaluate(session.model, pruned, tokenizer, text, run), JsonCodec(Evaluation), "evaluate")
 
 
 @spelled_out(ANALYZE)
@@ -253,19 +265,19 @@ def analyze(model: Any = NOT_GIVEN, calibration: Any = NOT_GIVEN, **options: Any
     subject, data, output = taken(ModelOptions, chosen), taken(TextOptions, chosen), taken(OutputOptions, chosen)
     draws, shown, resources = taken(SeedOptions, chosen), taken(AnalysisOptions, chosen), make_resources(chosen)
     here = start_world(resources.device)
-    _check_place(output, resources, here)
-    check_source(data.calibration)
+    _check_named(data, output, resources, here)
     stages = Stages(show=output.progress and here.first)
-    run = open_session(subject, resources, draws.seed, stages)
-    tokens = run.calibration(data.calibration, data.samples, data.length)
-    with run.keeper(tokens) as keep:
-        scores = run.score(tokens, shown.protect, keep)
-    if output.output_dir is not None and here.first:
-        record = {**recorded(subject, draws, data, shown, resources), **_named(run, data)}
-        results = analysis_results(run.name, run.model, record, tokens, scores, stages)
-        with staged_directory(output.output_dir, output.overwrite) as staging:
-            results.save(staging / "results.json")
-            write_analysis(results, staging / "report.html")
+    with open_session(subject, resources, draws.seed, stages) as session:
+        tokens = session.calibration(data.calibration, data.samples, data.length)
+        with session.run(tokens) as run:
+            scores = score_layers(session.model, tokens, run, protect=shown.protect)
+            run = dataclasses.replace(run, scores=scores)
+        if output.output_dir is not None and here.first:
+            record = {**recorded(subject, draws, data, shown, resources), **_sources(session, data)}
+            results = analysis_results(session.name, session.model, record, tokens, run)
+            with staged_directory(output.output_dir, output.overwrite) as staging:
+                results.save(staging / "results.json")
+                write_analysis(results, staging / "report.html")
     here.barrier()
     return scores
 

@@ -16,7 +16,7 @@ from kdprune.evaluation.models import longest_context
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.forecast import Device, Job, device_of_name
 from kdprune.memory import parse_bytes
-from kdprune.methods.blocks import Budget, choose_blocks, layer_sizes, spare_features
+from kdprune.methods.blocks import Budget, layer_sizes, select_by_similarity, spare_features
 from kdprune.methods.kdp import KDP
 from kdprune.methods.shape import Shape
 from kdprune.model.edits import Substitute
@@ -218,7 +218,7 @@ def _layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     """Blocks and stand-ins as KDP itself chooses them."""
     budget = method.budget(dense)
     index = torch.arange(len(budget.layers) + 1.0)
-    blocks = choose_blocks(method, {method.similarity: (-FALL * (index[:, None] - index).abs()).exp()}, budget)
+    blocks = select_by_similarity(method, (-FALL * (index[:, None] - index).abs()).exp(), budget)
     return blocks, spare_features(budget.shape, budget, blocks) if method.fill else budget.shape
 
 

@@ -12,17 +12,16 @@ from accelerate.utils import get_max_memory
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
+from kdprune.cache import Cache, CacheInUse, cache_dir, default_work_dir
 from kdprune.errors import KDPruneError
 from kdprune.files import tell
 from kdprune.identity import Part, code_identity, digest, files_identity, model_identity
-from kdprune.keeper import Keeper
 from kdprune.memory import Memory, parse_bytes
 from kdprune.model.loading import load_model
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
 from kdprune.options import check_values, option, options_of, taken
 from kdprune.runtime import resolve_device
-from kdprune.work import Work, WorkInUse, cache_dir, default_work_dir
 from kdprune.world import world
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
@@ -105,10 +104,10 @@ class Resources:
             large = False
         return any(world().gather(large))
 
-    def collector(
+    def states_model(
         self, model: str | Path | PreTrainedModel, *, device: str, dtype: str | None, trust_remote_code: bool,
     ) -> PreTrainedModel | None:
-        """The quantised model that states are collected from, if one is asked for."""
+        """The quantised model that hidden states come from, if one is asked for."""
         if self.load_in is None:
             return None
         check_load_in(self.load_in, model)
@@ -126,41 +125,57 @@ class Resources:
         return found
 
     @contextlib.contextmanager
-    def keeper(
-        self, about: Mapping[str, Part], model: PreTrainedModel, memory: Memory, states_bytes: int
-    ) -> Iterator[Keeper]:
-        """What keeps the stages of a run about these things; without a work directory, files of this run alone."""
-        libraries = [version(name) for name in ("torch", "transformers")]
-        key = digest([code_identity(), libraries, {name: part.hash for name, part in about.items()}])
-        with contextlib.ExitStack() as stack:
-            work = stack.enter_context(self._work(about))
-            fits = not is_streamed(model) and memory.holds(states_bytes)
-            if work.directory is None and not world().agree(fits):
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kdprune-")) if world().first else ""
-                work = stack.enter_context(self._opened(Path(world().broadcast(folder)) / "work", about))
-            if is_streamed(model):
-                set_scratch(model, Scratch(work.folder("scratch", key), int(SCRATCH_SHARE * memory.room())))
-            yield Keeper(work, key)
+    def cache(
+        self, about: Mapping[str, Part], model: PreTrainedModel, memory: Memory, states_bytes: int,
+        own: Path | None = None,
+    ) -> Iterator[Cache]:
+        """The cache of a run about these things; without a work directory, files of this run alone if need be.
 
-    def _work(self, about: Mapping[str, Part]) -> Work:
+        Args:
+            about: what decides what is found in it.
+            model: the dense model; a streamed one gets its scratch folder.
+            memory: the budgets.
+            states_bytes: of hidden states that are held at once; what does not fit is spilled.
+            own: a directory of the command's own, which it uses where the user named none.
+        """
+        with contextlib.ExitStack() as stack:
+            cache = stack.enter_context(self._cache(about) if own is None or self.work_dir not in (None, AUTO)
+                                        else open_cache(own, about))
+            fits = not is_streamed(model) and memory.holds(states_bytes)
+            if cache.directory is None and not world().agree(fits):
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kdprune-")) if world().first else ""
+                cache = stack.enter_context(open_cache(Path(world().broadcast(folder)) / "work", about))
+            if is_streamed(model):
+                scratch = cache.spill_directory("scratch", run_key(about))
+                set_scratch(model, Scratch(scratch, int(SCRATCH_SHARE * memory.room())))
+            yield cache
+
+    def _cache(self, about: Mapping[str, Part]) -> Cache:
         if self.work_dir in (None, NONE):
-            return Work(None)
+            return Cache(None)
         if self.work_dir != AUTO:
             assert self.work_dir is not None
-            return self._opened(Path(self.work_dir), about)
+            return open_cache(Path(self.work_dir), about)
         try:
-            return self._opened(default_work_dir(about), about)
+            return open_cache(default_work_dir(about), about)
         except KDPruneError as error:  # in all processes, or in none
-            if not world().broadcast(isinstance(error, WorkInUse)):
+            if not world().broadcast(isinstance(error, CacheInUse)):
                 raise
             if world().first:
                 tell(f"{default_work_dir(about)} is in use by another run on the same model and text; this one keeps "
                      "nothing, and cannot go on if it is stopped")
-            return Work(None)
+            return Cache(None)
 
-    @staticmethod
-    def _opened(directory: Path, about: Mapping[str, Part]) -> Work:
-        return Work(directory, about, first=world().first, agree=world().agree)
+
+def open_cache(directory: Path, about: Mapping[str, Part]) -> Cache:
+    """The cache in this directory, for all processes of the run."""
+    return Cache(directory, about, first=world().first, agree=world().agree)
+
+
+def run_key(about: Mapping[str, Part]) -> str:
+    """The hash of all that a run's stages follow from: code, libraries, and these parts."""
+    libraries = [version(name) for name in ("torch", "transformers")]
+    return digest([code_identity(), libraries, {name: part.hash for name, part in about.items()}])
 
 
 def make_resources(given: Mapping[str, Any]) -> Resources:

@@ -6,34 +6,43 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from kdprune.analysis import Scores, score_layers
+from kdprune.cache import Cache
 from kdprune.data import DEFAULT_SAMPLES, TokenSet, bundled_calibration, bundled_heldout, load_stream, load_tokens
 from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.files import tell
 from kdprune.identity import Part, as_part, digest, model_identity, tokens_identity
-from kdprune.keeper import Keeper
-from kdprune.methods.method import Method, RankedMethod
 from kdprune.model.loading import load_tokenizer
-from kdprune.model.placement import collecting, reads_weights, work_device
-from kdprune.resources import BOUNDARIES, Resources, model_part
-from kdprune.runtime import BATCH, Stages, device_peak_bytes, host_peak_bytes, resolve_device
+from kdprune.model.placement import check_states_model, input_device, reads_weights
+from kdprune.resources import BOUNDARIES, NONE, Resources, model_part, run_key
+from kdprune.run import Run
+from kdprune.runtime import Stages, device_peak_bytes, host_peak_bytes, resolve_device
 from kdprune.world import world
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled" / "model"
 LONGEST_ROW = 512    # tokens a row of calibration text, unless the model's context is shorter
-NOTHING = Keeper()   # keeps nothing
 HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
 
 
 class Session:
     """The model, tokenizer and token sets a run works on.
 
-    Arguments as of :func:`kdprune.prune`. Attributes: ``model``, ``tokenizer``, ``name`` (the model as shown),
-    ``bundled``, ``seed``, ``stages``, ``resources``.
+    Arguments as of :func:`kdprune.prune`. Used as a context, which ends what a budget made the accelerator refuse.
+
+    Attributes:
+        model: the dense model.
+        states_model: the quantised model that its hidden states come from, if one is asked for.
+        tokenizer: its tokenizer, or None.
+        name: the model as shown.
+        bundled: whether it is the bundled one.
+        seed: of every draw.
+        stages: of the run.
+        resources: what it may use.
+        memory: the budgets in bytes.
     """
 
     def __init__(
@@ -51,13 +60,23 @@ class Session:
         with stages.stage("load model"):
             self.model = resources.load(
                 model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-            self._collector = resources.collector(
+            self.states_model = resources.states_model(
                 model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if self.states_model is not None:
+                check_states_model(self.model, self.states_model)
             self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
         if isinstance(model, PreTrainedModel):
             self.name = model.config.name_or_path or type(model).__name__
         else:
             self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.memory.lift(self._place)
 
     def _watch(self, stage: str) -> None:
         """Says, once, when a stage took more memory than was allowed."""
@@ -83,16 +102,6 @@ class Session:
                 samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
                 length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
-    def score(self, tokens: TokenSet, protect: float, keep: Keeper = NOTHING) -> Scores:
-        """The analysis of section 1, found again or made."""
-        key = keep.key("analysis")
-        if keep.work.find("analysis", key) is not None:
-            self.stages.found("analyse")
-        with self.collecting():
-            kept = keep.work.tensors("analysis", key, lambda: score_layers(
-                self.model, tokens, protect=protect, seed=self.seed, batch_size=BATCH, stages=self.stages).kept())
-        return Scores.again(kept, protect)
-
     def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
         """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
         if source is None and self.tokenizer is None:
@@ -102,14 +111,6 @@ class Session:
             bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
             vocabulary=vocabulary_size(self.model))
 
-    def scores_for(self, method: Method, tokens: TokenSet, keep: Keeper = NOTHING) -> Scores | None:
-        """The analysis, if the method ranks its blocks by it."""
-        return self.score(tokens, method.protect, keep) if isinstance(method, RankedMethod) else None
-
-    def collecting(self) -> AbstractContextManager[None]:
-        """Inside, layer states come from the quantised model, if there is one."""
-        return collecting(self.model, self._collector or self.model)
-
     def weights_identity(self) -> str:
         """A hash of the model: of its weights, or of its files and dtype where it is not in memory whole."""
         if not reads_weights(self.model):
@@ -117,26 +118,31 @@ class Session:
         return digest([model_part(self._source, self.model, self.name).hash, str(self.model.dtype)])
 
     @contextlib.contextmanager
-    def keeper(self, tokens: TokenSet) -> Iterator[Keeper]:
-        """What keeps this run's stages: under its model, calibration tokens, dtype and seed."""
-        resources = self.resources
-        about = {}
-        if resources.work_dir not in (None, "none"):
-            about = {
-                "model": world().broadcast(
-                    model_part(self._source, self.model, self.name) if world().first else Part(self.name, "")),
-                "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
-                                    tokens_identity(tokens)),
-                "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
-                "device": as_part(work_device(self.model).type),
-                "states": as_part(resources.load_in or "full precision"),
-            }
+    def run(self, tokens: TokenSet) -> Iterator[Run]:
+        """One run on these calibration tokens, with the cache that the resources name."""
+        about = self._about(tokens) if self.resources.work_dir not in (None, NONE) else {}
+        with self.cache(tokens, about=about) as cache:
+            yield Run(self.seed, stages=self.stages, cache=cache, about=run_key(about), states_model=self.states_model)
+
+    def cache(
+        self, tokens: TokenSet, own: Path | None = None, about: Mapping[str, Part] | None = None,
+    ) -> AbstractContextManager[Cache]:
+        """The cache that the resources name, for runs on as many tokens; arguments as of :meth:`Resources.cache`."""
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
-        try:
-            with resources.keeper(about, self.model, self.memory, BOUNDARIES * states) as keep:
-                yield keep
-        finally:
-            self.memory.lift(self._place)
+        return self.resources.cache(about or {}, self.model, self.memory, BOUNDARIES * states, own)
+
+    def _about(self, tokens: TokenSet) -> dict[str, Part]:
+        """What all stages of a run on these tokens follow from."""
+        running = self.model if self.states_model is None else self.states_model
+        return {
+            "model": world().broadcast(
+                model_part(self._source, self.model, self.name) if world().first else Part(self.name, "")),
+            "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
+                                tokens_identity(tokens)),
+            "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
+            "device": as_part(input_device(running).type),
+            "states": as_part(self.resources.load_in or "full precision"),
+        }
 
 
 def plain_source(source: Any) -> Any:

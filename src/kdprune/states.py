@@ -12,7 +12,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from kdprune.chunks import BrokenChunk, Chunk, open_chunk, rows_text, write_chunk
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError, KDPruneError
 from kdprune.files import Notify, readable_bytes, tell
 
 Recompute = Callable[[LongTensor], Tensor]
@@ -175,7 +175,7 @@ class SpilledStates(States):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise KDPruneError(
+            raise DiskError(
                 f"cannot write {self.name} to {self.folder}: {error.strerror}; give another --work-dir") from error
         self.refresh()
 

@@ -25,7 +25,7 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def write_parts(folder: Path, plain: Any, tensors: Mapping[str, Tensor]) -> None:
     """Writes what JSON can hold, and tensors by name, to a folder."""
-    (folder / PLAIN).write_text(json.dumps(plain), encoding="utf-8")
+    (folder / PLAIN).write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")
     save_file(apart(tensors), folder / TENSORS)
 
 

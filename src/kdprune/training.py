@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdprune.checkpoints import Checkpoint
-from kdprune.errors import KDPruneError
+from kdprune.errors import Diverged
 from kdprune.files import Notify, tell
 from kdprune.gradients import Gradients, Measure, Sums
 from kdprune.world import world
@@ -57,7 +57,7 @@ def fit(
     *,
     name: str,
     on_epoch: OnEpoch | None = None,
-    mine: Callable[[Tensor], Tensor] = lambda rows: rows,
+    local_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
     checkpoint: Checkpoint | None = None,
     notify: Notify = tell,
 ) -> dict[str, list[float]]:
@@ -74,7 +74,7 @@ def fit(
         name: what is being fitted, for messages.
         on_epoch: called with the epoch's number before it starts; what it returns is put into the curves. It may change
             ``parameters`` and draw from ``generator``, and leaves no other trace in the fit.
-        mine: the rows of a mini-batch that this process works on; sums and gradients are added up over processes.
+        local_rows: the rows of a mini-batch that this process works on; sums and gradients are added up over processes.
         checkpoint: a fit that was stopped goes on from there and ends in the same bits; a finished one gives its
             parameters, generator and curves at once.
         notify: is told in one line what went wrong and was mended.
@@ -83,9 +83,10 @@ def fit(
         Mean of every measure over an epoch's tokens, by name, one value an epoch (or stretch).
 
     Raises:
-        KDPruneError: the loss stayed NaN or infinite (says where and what to try), or one row alone is too large.
+        Diverged: the loss stayed NaN or infinite (says where and what to try).
+        KDPruneError: one row alone is too large.
     """
-    gradients = Gradients(list(parameters), measure, mine, schedule.batch, name, notify)
+    gradients = Gradients(list(parameters), measure, local_rows, schedule.batch, name, notify)
     course = _Course(gradients, rows, schedule, generator)
     checkpoint = checkpoint or Checkpoint(None)
     _resume(course, checkpoint)
@@ -121,14 +122,14 @@ def _go_back(course: "_Course", loss: float, norm: float) -> None:
     """To the state kept last, with half its rate.
 
     Raises:
-        KDPruneError: that was done ``HALVINGS`` times already.
+        Diverged: that was done ``HALVINGS`` times already.
     """
     place, rate, gradients = course.place, course.schedule.rate, course.gradients
     what = f"{norm} gradient" if math.isfinite(loss) else f"{loss} loss"
     where = (f"got a {what} while fitting {gradients.name} in epoch {place.epoch + 1}, step {place.step + 1} of "
              f"{course.steps}")
     if course.halvings == HALVINGS:
-        raise KDPruneError(
+        raise Diverged(
             f"{where}; expected a finite one, if not at once then at half the rate, which was tried {HALVINGS} times "
             f"(down to {rate / 2**HALVINGS:g}): lower the learning rate (now {rate:g}), or look for NaN and infinite "
             "values in what is fitted")

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import LongTensor, Tensor, distributed
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import ProcessLost, one_line
 
 PATIENCE = timedelta(minutes=30)  # a process may wait for the others this long: rank 0 evaluates and saves alone
 Kept = TypeVar("Kept")
@@ -45,7 +45,7 @@ class World:
         """Adds every tensor up over all processes, in place: all of one dtype go in one message.
 
         Raises:
-            KDPruneError: another process of the run is gone.
+            ProcessLost: another process of the run is gone.
         """
         if self.size == 1:
             return
@@ -93,7 +93,7 @@ class World:
         try:
             call(*arguments)  # type: ignore[operator]
         except RuntimeError as error:
-            raise KDPruneError(
+            raise ProcessLost(
                 f"process {self.rank} of {self.size} lost another one ({one_line(error)[:120]}); look for that one's "
                 "message, then run the same command again: with a work directory, finished stages are found there"
             ) from error

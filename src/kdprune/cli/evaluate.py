@@ -99,7 +99,7 @@ def opened(name: str, wanted: EvalOptions, resources: Resources) -> Iterator[tup
     options: dict[str, Any] = {
         "device": resources.device, "dtype": wanted.dtype, "trust_remote_code": wanted.trust_remote_code}
     try:
-        model = resources.collector(name, **options) or resources.load(name, memory, known_family=False, **options)
+        model = resources.states_model(name, **options) or resources.load(name, memory, known_family=False, **options)
         yield model, load_tokenizer(name, trust_remote_code=wanted.trust_remote_code)
     finally:
         memory.lift(place)

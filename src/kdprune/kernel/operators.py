@@ -36,8 +36,8 @@ class Moments:
         self.yy += y.square().sum()
         self.n += len(x)
 
-    def reduced(self) -> "Moments":
-        """These sums over all processes, in place."""
+    def add_processes(self) -> "Moments":
+        """Adds up the sums of all processes, in place, and returns itself."""
         count = torch.tensor(self.n, dtype=torch.float64)
         world().sum(self.xx, self.xy, self.x, self.y, self.yy, count)
         self.n = int(count)

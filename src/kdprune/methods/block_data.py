@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks, shortest_blocks
 from kdprune.methods.diagnostics import held_out
 from kdprune.methods.distance import measure_distances
@@ -16,7 +15,7 @@ from kdprune.methods.method import DepthMethod
 from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.selection import open_layers
 
 
@@ -37,14 +36,13 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, firs
 
 
 def choose(
-    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, batch_size: int, stages: Stages, cost: int = 0,
-    first: int = 0,
+    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, cost: int = 0, first: int = 0,
 ) -> list[range]:
     """The explicit blocks, or of the :func:`candidates` the one whose ends have the greatest mean cosine."""
     blocks = candidates(options, model, cost, first)
     if options.blocks is not None:
         return blocks
-    return [nearest(blocks, 1 - measure_distances(model, tokens, batch_size, stages).cosine)]
+    return [nearest(blocks, 1 - measure_distances(model, tokens, run).cosine)]
 
 
 def nearest(blocks: list[range], distance: Tensor) -> range:
@@ -61,14 +59,10 @@ def check_rows(tokens: TokenSet) -> None:
 
 
 def block_states(
-    model: PreTrainedModel, tokens: TokenSet, blocks: list[range], held: float, batch_size: int, stages: Stages,
-    keep: Keeper | None = None,
+    model: PreTrainedModel, tokens: TokenSet, blocks: list[range], held: float, run: Run,
 ) -> list[BlockStates]:
     """h_s and h_e of every block over all rows, a share ``held`` of which no fit may see; no states in between."""
-    with stages.stage("layer states", len(tokens)) as advance:
-        return collect_block_states(
-            model, tokens, blocks, held=tokens.held_out(held), path=PathRows(0, 0), batch_size=batch_size,
-            home=(keep or Keeper()).home(), advance=advance)
+    return collect_block_states(model, tokens, blocks, run, held=tokens.held_out(held), path=PathRows(0, 0))
 
 
 def fit_record(site: Site, energy: float, curves: dict[str, list[float]]) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kdprune.analysis import score_layers
+from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.method import RankedMethod
 from kdprune.methods.shape import Shape
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.run import Run
 from kdprune.selection import candidate_blocks, open_layers, select_blocks
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
@@ -62,11 +64,23 @@ def _count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
-    """The explicit blocks, or every candidate of the selection; needs no scores, so mistakes show before any work.
+def check_budget(options: RankedMethod, budget: Budget) -> None:
+    """Refuses what no scores could make possible, before any work.
 
     Raises:
         KDPruneError: too few layers, impossible blocks, or a ratio out of reach (says the largest possible).
+    """
+    candidates = possible_blocks(options, budget)
+    if options.blocks is None:
+        alike = torch.ones(len(budget.layers) + 1, len(budget.layers) + 1)
+        select_blocks(alike, candidates, budget.removal, budget.target, budget.total)
+
+
+def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
+    """The explicit blocks, or every candidate of the selection.
+
+    Raises:
+        KDPruneError: too few layers, or impossible blocks.
     """
     layers = len(budget.layers)
     if options.blocks is not None:
@@ -85,18 +99,27 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
             f"got a model of {layers} layers, {len(allowed)} of them unprotected; expected at least {shortest} "
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
-    select_blocks(torch.ones(layers + 1, layers + 1), candidates, budget.removal, budget.target, budget.total)
     return candidates
 
 
-def choose_blocks(options: RankedMethod, scores: Mapping[str, Tensor] | None, budget: Budget) -> list[range]:
-    """The explicit blocks, or the selection of section 2. Raises KDPruneError as :func:`possible_blocks` does."""
+def choose_blocks(
+    options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
+) -> list[range]:
+    """The explicit blocks, or the selection of section 2, for which the layers are scored where they have not been.
+
+    Raises KDPruneError as :func:`possible_blocks` does.
+    """
+    if options.blocks is not None:
+        return possible_blocks(options, budget)
+    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
+    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget)
+
+
+def select_by_similarity(options: RankedMethod, similarity: Tensor, budget: Budget) -> list[range]:
+    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget."""
     candidates = possible_blocks(options, budget)
     if options.blocks is not None:
         return candidates
-    if scores is None:
-        raise KDPruneError("got no similarity scores, expected those of kdprune.analyze: pass scores or blocks=…")
-    similarity = scores[options.similarity]
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))

@@ -1,30 +1,29 @@
-"""KDP's blocks one after the other, from states to edits; what an earlier run finished is found again."""
+"""KDP's blocks one after the other, from states to edits; what an earlier run finished is found in the cache."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.identity import digest
-from kdprune.keeper import Keeper
 from kdprune.methods.fitting import FitSettings, fit_block
-from kdprune.methods.keeping import joined, kept
+from kdprune.methods.keeping import ResultCodec, joined
 from kdprune.methods.result import MethodResult
 from kdprune.methods.shape import Shape
 from kdprune.model.block_states import BlockStates, PathRows, boundary_states, collect_block_states
-from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, Substitute, apply_edits
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     """What is fitted: the blocks, the form of their stand-ins, how they are fitted, on which rows.
 
     Attributes:
-        held: rows at the end that no fit sees. path: rows whose inner states step 1 sees.
+        held: rows at the end that no fit sees.
+        path: rows whose inner states step 1 sees.
         sequential: later blocks see the states that the pruned model gives.
     """
 
@@ -38,66 +37,55 @@ class Plan:
     def identity(self) -> str:
         """A hash of all of it."""
         blocks = [(block.start, block.stop) for block in self.blocks]
-        return digest({**dataclasses.asdict(self), "blocks": blocks})
+        settings = {**dataclasses.asdict(self.settings), "without": sorted(self.settings.without)}
+        return digest({**dataclasses.asdict(self), "blocks": blocks, "settings": settings})
 
 
-def fit_blocks(
-    model: PreTrainedModel, tokens: TokenSet, plan: Plan, *, seed: int, stages: Stages, batch_size: int, keep: Keeper,
-) -> MethodResult:
-    """Fits every block of the plan and returns all edits and records; arguments as of :class:`Method`'s call."""
-    identity = plan.identity()
-    names = [f"fit-{block.start}-{block.stop}" for block in plan.blocks]
-    keys = [keep.key("kdp", identity, number) for number in range(len(names))]
-    lazy = _Supply(model, tokens, plan, seed, stages, batch_size, keep, identity)
+def fit_blocks(model: PreTrainedModel, tokens: TokenSet, plan: FitPlan, run: Run) -> MethodResult:
+    """Fits every block of the plan and returns all edits and records."""
+    identity, collected = plan.identity(), _Collected(model, tokens, plan, run)
     done: list[MethodResult] = []
-    for number, (name, key) in enumerate(zip(names, keys, strict=True)):
+    for number, block in enumerate(plan.blocks):
         edits = [edit for part in done for edit in part.edits]
-        done.append(kept(model, keep.work, name, key, lazy.fitter(number, edits), stages))
+
+        def fit(number: int = number, edits: Sequence[Edit] = edits) -> MethodResult:
+            states = collected.states(number, edits)
+            edit, record = fit_block(model, states, plan.shape, plan.settings, number, run, [identity, number])
+            return MethodResult([edit], [record])
+
+        name = f"fit-{block.start}-{block.stop}"
+        done.append(run.cached(name, [identity, number], fit, ResultCodec(model)))
     return joined(done)
 
 
 @dataclass
-class _Supply:
+class _Collected:
     """States of the plan's blocks, collected when the first block asks for them."""
 
     model: PreTrainedModel
     tokens: TokenSet
-    plan: Plan
-    seed: int
-    stages: Stages
-    batch_size: int
-    keep: Keeper
-    identity: str
+    plan: FitPlan
+    run: Run
     _states: list[BlockStates] | None = None
 
-    def fitter(self, number: int, edits: Sequence[Edit]) -> Callable[[], MethodResult]:
-        """What fits block ``number``; ``edits``: of the blocks in front of it."""
+    def states(self, number: int, edits: Sequence[Edit]) -> BlockStates:
+        """States of block ``number``: the dense model's, but for what enters a later block in a sequential fit.
 
-        def compute() -> MethodResult:
-            edit, record = fit_block(
-                self.model, self.of(number, edits), self.plan.shape, self.plan.settings,
-                generator(self.seed, number + 1), work_device(self.model), self.stages, self.keep.checkpoints(self.identity, number))
-            return MethodResult([edit], [record])
-
-        return compute
-
-    def of(self, number: int, edits: Sequence[Edit]) -> BlockStates:
-        """States of block ``number``: the dense model's, but for what enters a later block in a sequential fit."""
+        Args:
+            edits: of the blocks in front of it.
+        """
+        plan, run = self.plan, self.run
         if self._states is None:
-            with self.stages.stage("layer states", len(self.tokens)) as advance:
-                self._states = collect_block_states(
-                    self.model, self.tokens, self.plan.blocks, held=self.plan.held, path=self.plan.path,
-                    batch_size=self.batch_size, home=self.keep.home(), advance=advance)
+            self._states = collect_block_states(
+                self.model, self.tokens, plan.blocks, run, held=plan.held, path=plan.path)
         states = self._states[number]
-        if not (self.plan.sequential and edits):
+        if not (plan.sequential and edits):
             return states
         start = states.block.start
-        with self.stages.stage("corrected states", len(self.tokens)) as advance:
-            index = index_after(edits, start)
-            found = boundary_states(
-                apply_edits(self.model, edits), self.tokens, [index], batch_size=self.batch_size,
-                home=lambda _: self.keep.home(digest([self.keep.about, self.identity, number]))(start),
-                advance=advance)
+        index, follows_from = index_after(edits, start), [plan.identity(), number]
+        found = boundary_states(
+            apply_edits(self.model, edits), self.tokens, [index], run, stage="corrected states",
+            spill=lambda _: run.spill_directory(start, follows_from))
         return dataclasses.replace(states, inputs=found[index])
 
 

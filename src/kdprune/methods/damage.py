@@ -6,23 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from kdprune.cache import JsonCodec
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.blocks import Budget
-from kdprune.methods.fitting import FitSettings, fit_closed_form, new_site
+from kdprune.methods.fitting import Fit, FitSettings, fit_closed_form
 from kdprune.methods.shape import Shape
 from kdprune.model.block_states import boundary_states, states_between
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, mean_loss, next_tokens
-from kdprune.model.placement import collector_of, is_dispatched, work_device
-from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import folded, layers_replaced
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
 from kdprune.selection import select_blocks, useful_blocks
 from kdprune.world import world
 
@@ -59,10 +57,6 @@ def _first(tokens: TokenSet, limit: int) -> TokenSet:
 def check_damage(model: PreTrainedModel, tokens: TokenSet, held: float) -> None:
     """Raises KDPruneError where damage cannot be measured: the model has to run whole, many times, in one process."""
     advice = "or rank by similarity (ranking=similarity)"
-    if is_streamed(model) or is_dispatched(model) or collector_of(model) is not model:
-        raise KDPruneError(
-            f"got ranking 'damage' for a model that is read from disk, spread over devices or run in fewer bits, "
-            f"expected one whole on one device: give it more memory, leave device_map and load_in out, {advice}")
     if world().size > 1:
         raise KDPruneError(
             f"got ranking 'damage' in {world().size} processes, expected one: start it without launcher, {advice}")
@@ -73,8 +67,7 @@ def check_damage(model: PreTrainedModel, tokens: TokenSet, held: float) -> None:
 
 
 def measure_damage(
-    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, *, seed: int, stages: Stages,
-    batch_size: int, keep: Keeper,
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run,
 ) -> dict[range, float]:
     """Δ of every block: what the mean next-token loss grows by, in nats, with a stand-in in the place of it alone.
 
@@ -84,43 +77,34 @@ def measure_damage(
     other rows by :func:`fit_closed_form`, and every block gets the draws that a fit of it alone would start from, so
     that they do not rank the blocks. States at all boundaries are held at once, after a single pass.
 
-    Source: KDP ranks by similarity (section 2), a predictor of this. Arguments as of :class:`Method`'s call.
+    Source: KDP ranks by similarity (section 2), a predictor of this.
     """
-    blocks = list(blocks)
-    key = keep.key("damage", dataclasses.asdict(trial), [(block.start, block.stop) for block in blocks],
-                   FIT_TOKENS, LOSS_TOKENS)
-    if keep.work.find("damage", key) is not None:
-        stages.found("damage")
-
-    def compute() -> dict[str, Tensor]:
-        found = _measure(model, tokens, blocks, trial, seed, stages, batch_size)
-        return {"damage": torch.tensor(found, dtype=torch.float64)}
-
-    values = keep.work.tensors("damage", key, compute)["damage"].tolist()
+    settings = {**dataclasses.asdict(trial.settings), "without": sorted(trial.settings.without)}
+    follows_from = [{**dataclasses.asdict(trial), "settings": settings},
+                    [(block.start, block.stop) for block in blocks], FIT_TOKENS, LOSS_TOKENS]
+    values = run.cached(
+        "damage", follows_from, lambda: _measure(model, tokens, blocks, trial, run), JsonCodec(list[float]))
     return dict(zip(blocks, values, strict=True))
 
 
 def _measure(
-    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, seed: int, stages: Stages,
-    batch_size: int,
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run,
 ) -> list[float]:
     rows, scored = _first(tokens.fitted(trial.held), FIT_TOKENS), loss_rows(tokens, trial.held)
     path = min(trial.path, len(rows)) if trial.shape.kind == "fourier" else 0
     needed = {index for block in blocks for index in (range(block.start, block.stop + 1) if path else _ends(block))}
-    with stages.stage("damage states", len(rows)) as advance:
-        boundaries = boundary_states(model, rows, sorted(needed), batch_size=batch_size, advance=advance)
+    boundaries = boundary_states(model, rows, sorted(needed), run, stage="damage states")
     found = []
-    with stages.stage("damage", len(blocks)) as advance:
-        dense = mean_loss(model, scored, batch_size)
+    with run.stage("damage", len(blocks)) as progress:
+        dense = mean_loss(model, scored, run.batch_size)
         for block in blocks:
-            draw = generator(seed, 1)  # as the fit of a single block has it
             states = states_between(boundaries, block, rows, path)
-            site = new_site(model, states, trial.shape, draw, work_device(model))
-            fit_closed_form(site, trial.shape, trial.settings, draw)
-            with layers_replaced(model, layers_with(model, site.edit())):
-                loss = mean_loss(model, scored, batch_size)
+            this = Fit.of(model, states, trial.shape, trial.settings, 0, run)  # with the draws of a single block
+            fit_closed_form(this)
+            with layers_replaced(model, layers_with(model, this.site.edit())):
+                loss = mean_loss(model, scored, run.batch_size)
             found.append(loss - dense if math.isfinite(loss) else math.inf)
-            advance(1)
+            progress(1)
     return found
 
 

@@ -101,7 +101,7 @@ def held_out(site: Site, energy: float, batch: int) -> dict[str, Any]:
         target, mask = site.target(rows)
         inputs = site.states.inputs[rows].to(site.device).float()[mask]
         linear.update(inputs, target[mask] - inputs)
-    matrix, offset = (value.float() for value in linear.reduced().solve_affine(1e-6))
+    matrix, offset = (value.float() for value in linear.add_processes().solve_affine(1e-6))
     shown = _shown_tokens(site)
     sums, squares = torch.zeros(4, dtype=torch.float64), torch.zeros(len(offset), dtype=torch.float64)
     seen: list[tuple[int, Tensor, Tensor]] = []

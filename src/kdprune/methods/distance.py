@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.world import world
 
 UNDEFINED = 0.5  # counts as the cosine with a zero state, as in ShortGPT's code
@@ -33,13 +33,8 @@ class Distances:
 
 
 @torch.no_grad()
-def measure_distances(
-    model: PreTrainedModel, tokens: TokenSet, batch_size: int, stages: Stages,
-) -> Distances:
+def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Distances:
     """One pass over the calibration rows; no states are kept beyond a batch, and padding is left out.
-
-    Args:
-        batch_size: rows a forward pass.
 
     Raises:
         KDPruneError: a state is NaN or infinite.
@@ -47,8 +42,9 @@ def measure_distances(
     states = len(decoder_layers(model)) + 1
     cosine, angular = (torch.zeros(states, states, dtype=torch.float64) for _ in range(2))
     rows = 0
-    with stages.stage("distances", len(tokens)) as advance:
-        for batch, found in layer_states(model, tokens.dealt(batch_size), range(states), batch_size):
+    local = tokens.local(run.batch_size)
+    with run.stage("distances", len(tokens)) as progress:
+        for batch, found in layer_states(run.running(model), local, range(states), run.batch_size):
             row, column = batch.mask.nonzero(as_tuple=True)
             for part in torch.arange(len(row)).split(_CHUNK):
                 cosine += _cosines(_gather(found, row[part], column[part])).sum(-1).cpu()
@@ -56,7 +52,7 @@ def measure_distances(
             for part in torch.arange(len(row)).split(_CHUNK):
                 angular += (_cosines(_gather(found, row[part], column[part])).arccos() / pi).sum(-1).cpu()
             rows += len(row)
-            advance(len(batch))
+            progress(len(batch))
     world().sum(cosine, angular)
     rows = int(world().total([rows])[0])
     return Distances(cosine / max(tokens.tokens, 1), angular / max(rows, 1), tokens.tokens)

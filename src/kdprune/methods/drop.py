@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.distance import measure_distances
 from kdprune.methods.method import DepthMethod
@@ -22,10 +21,10 @@ from kdprune.methods.result import MethodResult
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, language_loss, next_tokens
-from kdprune.model.passes import let_pass, run, standing_in
+from kdprune.model.passes import let_pass, run_layers, standing_in
 from kdprune.model.surgery import Drop, layers_replaced
 from kdprune.options import option
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.selection import open_layers
 
 
@@ -85,21 +84,15 @@ class DropMethod(DepthMethod):
         """The layers that may be taken out."""
         return open_layers(len(decoder_layers(model)), self.protect)
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Chooses the layers and returns the drops; arguments as in :class:`Method`. Nothing is drawn at random."""
-        self.check(model, tokens)
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the layers and returns the drops. Nothing is drawn at random."""
         if self.blocks is not None:
             return MethodResult([Drop(range(*block)) for block in sorted(self.blocks)], tokens=0)
-        blocks, seen = self.choose(model, tokens, stages or Stages(), batch_size)
+        blocks, seen = self.choose(model, tokens, run)
         return MethodResult([Drop(block) for block in blocks], tokens=seen)
 
     @abstractmethod
-    def choose(
-        self, model: PreTrainedModel, tokens: TokenSet, stages: Stages, batch_size: int
-    ) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """The blocks to take out, in order, and how many calibration tokens were looked at."""
 
 
@@ -121,11 +114,9 @@ class ShortGPT(DropMethod):
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
-    def choose(
-        self, model: PreTrainedModel, tokens: TokenSet, stages: Stages, batch_size: int
-    ) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """Layers of lowest Block Influence; arguments as in :meth:`DropMethod.choose`."""
-        distances = measure_distances(model, tokens, batch_size, stages)
+        distances = measure_distances(model, tokens, run)
         influence = block_influence(distances.cosine)
         order = sorted(self.allowed(model), key=lambda layer: (influence[layer], layer))
         chosen = cheapest_layers(order, layer_sizes(model), round(self.ratio * model.num_parameters()))
@@ -159,12 +150,10 @@ class UIDL(DropMethod):
         """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
         shortest_blocks(model, self.ratio, self.allowed(model))
 
-    def choose(
-        self, model: PreTrainedModel, tokens: TokenSet, stages: Stages, batch_size: int
-    ) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """The block of least angular distance; arguments as in :meth:`DropMethod.choose`."""
         candidates = shortest_blocks(model, self.ratio, self.allowed(model))
-        distances = measure_distances(model, tokens, batch_size, stages)
+        distances = measure_distances(model, tokens, run)
         return [min(candidates, key=lambda block: float(distances.angular[block.start, block.stop]))], distances.tokens
 
 
@@ -205,19 +194,17 @@ class SLEB(DropMethod):
         """The rows the loss is measured on."""
         return tokens.select(slice(0, self.sequences))
 
-    def choose(
-        self, model: PreTrainedModel, tokens: TokenSet, stages: Stages, batch_size: int
-    ) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """Greedy search over whole layers; arguments as in :meth:`DropMethod.choose`."""
         rows, sizes, allowed = self.rows(tokens), layer_sizes(model), list(self.allowed(model))
         target = round(self.ratio * model.num_parameters())
         gone: list[int] = []
         rounds = len(cheapest_layers(allowed, sizes, target))
         evaluations = sum(len(allowed) - number for number in range(rounds))
-        with stages.stage("greedy search", evaluations * math.ceil(len(rows) / batch_size)) as advance:
+        with run.stage("greedy search", evaluations * math.ceil(len(rows) / run.batch_size)) as progress:
             while sum(sizes[layer] for layer in gone) < target:
                 candidates = [layer for layer in allowed if layer not in gone]
-                losses = losses_without(model, rows, gone, candidates, batch_size, advance)
+                losses = losses_without(model, rows, gone, candidates, run.batch_size, progress)
                 gone.append(min(losses, key=lambda layer: losses[layer]))
                 if math.isinf(losses[gone[-1]]):
                     raise KDPruneError("got no finite loss after removing any one layer more, expected one: load the "
@@ -228,7 +215,7 @@ class SLEB(DropMethod):
 @torch.no_grad()
 def losses_without(
     model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], candidates: Sequence[int], batch_size: int,
-    advance: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[int, float]:
     """For each candidate the mean next-token loss in nats of ``model`` without it and the layers ``gone``; infinite
     where it is not a number.
@@ -238,7 +225,7 @@ def losses_without(
     Held are the states of one batch.
 
     Args:
-        advance: told of every batch of every candidate.
+        progress: told of every batch of every candidate.
     """
     gone = set(gone)
     alive = [index for index in range(len(decoder_layers(model))) if index not in gone]
@@ -250,7 +237,7 @@ def losses_without(
             with _starting_behind(model, [other for other in alive if other != layer], position[layer], states[layer]):
                 loss, count = language_loss(model, batch)
             totals[layer] += float(loss)
-            advance(1)
+            progress(1)
         scored += count
     means = {layer: total / max(scored, 1) for layer, total in totals.items()}
     return {layer: mean if math.isfinite(mean) else math.inf for layer, mean in means.items()}
@@ -264,7 +251,7 @@ def _entering(
     behind = layers[max(position.values()):]
     # recorded() comes last: inside, positions among those alive are the layers' indices.
     with layers_replaced(model, layers), standing_in(behind, let_pass), recorded(model, position.values()) as seen:
-        run(model, batch)
+        run_layers(model, batch)
     return {layer: seen[at] for layer, at in position.items()}
 
 

@@ -48,7 +48,7 @@ def solve_operators(features: FourierFeatures, path: Tensor, ridge: float) -> It
         for chunk in _own_chunks(path[start : start + 2]):
             before, after = features(chunk)
             moments.update(before, after - before)
-        step = moments.reduced().solve(ridge)
+        step = moments.add_processes().solve(ridge)
         del moments
         yield step + torch.eye(size, dtype=step.dtype, device=step.device)
 
@@ -62,7 +62,7 @@ def endpoint_statistics(features: FourierFeatures, product: Tensor, path: Tensor
         first, last = features(chunk[0]), features(chunk[-1])
         largest = max(largest, float(first.norm(dim=-1).max()), float(last.norm(dim=-1).max()))
         moments.update(first, last)
-    moments, largest = moments.reduced(), max(world().gather(largest))
+    moments, largest = moments.add_processes(), max(world().gather(largest))
     return {"feature_norm": largest, "unexplained": moments.residual(product) / max(moments.variance(), 1e-300)}
 
 
@@ -87,7 +87,7 @@ def fit_dynamics(
     name: str,
     learn_kernel: bool = True,
     without: Set[str] = frozenset(),
-    advance: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
 ) -> Step1:
     """Jointly learns θ = (λ, L, b) and the operators A_i = I + γ_i B_i by
@@ -118,7 +118,7 @@ def fit_dynamics(
         return {"spectral_norm": largest, **endpoint_statistics(features, dynamics.product().detach(), path)}
 
     def on_epoch(_: int) -> dict[str, float]:
-        advance(1)
+        progress(1)
         return restart()
 
     def measure(chosen: Tensor) -> Sums:
@@ -134,7 +134,7 @@ def fit_dynamics(
     else:
         trained = [*(features.parameters() if learn_kernel else []), *dynamics.parameters()]
         curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
-                     mine=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
+                     local_rows=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
     for key, value in restart().items():
         curves.setdefault(key, []).append(value)
     return Step1(features, dynamics, curves, _feature_rank(features, path[0]))

@@ -1,7 +1,7 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.checkpoints import Checkpoint
 from kdprune.gradients import Measure, Sums
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, Moments
@@ -20,11 +19,9 @@ from kdprune.methods.shape import Shape
 from kdprune.methods.site import PASS_ROWS, Probe, Site, state_errors
 from kdprune.model.block_states import BlockStates
 from kdprune.model.surgery import Edit
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.training import Schedule, advancing, fit
 from kdprune.world import world
-
-Checkpoints = Callable[[str], Checkpoint | None]
 
 
 @dataclass(frozen=True)
@@ -42,42 +39,80 @@ class FitSettings:
     without: frozenset[str] = frozenset()
 
 
-def new_site(
-    model: PreTrainedModel, states: BlockStates, shape: Shape, generator: torch.Generator, device: torch.device
-) -> Site:
-    """An unfitted stand-in of this shape in its place."""
-    return Site(model, states, shape.build(generator), shape.source(states.block), device)
+@dataclass(frozen=True)
+class Fit:
+    """One block's fit under way: its stand-in in place, how it is fitted, and the one source of every draw.
+
+    Attributes:
+        follows_from: what, with the run, decides the fit: the key of its checkpoints.
+    """
+
+    site: Site
+    shape: Shape
+    settings: FitSettings
+    draw: torch.Generator
+    run: Run
+    follows_from: Any = None
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, number: int, run: Run,
+        follows_from: Any = None,
+    ) -> "Fit":
+        """The fit of block ``number`` of a run, with an unfitted stand-in of this shape."""
+        draw = run.generator(number + 1)
+        site = Site(model, states, shape.build(draw), shape.source(states.block), run)
+        return Fit(site, shape, settings, draw, run, follows_from)
+
+    @property
+    def name(self) -> str:
+        """For messages and progress."""
+        block = self.site.states.block
+        return f"block [{block.start}, {block.stop})"
+
+    def train(
+        self, step: str, parameters: Iterable[nn.Parameter], measure: Measure, schedule: Schedule
+    ) -> dict[str, list[float]]:
+        """Trains over the fitted rows, as the stage and from the checkpoint of this name; returns the curves."""
+        with self.run.stage(f"{step} {self.name}", schedule.epochs) as progress:
+            return fit(
+                parameters, measure, self.site.fit_rows, schedule, self.draw, name=self.name,
+                on_epoch=advancing(progress), local_rows=self.site.states.local_rows,
+                checkpoint=self.run.checkpoint(step, self.follows_from))
 
 
 def fit_block(
-    model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, generator: torch.Generator,
-    device: torch.device, stages: Stages, checkpoints: Checkpoints = lambda _: None,
+    model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, number: int, run: Run,
+    follows_from: Any = None,
 ) -> tuple[Edit, dict[str, Any]]:
     """Fits the stand-in of one block.
 
     Args:
-        model: the dense model. states: of this block. shape: of the stand-in. generator: source of every draw.
-        checkpoints: where a fit stands, by the name of its step.
+        model: the dense model.
+        states: of this block.
+        shape: of the stand-in.
+        settings: how it is fitted.
+        number: of the block among those of the run; every draw follows from it and the run's seed.
+        run: seed, stages, cache.
+        follows_from: what, with the run, decides the fit.
 
     Returns:
         The edit, and the block's entry of ``results.json``'s ``fit``.
     """
-    block = states.block
-    name = f"block [{block.start}, {block.stop})"
-    site = new_site(model, states, shape, generator, device)
+    this = Fit.of(model, states, shape, settings, number, run, follows_from)
+    site, block = this.site, states.block
     energy = site.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
-        step1 = _step1(site, shape, settings, generator, name, stages, checkpoints)
+        step1 = _step1(this)
         record["step1"] = step1.curves
-        record |= _step2(site, step1, shape, settings, generator, energy, name, stages, checkpoints)
+        record |= _step2(this, step1, energy)
         record |= theory(site, step1)
     else:
         _solve_plain(site, settings.ridge)
         record["step2"] = average(site.state_measure(energy), site)
     if settings.refine and (shape.kind != "linear" or shape.context):
-        record["step3"], record["refined"] = _step3(
-            site, settings, generator, energy, name, stages, checkpoints)
+        record["step3"], record["refined"] = _step3(this, energy)
     record |= held_out(site, energy, PASS_ROWS)
     edit = site.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
@@ -96,49 +131,47 @@ def _rank(shape: Shape, settings: FitSettings) -> int:
 
 
 @torch.no_grad()
-def fit_closed_form(site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator) -> None:
+def fit_closed_form(this: Fit) -> None:
     """Fits a site by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
 
     Without a hidden layer that is what :func:`fit_block` gives, up to rounding, with kernel "fixed", no refinement and
     the same generator; a hidden layer stays as drawn.
     """
+    site, shape, ridge = this.site, this.shape, this.settings.ridge
     if shape.kind != "fourier":
-        _solve_plain(site, settings.ridge)
+        _solve_plain(site, ridge)
         return
-    features, path = _draw_kernel(site, shape, settings, generator)
+    features, path = _draw_kernel(this)
     dynamics = LinearDynamics(len(path) - 1, 2 * shape.features).to(site.device)
-    if "operators" not in settings.without:
-        dynamics.start(solve_operators(features, path, settings.ridge), trained=False)
+    if "operators" not in this.settings.without:
+        dynamics.start(solve_operators(features, path, ridge), trained=False)
     product = dynamics.product()
-    inverse = _new_inverse(shape, site.device, generator)
-    _solve_inverse(site, inverse, lambda probe: features(probe.kernel_input) @ product.T, settings.ridge)
+    inverse = _new_inverse(shape, site.device, this.draw)
+    _solve_inverse(site, inverse, lambda probe: features(probe.kernel_input) @ product.T, ridge)
     alone = site.stand_in
     site.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
 
 
-def _step1(
-    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator, name: str, stages: Stages,
-    checkpoints: Checkpoints,
-) -> Step1:
-    features, path = _draw_kernel(site, shape, settings, generator)
-    weights = position_weights(site.states.path_position, site.states.tokens.ids.shape[1])
+def _step1(this: Fit) -> Step1:
+    features, path = _draw_kernel(this)
+    settings, states = this.settings, this.site.states
+    weights = position_weights(states.path_position, states.tokens.ids.shape[1])
     if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
-    with stages.stage(f"kernel {name}", settings.step1.epochs) as advance:
+    with this.run.stage(f"kernel {this.name}", settings.step1.epochs) as progress:
         return fit_dynamics(
-            features, path, weights, settings.step1, generator, ridge=settings.ridge, name=name,
-            learn_kernel=settings.kernel != "fixed", without=settings.without, advance=advance,
-            checkpoint=checkpoints("kernel"))
+            features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.name,
+            learn_kernel=settings.kernel != "fixed", without=settings.without, progress=progress,
+            checkpoint=this.run.checkpoint("kernel", this.follows_from))
 
 
-def _draw_kernel(
-    site: Site, shape: Shape, settings: FitSettings, generator: torch.Generator,
-) -> tuple[FourierFeatures, Tensor]:
+def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
     """The kernel that step 1 starts from, and the states on the block's path as it sees them, (k+1, n, d)."""
+    site, shape, settings = this.site, this.shape, this.settings
     path = site.to_kernel(site.states.path.to(site.device))
     features = FourierFeatures(
-        shape.width, shape.features, settings.rank, generator, anisotropic="anisotropy" not in settings.without)
-    features.to(site.device).init_median(path.flatten(0, 1), generator, settings.bandwidth)
+        shape.width, shape.features, settings.rank, this.draw, anisotropic="anisotropy" not in settings.without)
+    features.to(site.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth)
     return features, path
 
 
@@ -159,16 +192,14 @@ def _solve_inverse(site: Site, inverse: InverseNetwork, mapped: Callable[[Probe]
     for rows in site.row_batches(PASS_ROWS):
         probe = site.probe(rows)
         moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
-    solve_readout(inverse, moments.reduced(), ridge)
+    solve_readout(inverse, moments.add_processes(), ridge)
 
 
-def _step2(
-    site: Site, step1: Step1, shape: Shape, settings: FitSettings, generator: torch.Generator, energy: float,
-    name: str, stages: Stages, checkpoints: Checkpoints,
-) -> dict[str, Any]:
+def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
     """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
+    site, settings = this.site, this.settings
     product = step1.dynamics.product().detach()
-    inverse = _new_inverse(shape, site.device, generator)
+    inverse = _new_inverse(this.shape, site.device, this.draw)
 
     @torch.no_grad()
     def mapped(probe: Probe) -> Tensor:
@@ -190,11 +221,9 @@ def _step2(
         probe = site.probe(rows)
         return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
 
-    if shape.hidden:
-        with stages.stage(f"inverse {name}", settings.step2.epochs) as advance:
-            parameters = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
-            curves = fit(parameters, measure, site.fit_rows, settings.step2, generator, name=name,
-                         on_epoch=advancing(advance), mine=site.states.mine, checkpoint=checkpoints("inverse"))
+    if this.shape.hidden:
+        trained = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
+        curves = this.train("inverse", trained, measure, settings.step2)
     else:
         curves = average(measure, site)
     alone = site.stand_in
@@ -202,26 +231,21 @@ def _step2(
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 
-def _step3(
-    site: Site, settings: FitSettings, generator: torch.Generator, energy: float, name: str, stages: Stages,
-    checkpoints: Checkpoints,
-) -> tuple[dict[str, list[float]], bool]:
+def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
     """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate).
 
     Returns:
         The curves, and whether the result was kept.
     """
-    before, start = average(site.state_measure(energy), site, held=True), copy.deepcopy(site.module.state_dict())
-    parameters = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
-    with stages.stage(f"refine {name}", settings.step3.epochs) as advance:
-        curves = fit(
-            parameters, site.state_measure(energy), site.fit_rows, settings.step3, generator, name=name,
-            on_epoch=advancing(advance), mine=site.states.mine, checkpoint=checkpoints("refine"))
-    after = average(site.state_measure(energy), site, held=True)
-    kept = after["loss"] <= before["loss"]
-    if not kept:
+    site, measure = this.site, this.site.state_measure(energy)
+    before, start = average(measure, site, held=True), copy.deepcopy(site.module.state_dict())
+    trained = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
+    curves = this.train("refine", trained, measure, this.settings.step3)
+    after = average(measure, site, held=True)
+    better = after["loss"] <= before["loss"]
+    if not better:
         site.module.load_state_dict(start)
-    return curves, kept
+    return curves, better
 
 
 @torch.no_grad()
@@ -232,7 +256,7 @@ def _solve_plain(site: Site, ridge: float) -> None:
     for rows in site.row_batches(PASS_ROWS):
         probe = site.probe(rows)
         moments.update(probe.readout_input, probe.target - probe.base)
-    matrix, offset = moments.reduced().solve_affine(ridge)
+    matrix, offset = moments.add_processes().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
 

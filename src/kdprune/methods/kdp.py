@@ -4,15 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.block_data import check_rows
-from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks, spare_features
-from kdprune.methods.blockwise import Plan, fit_blocks
+from kdprune.methods.blocks import Budget, check_budget, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.blockwise import FitPlan, fit_blocks
 from kdprune.methods.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
 from kdprune.methods.fitting import FitSettings
 from kdprune.methods.method import RankedMethod
@@ -21,7 +19,7 @@ from kdprune.methods.shape import Shape
 from kdprune.model.block_states import PathRows
 from kdprune.model.surgery import check_model
 from kdprune.options import option
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.training import Schedule
 
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
@@ -59,7 +57,7 @@ class KDP(RankedMethod):
     """
 
     title: ClassVar[str] = "KDP"
-    keeps_parts: ClassVar[bool] = True
+    caches_parts: ClassVar[bool] = True
     collects: ClassVar[bool] = True
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
@@ -151,35 +149,33 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
-        possible_blocks(self, self.budget(model))
+        check_budget(self, self.budget(model))
         check_rows(tokens)
         if self._by_damage:
             check_damage(model, tokens, self.held)
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Chooses the blocks, fits their stand-ins and returns the edits; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        stages, keep = stages or Stages(), keep or Keeper()
+    @property
+    def needs_whole_model(self) -> bool:
+        """To measure damage the model runs many times."""
+        return self._by_damage
+
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the blocks, fits their stand-ins and returns the edits."""
         budget = self.budget(model)
         shape, damage = budget.shape, None
         if self._by_damage:
             trial = Trial(shape, self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
-            damage = measure_damage(
-                model, tokens, blocks_to_measure(possible_blocks(self, budget), budget), trial, seed=seed,
-                stages=stages, batch_size=batch_size, keep=keep)
+            measured = blocks_to_measure(possible_blocks(self, budget), budget)
+            damage = measure_damage(model, tokens, measured, trial, run)
             blocks = select_by_damage(damage, budget)
         else:
-            blocks = choose_blocks(self, scores, budget)
+            blocks = choose_blocks(self, model, tokens, run, budget)
         if self.fill:
             shape = spare_features(shape, budget, blocks)
-        plan = Plan(
+        plan = FitPlan(
             blocks, shape, self.settings(shape, tokens), tokens.held_out(self.held), self.path_rows(tokens, shape),
             bool(self.sequential))
-        result = fit_blocks(model, tokens, plan, seed=seed, stages=stages, batch_size=batch_size, keep=keep)
-        return replace(result, damage=damage)
+        return replace(fit_blocks(model, tokens, plan, run), damage=damage)
 
     @property
     def _by_damage(self) -> bool:

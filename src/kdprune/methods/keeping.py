@@ -1,63 +1,50 @@
-"""Edits and records of a method as plain data and tensors, for a work directory to keep."""
+"""Edits and records of a method as plain data and tensors, as the cache holds them."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.methods.result import MethodResult
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, context_layer
-from kdprune.runtime import Stages
-from kdprune.work import Work
 
 Plain = dict[str, Any]
 
 
-def pack(outcome: MethodResult) -> tuple[Plain, dict[str, Tensor]]:
-    """What JSON can hold of the result, and tensors by name ``"3.mlp.readout.weight"``, 3 the number of the edit."""
-    plain: list[Plain] = []
-    tensors: dict[str, Tensor] = {}
-    for number, edit in enumerate(outcome.edits):
-        entry, own = _pack_edit(edit)
-        plain.append(entry)
-        tensors |= {f"{number}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for name, tensor in own.items()}
-    replaced = None if outcome.replaced is None else [_ends(block) for block in outcome.replaced]
-    return {"edits": plain, "fit": list(outcome.fit), "tokens": outcome.tokens, "replaced": replaced}, tensors
+class ResultCodec:
+    """Results of methods in the cache; tensors are named ``"3.mlp.readout.weight"``, 3 the number of the edit.
 
+    Args:
+        model: the dense model, of whose layers contexts are made again.
+    """
 
-def unpack(model: PreTrainedModel, plain: Plain, tensors: Mapping[str, Tensor]) -> MethodResult:
-    """The result again; ``model`` is the dense model, of whose layers contexts are made."""
-    edits = []
-    for number, entry in enumerate(plain["edits"]):
-        prefix = f"{number}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        edits.append(_unpack_edit(model, entry, own))
-    replaced = None if plain["replaced"] is None else [range(*ends) for ends in plain["replaced"]]
-    return MethodResult(edits, plain["fit"], plain["tokens"], replaced)
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
 
+    def pack(self, value: MethodResult) -> tuple[Plain, dict[str, Tensor]]:
+        """Edits and records; what was measured to choose the blocks is a stage of its own."""
+        plain: list[Plain] = []
+        tensors: dict[str, Tensor] = {}
+        for number, edit in enumerate(value.edits):
+            entry, own = _pack_edit(edit)
+            plain.append(entry)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
+        replaced = None if value.replaced is None else [_ends(block) for block in value.replaced]
+        return {"edits": plain, "fit": list(value.fit), "tokens": value.tokens, "replaced": replaced}, tensors
 
-def kept(
-    model: PreTrainedModel, work: Work, stage: str, key: str, compute: Callable[[], MethodResult], stages: Stages
-) -> MethodResult:
-    """A result found in the work directory, or computed and kept there."""
-    if (folder := work.find(stage, key)) is not None:
-        stages.found(stage)
-        plain = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return unpack(model, plain, load_file(folder / "tensors.safetensors"))
-    outcome = compute()
-    plain, tensors = pack(outcome)
-    with work.finish(stage, key) as folder:
-        if work.first:
-            (folder / "result.json").write_text(json.dumps(plain), encoding="utf-8")
-            save_file(tensors, folder / "tensors.safetensors")
-    return outcome
+    def unpack(self, plain: Plain, tensors: Mapping[str, Tensor]) -> MethodResult:
+        """The result again."""
+        edits = []
+        for number, entry in enumerate(plain["edits"]):
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            edits.append(_unpack_edit(self.model, entry, own))
+        replaced = None if plain["replaced"] is None else [range(*ends) for ends in plain["replaced"]]
+        return MethodResult(edits, plain["fit"], plain["tokens"], replaced)
 
 
 def joined(parts: Iterable[MethodResult]) -> MethodResult:

@@ -1,6 +1,5 @@
 """LinearPatch: channel scaling in a Hadamard basis at the interface of one cut (arXiv 2505.24680)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,15 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
-from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record, fitted_error
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.result import MethodResult
 from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.placement import work_device
 from kdprune.model.surgery import Edit, check_model
-from kdprune.runtime import Stages
+from kdprune.run import Run
 from kdprune.world import world
 
 
@@ -53,20 +50,15 @@ class LinearPatch(DepthMethod):
         candidates(self, model, _cost(model))
         check_rows(tokens)
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Chooses the run of layers, measures its scales and returns the edits; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        stages = stages or Stages()
-        blocks = choose(self, model, tokens, batch_size, stages, _cost(model))
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the run of layers, measures its scales and returns the edits."""
+        blocks = choose(self, model, tokens, run, _cost(model))
         edits: list[Edit] = []
         records = []
-        for states in block_states(model, tokens, blocks, self.held, batch_size, stages, keep):
+        for states in block_states(model, tokens, blocks, self.held, run):
             stand_in = StandIn(
                 model.config.hidden_size, kind="linear", features=0, residual=False, normalize=False)
-            site = Site(model, states, stand_in, None, work_device(model))
+            site = Site(model, states, stand_in, None, run)
             with torch.no_grad():
                 stand_in.readout.weight.copy_(patch_matrix(channel_scales(site)))
                 stand_in.readout.bias.zero_()

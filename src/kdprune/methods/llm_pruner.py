@@ -1,7 +1,6 @@
 """LLM-Pruner: whole attention heads and MLP channels go, those whose loss gradient says they matter least."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.methods.result import MethodResult
 from kdprune.methods.saliency import (
@@ -25,7 +23,7 @@ from kdprune.methods.saliency import (
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import Resize, check_model
 from kdprune.options import option
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
 
 
 @dataclass(frozen=True)
@@ -103,15 +101,11 @@ class LLMPruner(Method):
         each, more = divmod(spare, len(pruned))
         return Plan(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Ranks the structures of every layer and returns the narrower layers; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        plan, stages = self.plan(model), stages or Stages()
-        slices = random_slices(tokens.fitted(self.held), self.sequences, self.slice_length, generator(seed, 1))
-        with stages.stage("saliency"):
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Ranks the structures of every layer and returns the narrower layers."""
+        plan = self.plan(model)
+        slices = random_slices(tokens.fitted(self.held), self.sequences, self.slice_length, run.generator(1))
+        with run.stage("saliency"):
             saliencies = self.saliencies(model, plan.layers, slices)
         edits = []
         for index, channels in zip(plan.layers, plan.channels, strict=True):

@@ -2,16 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.blocks import check_blocks
 from kdprune.methods.drop import check_reach, layer_sizes
 from kdprune.methods.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
@@ -20,7 +18,8 @@ from kdprune.methods.result import MethodResult
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
 from kdprune.options import option
-from kdprune.runtime import Advance, Stages
+from kdprune.run import Run
+from kdprune.runtime import Advance
 from kdprune.selection import open_layers
 
 PAPER_LAYERS = 4  # C of the paper for 7 billion parameters (for 13 billion 7)
@@ -113,13 +112,9 @@ class LaCo(DepthMethod):
         courses = [Course(layers, count, top - count, lowest, self.interval, layers - opened.stop) for count in counts]
         return sorted(courses, key=lambda course: course.excess(wanted))
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Merges and returns the edits; arguments as in :class:`Method`. Nothing is drawn at random."""
-        self.check(model, tokens)
-        stages, merger = stages or Stages(), Merger(model, self.form, merged_names(model, self.merged))
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Merges and returns the edits. Nothing is drawn at random."""
+        merger = Merger(model, self.form, merged_names(model, self.merged))
         if self.blocks is not None:
             slots = merger.dense()
             # From the top down, so that the places of those still to come stay what they are in the dense model.
@@ -127,8 +122,8 @@ class LaCo(DepthMethod):
                 slots = merger.merge(slots, start - 1, stop - start)
             return MethodResult(edits_of(slots, len(decoder_layers(model))), tokens=0)
         rows = first_tokens(tokens.select(slice(0, self.sentences)), self.sentence_tokens)
-        with stages.stage("merge search") as advance:
-            walk = self.search(model, Judge(model, merger, rows, batch_size, advance))
+        with run.stage("merge search") as progress:
+            walk = self.search(model, Judge(model, merger, rows, run.batch_size, progress))
         return MethodResult(edits_of(walk.slots, len(decoder_layers(model))), tokens=rows.tokens)
 
     def search(self, model: PreTrainedModel, judge: "Judge") -> "Walk":
@@ -209,11 +204,13 @@ class Judge:
     """Runs the loop at a threshold; the similarity of a candidate, which only its merges decide, is measured once.
 
     Args:
-        rows: calibration rows. batch_size: rows a forward pass. advance: told of every candidate measured.
+        rows: calibration rows.
+        batch_size: rows a forward pass.
+        progress: told of every candidate measured.
     """
 
-    def __init__(self, model: PreTrainedModel, merger: Merger, rows: TokenSet, batch_size: int, advance: Advance):
-        self.model, self.merger, self.rows, self.batch_size, self.advance = model, merger, rows, batch_size, advance
+    def __init__(self, model: PreTrainedModel, merger: Merger, rows: TokenSet, batch_size: int, progress: Advance):
+        self.model, self.merger, self.rows, self.batch_size, self.progress = model, merger, rows, batch_size, progress
         self.known: dict[tuple[tuple[int, int], ...], float] = {}
         self.dense = final_states(model, rows, batch_size)
 
@@ -255,5 +252,5 @@ class Judge:
             merged = self.merger.merge(slots, *history[-1])
             candidate = apply_edits(self.model, edits_of(merged, len(self.merger.dense())))
             self.known[history] = mean_cosine(self.dense, final_states(candidate, self.rows, self.batch_size))
-            self.advance(1)
+            self.progress(1)
         return self.known[history]

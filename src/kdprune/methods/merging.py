@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.methods.drop import runs
-from kdprune.model.activations import recorded, run
+from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, final_norm
+from kdprune.model.passes import run_layers
 from kdprune.model.surgery import Drop, Edit, Rewrite
 
 Weights: TypeAlias = Mapping[str, Tensor]
@@ -98,7 +99,7 @@ def final_states(model: PreTrainedModel, rows: TokenSet, batch_size: int) -> lis
     depth, found = len(decoder_layers(model)), []
     with recorded(model, [depth]) as seen:
         for batch in rows.batches(batch_size):
-            run(model, batch)
+            run_layers(model, batch)
             # Before the norm a few tokens of huge norm would decide the cosine of a whole row alone.
             state = final_norm(model)(seen[depth])
             found.append(state.masked_fill(~batch.mask.to(state.device)[..., None], 0))

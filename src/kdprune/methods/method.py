@@ -1,22 +1,19 @@
 """What every method has: a ratio, checks before any work, and a call that returns edits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.result import MethodResult
-from kdprune.model.placement import collector_of, is_dispatched
+from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
 from kdprune.options import check_values, option, parse_blocks
-from kdprune.runtime import Stages
+from kdprune.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +25,8 @@ class Method(ABC):
     """
 
     title: ClassVar[str]  # as it stands in tables: "ShortGPT"
-    keeps_parts: ClassVar[bool] = False  # whether it keeps its own parts as it goes; else its whole result is kept
-    collects: ClassVar[bool] = False  # all it asks of the running model is states, which another copy may give
+    caches_parts: ClassVar[bool] = False  # whether it caches its own parts as it goes; else its whole result is cached
+    collects: ClassVar[bool] = False  # all it asks of the running model is hidden states, which another copy may give
     streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
@@ -48,18 +45,27 @@ class Method(ABC):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         check_model(model, substitutes=False)
-        if not self.collects and collector_of(model) is not model:
-            raise KDPruneError(
-                f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
-        if not self.streams and is_streamed(model):
+        if (self.needs_whole_model or not self.streams) and is_streamed(model):
             raise KDPruneError(
                 f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
                 f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory)")
         spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
-        if (spread or is_dispatched(model)) and not (self.spreads and is_dispatched(model)):
+        spreads = self.spreads and not self.needs_whole_model
+        if (spread or is_dispatched(model)) and not (spreads and is_dispatched(model)):
             raise KDPruneError(
                 f"got a model spread over several devices or offloaded, which {self.title} cannot use; expected one on "
                 f"one device: load it without device_map")
+
+    def check_states_model(self) -> None:
+        """Raises KDPruneError if hidden states of a copy in fewer bits are not all that the method asks for."""
+        if self.needs_whole_model or not self.collects:
+            raise KDPruneError(
+                f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether these options ask for the model whole on one device, whatever the method can do without."""
+        return False
 
     @property
     def puts_in(self) -> bool:
@@ -67,17 +73,13 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Returns the architecture change as data.
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Returns the architecture change as data. What :meth:`check` refuses must not be asked for.
 
         Args:
-            model: the dense model; not changed. tokens: calibration tokens, (N, T).
-            scores: arrays of ``LayerSimilarity.value``; only a :class:`RankedMethod` without ``blocks`` needs them.
-            seed: of every draw. stages: times and shows the stages. batch_size: rows a forward pass.
-            keep: what earlier runs finished, and where this one's states and fits are kept; None: nowhere.
+            model: the dense model; not changed.
+            tokens: calibration tokens, (N, T).
+            run: seed, stages, cache and sizes.
         """
 
 

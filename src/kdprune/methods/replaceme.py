@@ -1,7 +1,8 @@
 """ReplaceMe: one run of layers, replaced by a linear map that the down projection in front of it takes in."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,6 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.gradients import Sums
-from kdprune.keeper import Keeper
 from kdprune.kernel.operators import Moments
 from kdprune.methods.block_data import candidates, check_rows, choose
 from kdprune.methods.method import DepthMethod
@@ -21,12 +21,12 @@ from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import named, read
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, normalises_behind
-from kdprune.model.passes import run
-from kdprune.model.placement import collector_of, input_device, work_device
+from kdprune.model.passes import run_layers
+from kdprune.model.placement import input_device
 from kdprune.model.streaming import resident
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.options import option
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
 from kdprune.training import Schedule, advancing, fit
 
 # From a batch to (M, h_s − M, h_e) of its real tokens, each (n, d).
@@ -82,39 +82,36 @@ class ReplaceMe(DepthMethod):
                     f"it takes the map in")
         check_rows(tokens)
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Chooses the run, finds its map and returns the edits; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        stages = stages or Stages()
-        blocks = choose(self, model, tokens, batch_size, stages, first=1)
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the run, finds its map and returns the edits."""
+        blocks = choose(self, model, tokens, run, first=1)
+        running = run.running(model)
         fitted = tokens.fitted(self.held)
         edits: list[Edit] = []
         for number, block in enumerate(blocks):
             if self.solver == "cosine":
-                matrix = self._cosine(model, fitted, block, generator(seed, number + 1), stages)
+                matrix = self._cosine(running, fitted, block, run.generator(number + 1), run)
             else:
-                with stages.stage("least squares", len(fitted)) as advance:
-                    matrix = least_squares(model, fitted, block, self.ridge, batch_size, advance)
+                with run.stage("least squares", len(fitted)) as progress:
+                    matrix = least_squares(running, fitted, block, self.ridge, run.batch_size, progress)
             edits += [Rewrite(block.start - 1, folded_weights(model, block.start - 1, matrix)), Drop(block)]
         return MethodResult(edits)
 
     def _cosine(
-        self, model: PreTrainedModel, tokens: TokenSet, block: range, draw: torch.Generator, stages: Stages
+        self, model: PreTrainedModel, tokens: TokenSet, block: range, draw: torch.Generator, run: Run
     ) -> Tensor:
         """T of the cosine distance, shape (d, d)."""
         width, name = model.config.hidden_size, f"block [{block.start}, {block.stop})"
         schedule = Schedule(self.epochs, self.batch, self.rate or 1e-4 * 4096 / width)
-        matrix = nn.Parameter(torch.eye(width, device=work_device(model)))
-        with interface(model, block) as states, stages.stage(f"cosine {name}", self.epochs) as advance:
+        matrix = nn.Parameter(torch.eye(width, device=input_device(model)))
+        with interface(model, block) as states, run.stage(f"cosine {name}", self.epochs) as progress:
             def measure(rows: Tensor) -> Sums:
                 output, rest, target = states(tokens.select(rows))
                 distance = 1 - cosine_similarity(rest + output @ matrix.T, target, dim=-1)
                 return Sums({"loss": distance.sum()}, len(target))
 
-            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=advancing(advance))
+            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=advancing(progress),
+                checkpoint=run.checkpoint("replaceme", dataclasses.asdict(self), name))
         return matrix.detach()
 
 
@@ -124,7 +121,6 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
 
     M is what the down projection of layer s−1 puts out. Float32; nothing is kept beyond a batch.
     """
-    model = collector_of(model)
     layers, device = list(decoder_layers(model)), input_device(model)
     outputs: list[Tensor] = []
     projection = layers[block.start - 1].get_submodule(family_of(model).mlp_out)
@@ -133,7 +129,7 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
     @torch.no_grad()
     def states(batch: TokenSet) -> tuple[Tensor, Tensor, Tensor]:
         outputs.clear()
-        run(model, batch)
+        run_layers(model, batch)
         mask, entering, leaving = batch.mask.to(device), seen[block.start].to(device), seen[block.stop].to(device)
         # Some families flatten (B, T, d) to (B·T, d) before their MLP.
         output = outputs[0].to(device).reshape(*mask.shape, -1)[mask].float()
@@ -148,19 +144,19 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
 
 def least_squares(
     model: PreTrainedModel, tokens: TokenSet, block: range, ridge: float, batch_size: int,
-    advance: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """T = argmin Σ ‖T M − (h_e − (h_s − M))‖² + ρ‖T‖² from streamed float64 moments, shape (d, d).
 
     Raises:
         KDPruneError: the moments are not finite, or M does not span R^d and there is no ridge.
     """
-    moments = Moments(model.config.hidden_size, model.config.hidden_size, work_device(model))
+    moments = Moments(model.config.hidden_size, model.config.hidden_size, input_device(model))
     with interface(model, block) as states:
         for batch in tokens.batches(batch_size):
             output, rest, target = states(batch)
             moments.update(output, target - rest)
-            advance(len(batch))
+            progress(len(batch))
     try:
         matrix = moments.solve(ridge)
     except torch.linalg.LinAlgError:

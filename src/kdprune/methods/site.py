@@ -16,7 +16,9 @@ from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.placement import input_device
 from kdprune.model.surgery import Substitute, context_layer, plain_copy
+from kdprune.run import Run
 from kdprune.world import world
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
@@ -43,17 +45,18 @@ class Site:
     """A block's stand-in in its place, with the block's states; everything in float32, as fits need it.
 
     Args:
-        model: the dense model; not changed. states: the block's calibration states.
-        template: an unfitted stand-in of the wanted shape. context: the layer into a copy of which it is put; None: it
-            is alone.
-        device: where fits run.
+        model: the dense model; not changed.
+        states: the block's calibration states.
+        template: an unfitted stand-in of the wanted shape.
+        context: the layer into a copy of which it is put; None: it is alone.
+        run: says which model runs; fits run on its device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, states: BlockStates, template: StandIn, context: int | None,
-        device: torch.device,
+        self, model: PreTrainedModel, states: BlockStates, template: StandIn, context: int | None, run: Run,
     ):
-        self.model, self.states, self.device, self.context = model, states, device, context
+        self.states, self.context, self._running = states, context, run.running(model)
+        self.device = device = input_device(self._running)
         self.fit_rows = len(states.tokens.ids) - states.held
         self.stand_in = template.to(device)
         self.module: nn.Module = self.stand_in
@@ -89,10 +92,10 @@ class Site:
     def _arguments(self, rows: Tensor, layer: int) -> Arguments:
         batch = self.states.tokens.select(rows)
         if not batch.mask.all():
-            return layer_arguments(self.model, layer, batch)
+            return layer_arguments(self._running, layer, batch)
         # Without padding, masks and positions depend on the batch's size alone.
         if len(rows) not in self._shared_arguments:
-            self._shared_arguments[len(rows)] = layer_arguments(self.model, layer, batch)
+            self._shared_arguments[len(rows)] = layer_arguments(self._running, layer, batch)
         return self._shared_arguments[len(rows)]
 
     def target(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,7 @@ class Site:
     def row_batches(self, size: int, held: bool = False) -> Iterator[Tensor]:
         """This process's row numbers in order, in batches: of the rows to fit on, or of the held-out ones."""
         first, last = (self.fit_rows, self.fit_rows + self.states.held) if held else (0, self.fit_rows)
-        rows = self.states.mine(torch.arange(first, last))
+        rows = self.states.local_rows(torch.arange(first, last))
         return iter(rows.split(size)) if len(rows) else iter(())
 
     @torch.no_grad()

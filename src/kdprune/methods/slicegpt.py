@@ -1,23 +1,21 @@
 """SliceGPT: the residual stream is rotated to its principal components, and the least of them are cut off."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.method import Method
 from kdprune.methods.result import MethodResult
 from kdprune.methods.slicing import StreamSize, measure_cuts, sliced_edits
 from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
 from kdprune.model.surgery import check_model
 from kdprune.options import option
-from kdprune.runtime import Stages
+from kdprune.run import Run
 
 SPARE = 0.005  # share of the parameters by which the ratio may be exceeded before cuts get widths of their own
 
@@ -87,16 +85,12 @@ class SliceGPT(Method):
             _widen(found, size, most, min(fitting[-1] + self.round_to, width))
         return found
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Turns and cuts the stream layer by layer and returns the narrower layers; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        widths, stages = self.widths(model), stages or Stages()
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Turns and cuts the stream layer by layer and returns the narrower layers."""
+        widths = self.widths(model)
         chosen = tokens.fitted(self.held).select(slice(self.sequences))
-        with stages.stage("principal components", len(decoder_layers(model))) as advance:
-            rotations = measure_cuts(model, chosen, widths, batch_size, advance)
+        with run.stage("principal components", len(decoder_layers(model))) as progress:
+            rotations = measure_cuts(model, chosen, widths, run.batch_size, progress)
         return MethodResult(sliced_edits(model, rotations), tokens=chosen.tokens)
 
 

@@ -138,7 +138,7 @@ def principal_components(moments: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_cuts(
     model: PreTrainedModel, tokens: TokenSet, widths: Sequence[int], batch_size: int,
-    advance: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Tensor]:
     """The first columns Q (d, d') of the rotation of every cut, the identity for the last, float64.
 
@@ -165,7 +165,7 @@ def measure_cuts(
             stream = [state + runner.transform(state.to(device)).cpu() for state in stream]
         if index + 1 < len(decoder_layers(model)):
             rotations.append(_cut(stream, batches, next(sizes), device))
-        advance(1)
+        progress(1)
     return [*rotations, torch.eye(width, dtype=torch.float64, device=device)]
 
 

@@ -1,16 +1,14 @@
 """LLM-Streamline: one run of layers, replaced by a lightweight network trained on its states (ICLR 2025)."""
 
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods.block_data import block_states, candidates, check_rows, choose, fit_record
 from kdprune.methods.method import DepthMethod
 from kdprune.methods.result import MethodResult
@@ -19,10 +17,9 @@ from kdprune.methods.site import PASS_ROWS, Site
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.placement import work_device
 from kdprune.model.surgery import Drop, Edit, Rewrite, check_model, plain_copy
 from kdprune.options import option
-from kdprune.runtime import Stages, generator
+from kdprune.run import Run
 from kdprune.training import Schedule, advancing, fit
 
 
@@ -90,63 +87,60 @@ class Streamline(DepthMethod):
             return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model))
         return 0
 
-    def __call__(
-        self, model: PreTrainedModel, tokens: TokenSet, scores: Mapping[str, Tensor] | None, *, seed: int = 0,
-        stages: Stages | None = None, batch_size: int = 16, keep: Keeper | None = None,
-    ) -> MethodResult:
-        """Chooses the run, trains its stand-in and returns the edits; arguments as in :class:`Method`."""
-        self.check(model, tokens)
-        stages = stages or Stages()
-        blocks = choose(self, model, tokens, batch_size, stages, self._cost(model))
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the run, trains its stand-in and returns the edits."""
+        blocks = choose(self, model, tokens, run, self._cost(model))
         if self.stand_in == "none":
             return MethodResult([Drop(block) for block in blocks], tokens=None if self.blocks is None else 0)
         edits: list[Edit] = []
         records: list[dict[str, Any]] = []
-        for number, states in enumerate(block_states(model, tokens, blocks, self.held, batch_size, stages, keep)):
-            draw = generator(seed, number + 1)
+        for number, states in enumerate(block_states(model, tokens, blocks, self.held, run)):
+            draw = run.generator(number + 1)
             if self.stand_in == "ffn":
-                edit, record = self._fit_ffn(model, states, draw, stages)
+                edit, record = self._fit_ffn(model, states, draw, run)
                 edits.append(edit)
                 records.append(record)
             else:
-                edits += self._fit_layer(model, states, draw, stages)
+                edits += self._fit_layer(model, states, draw, run)
         return MethodResult(edits, records, replaced=blocks)
 
     def _fit_ffn(
-        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages
+        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
     ) -> tuple[Edit, dict[str, Any]]:
-        site = Site(model, states, new_ffn(model.config.hidden_size, draw), None, work_device(model))
+        site = Site(model, states, new_ffn(model.config.hidden_size, draw), None, run)
         energy = site.update_energy(PASS_ROWS)
-        curves = self._train(site, energy, draw, stages)
+        curves = self._train(site, energy, draw, run)
         return site.edit(), fit_record(site, energy, curves)
 
     def _fit_layer(
-        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, stages: Stages
+        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
     ) -> list[Edit]:
-        site, block = LayerSite(model, states, work_device(model)), states.block
-        self._train(site, site.update_energy(PASS_ROWS), draw, stages)
+        site, block = LayerSite(model, states, run), states.block
+        self._train(site, site.update_energy(PASS_ROWS), draw, run)
         weights = {name: weight.detach() for name, weight in site.module.named_parameters()}
         return [Rewrite(block.start, weights), Drop(range(block.start + 1, block.stop))]
 
-    def _train(self, site: Site, energy: float, draw: torch.Generator, stages: Stages) -> dict[str, list[float]]:
+    def _train(self, site: Site, energy: float, draw: torch.Generator, run: Run) -> dict[str, list[float]]:
         """Trains the module of the site; returns its curves."""
         full = 1e-3 if self.stand_in == "ffn" else 2e-4
         rate = self.rate or full * 4096 / site.states.inputs.shape[-1]
         name = f"block [{site.states.block.start}, {site.states.block.stop})"
         schedule = Schedule(self.epochs, self.batch, rate, clip=self.clip, weight_decay=self.weight_decay)
-        with stages.stage(f"{self.stand_in} {name}", self.epochs) as advance:
+        stage = f"{self.stand_in} {name}"
+        with run.stage(stage, self.epochs) as progress:
             return fit(
                 site.module.parameters(), site.state_measure(energy), site.fit_rows, schedule, draw, name=name,
-                on_epoch=advancing(advance), mine=site.states.mine)
+                on_epoch=advancing(progress), local_rows=site.states.local_rows,
+                checkpoint=run.checkpoint("streamline", dataclasses.asdict(self), stage))
 
 
 class LayerSite(Site):
     """A site whose whole decoder layer, a float32 copy of the block's first, is the stand-in."""
 
-    def __init__(self, model: PreTrainedModel, states: BlockStates, device: torch.device):
-        super().__init__(model, states, StandIn(1, kind="linear", features=0), None, device)
+    def __init__(self, model: PreTrainedModel, states: BlockStates, run: Run):
+        super().__init__(model, states, StandIn(1, kind="linear", features=0), None, run)
         layer = decoder_layers(model)[states.block.start]
-        self.module = plain_copy(layer, {id(model.config): model.config}).float().to(device)
+        self.module = plain_copy(layer, {id(model.config): model.config}).float().to(self.device)
         self.module.requires_grad_(True)
         self.context = states.block.start  # the layer gets the arguments that the model hands it
 

@@ -17,8 +17,8 @@ from kdprune.errors import KDPruneError
 from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.layerwise import streamed_states
-from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run, standing_in
-from kdprune.model.placement import collector_of, input_device
+from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run_layers, standing_in
+from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed
 
 Indices = Iterable[int] | Callable[[int], Iterable[int]]
@@ -78,7 +78,6 @@ def layer_states(
     wanted = [sorted(set(of_batch(number))) for number in range(len(batches))]
     if not any(wanted):
         return
-    model = collector_of(model)
     if is_streamed(model):
         passes = streamed_states(model, batches, wanted, scratch=scratch, notify=notify)
     else:
@@ -106,7 +105,7 @@ def _resident_states(
         def work(part: TokenSet, _: slice, own: Sequence[int] = own, rows: int = len(batch)) -> dict[int, Tensor]:
             # h_l enters layer l, so layer l itself is called, for its hook, but need not compute (h_L leaves the last).
             with standing_in(layers[own[-1]:], let_pass), recorded(model, own) as seen:
-                run(model, part)
+                run_layers(model, part)
             return {index: seen[index].to(device if len(part) == rows else "cpu") for index in own}
 
         parts = limit.over(batch, work) if own else []
@@ -125,7 +124,6 @@ def layer_arguments(model: PreTrainedModel, index: int, batch: TokenSet) -> Argu
 
     No layer is run. Floating-point arguments come in float32, in which stand-ins are fitted.
     """
-    model = collector_of(model)
     args, kwargs = entering(model, batch)[1][index]
     return _as_float(args, input_device(model)), _as_float(kwargs, input_device(model))
 

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from kdprune.data import TokenSet
 from kdprune.files import Notify, tell
 from kdprune.model.activations import layer_states, place
+from kdprune.run import Run
 from kdprune.states import States, open_states
 from kdprune.world import world
 
-Home = Callable[[int], Path | None]  # boundary → folder its states are spilled to; None: memory
+Spill = Callable[[int], Path | None]  # boundary → its spill directory; None: memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class BlockStates:
         path: all k+1 states h_s … h_e of the tokens of a few rows (step 1), shape (k+1, n, d), float32.
         path_position: position of those tokens in their row, shape (n,).
         path_held: the same states for tokens of held-out rows, shape (k+1, n', d).
-        dealt: (N,), which rows this process holds states of. The paths are whole in every process.
+        local: (N,), which rows this process holds states of. The paths are whole in every process.
     """
 
     block: range
@@ -39,11 +40,11 @@ class BlockStates:
     path: Tensor
     path_position: Tensor
     path_held: Tensor
-    dealt: BoolTensor
+    local: BoolTensor
 
-    def mine(self, rows: Tensor) -> LongTensor:
+    def local_rows(self, rows: Tensor) -> LongTensor:
         """Those of ``rows`` whose states this process holds."""
-        return rows[self.dealt[rows]]  # type: ignore[return-value]
+        return rows[self.local[rows]]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -59,42 +60,53 @@ class PathRows:
 
 
 def collect_block_states(
-    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], *, held: int, path: PathRows, batch_size: int,
-    home: Home = lambda _: None, notify: Notify = tell, advance: Callable[[int], None] = lambda _: None,
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], run: Run, *, held: int, path: PathRows,
+    notify: Notify = tell,
 ) -> list[BlockStates]:
-    """States of all blocks in one pass over the calibration set; what earlier runs left in the homes is not computed.
+    """States of all blocks in one pass over the calibration set; what earlier runs spilled is not computed again.
 
     Of several processes each takes its share of the batches.
 
     Args:
-        held: how many rows at the end are kept out of fits. path: rows whose inner states are kept too.
-        batch_size: rows a forward pass. home: where the states of a boundary live.
-        notify: told in one line what was found damaged. advance: told the number of rows done.
+        run: gives the size of batches and the spill directories.
+        held: how many rows at the end are kept out of fits.
+        path: rows whose inner states are kept too.
+        notify: told in one line what was found damaged.
     """
-    walk = _Walk(model, tokens, batch_size, advance)
-    ends = {index: walk.opened(index, home, notify) for block in blocks for index in (block.start, block.stop)}
-    paths = walk.run(ends, blocks, path)
-    dealt = torch.zeros(len(tokens), dtype=torch.bool)
-    dealt[world().share(len(tokens), batch_size)] = True
+    with run.stage("layer states", len(tokens)) as progress:
+        walk = _Walk(run.running(model), tokens, run.batch_size, progress)
+        ends = {index: walk.opened(index, run.spill_directory(index), notify)
+                for block in blocks for index in (block.start, block.stop)}
+        paths = walk.run(ends, blocks, path)
+    local = torch.zeros(len(tokens), dtype=torch.bool)
+    local[world().share(len(tokens), run.batch_size)] = True
     fit_rows, held_rows = path.of(len(tokens))
     position = torch.arange(tokens.ids.shape[1]).expand(len(tokens), -1)
     return [
         BlockStates(
             block, tokens, held, ends[block.start], ends[block.stop], paths(block, fit_rows),
-            position[fit_rows][tokens.mask[fit_rows]], paths(block, held_rows), dealt,  # type: ignore[arg-type]
+            position[fit_rows][tokens.mask[fit_rows]], paths(block, held_rows), local,  # type: ignore[arg-type]
         )
         for block in blocks
     ]
 
 
 def boundary_states(
-    model: PreTrainedModel, tokens: TokenSet, indices: Iterable[int], *, batch_size: int, home: Home = lambda _: None,
-    notify: Notify = tell, advance: Callable[[int], None] = lambda _: None,
+    model: PreTrainedModel, tokens: TokenSet, indices: Iterable[int], run: Run, *, stage: str,
+    spill: Spill = lambda _: None, notify: Notify = tell,
 ) -> dict[int, States]:
-    """The states at some boundaries of all rows (this process's share of them), in one pass; arguments as above."""
-    walk = _Walk(model, tokens, batch_size, advance)
-    states = {index: walk.opened(index, home, notify) for index in indices}
-    walk.run(states, [], PathRows(0, 0))
+    """The states at some boundaries of all rows (this process's share of them), in one pass.
+
+    Args:
+        model: the model that runs, a pruned one among them.
+        stage: the name under which the pass is shown.
+        spill: the spill directory of a boundary, None: memory.
+        notify: as above.
+    """
+    with run.stage(stage, len(tokens)) as progress:
+        walk = _Walk(model, tokens, run.batch_size, progress)
+        states = {index: walk.opened(index, spill(index), notify) for index in indices}
+        walk.run(states, [], PathRows(0, 0))
     return states
 
 
@@ -124,13 +136,13 @@ class _Walk:
     model: PreTrainedModel
     tokens: TokenSet
     batch_size: int
-    advance: Callable[[int], None]
+    progress: Callable[[int], None]
 
-    def opened(self, index: int, home: Home, notify: Notify) -> States:
-        """Room for the states at this boundary, with what is in its home already."""
+    def opened(self, index: int, spill: Path | None, notify: Notify) -> States:
+        """Room for the states at this boundary, with what is in its spill directory already."""
         return open_states(
             (*self.tokens.ids.shape, self.model.config.hidden_size), self.model.dtype,
-            f"the states {place(index, self.model)}", home(index), recompute=self.states_of(index), notify=notify)
+            f"the states {place(index, self.model)}", spill, recompute=self.states_of(index), notify=notify)
 
     def run(
         self, ends: Mapping[int, States], blocks: Sequence[range], path: PathRows
@@ -144,7 +156,7 @@ class _Walk:
         batches = world().share(len(self.tokens), self.batch_size).split(self.batch_size)
         needed: list[Tensor] = [
             rows for rows in batches if on_path[rows].any() or any(_lacks(states, rows) for states in ends.values())]
-        self.advance(sum(map(len, batches)) - sum(map(len, needed)))
+        self.progress(sum(map(len, batches)) - sum(map(len, needed)))
         chosen = self.tokens.select(torch.cat([torch.empty(0, dtype=torch.long), *needed]))
         wanted = [inside if on_path[rows].any() else sorted(ends) for rows in needed]
         passes = layer_states(self.model, chosen, lambda number: wanted[number], self.batch_size)
@@ -155,7 +167,7 @@ class _Walk:
             for at in on_path[rows].nonzero().flatten().tolist():
                 row = int(rows[at])
                 seen |= {(index, row): states[index][at][self.tokens.mask[row]].float().cpu() for index in inside}
-            self.advance(len(rows))
+            self.progress(len(rows))
         everywhere = {key: value for part in world().gather(seen) for key, value in part.items()}
 
         def paths(block: range, rows: Tensor) -> Tensor:

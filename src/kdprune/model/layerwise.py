@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kdprune.chunks import BrokenChunk, Chunk, write_chunk
 from kdprune.data import TokenSet
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError, KDPruneError
 from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
@@ -153,7 +153,7 @@ def _shelf(folder: Path | None) -> Iterator["_Shelf"]:
         folder.mkdir(parents=True, exist_ok=True)
         own = Path(tempfile.mkdtemp(prefix=".partial-states-", dir=folder))  # whoever opens next removes it
     except OSError as error:
-        raise KDPruneError(f"cannot write to {folder}: {error.strerror}; give another --work-dir") from error
+        raise DiskError(f"cannot write to {folder}: {error.strerror}; give another --work-dir") from error
     try:
         yield _Shelf(own)
     finally:

@@ -29,7 +29,7 @@ NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1
 PREFIX = "kdp_"  # of the model_type
 KINDS = ("fourier", "mlp", "linear")
 PLACES = ("after", "before", "mlp")
-# Phases at once, and in a row, from which on writing them in place beats copying them (benchmarks/features.py).
+# Phases at once, and in a row, from which on writing them in place beats copying them (research/features).
 MANY, LONG = 2**20, 512
 
 

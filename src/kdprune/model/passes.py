@@ -19,7 +19,7 @@ Forward = Callable[[int, Tensor, Arguments], Tensor]
 Result = TypeVar("Result")
 
 
-def run(model: PreTrainedModel, batch: TokenSet) -> None:
+def run_layers(model: PreTrainedModel, batch: TokenSet) -> None:
     """One forward pass of the layer stack (no language-model head), for its hooks."""
     device = input_device(model)
     model.base_model(
@@ -74,7 +74,7 @@ def entering(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, list[Argu
         return hidden
 
     with standing_in(list(layers), forward):
-        run(model, batch)
+        run_layers(model, batch)
     return start[0], seen
 
 

@@ -1,4 +1,4 @@
-"""Where a model's weights are: spread over devices and offloaded by ``device_map``, or held twice to collect states.
+"""Where a model's weights are: spread over devices and offloaded by ``device_map``.
 
 Accelerate places a model by hooks: each replaces the ``forward`` of one module, brings inputs to the module's device
 and, for an offloaded module, brings its weights there for the time of the call. A hook knows its weights by their names
@@ -12,7 +12,6 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,36 +23,19 @@ SOURCE = "kdp_source"  # attribute of a meta parameter that knows where its weig
 Module = TypeVar("Module", bound=nn.Module)
 _ADDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron")  # that accelerate guards on a dispatched model
 
-# --------------------------------------------------------------------------- a second model to collect states from
-
-_COLLECTORS: WeakKeyDictionary[nn.Module, PreTrainedModel] = WeakKeyDictionary()
+# ------------------------------------------------------------------ a second model that hidden states come from
 
 
-@contextlib.contextmanager
-def collecting(model: PreTrainedModel, collector: PreTrainedModel) -> Iterator[None]:
-    """Inside, layer states of ``model`` and what its layers are handed come from ``collector``, and fits run there.
-
-    ``collector`` is the same model in fewer bits, whole on the device of the work; ``model`` may be on the host or
-    streamed, and is what is edited, saved and measured. With ``collector`` the model itself nothing changes.
+def check_states_model(model: PreTrainedModel, states_model: PreTrainedModel) -> None:
+    """Refuses a model in fewer bits whose hidden states are to stand for those of ``model``, but cannot.
 
     Raises:
         KDPruneError: the two differ in depth, width or vocabulary.
     """
     for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        wanted, found = (getattr(part.config, name) for part in (model, collector))
+        wanted, found = (getattr(part.config, name) for part in (model, states_model))
         if wanted != found:
             raise KDPruneError(f"got a model to collect states from with {name} {found}, expected {wanted}")
-    if collector is not model:
-        _COLLECTORS[model] = collector
-    try:
-        yield
-    finally:
-        _COLLECTORS.pop(model, None)
-
-
-def collector_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that layer states of ``model`` are collected from: itself unless :func:`collecting` says otherwise."""
-    return _COLLECTORS.get(model, model)
 
 
 # ----------------------------------------------------------------------------------------------- devices
@@ -75,11 +57,6 @@ def device_of(module: nn.Module) -> torch.device:
 def input_device(model: PreTrainedModel) -> torch.device:
     """The device token ids go to."""
     return device_of(model.get_input_embeddings())
-
-
-def work_device(model: PreTrainedModel) -> torch.device:
-    """The device fits run on: that of the ids of the model that states are collected from."""
-    return input_device(collector_of(model))
 
 
 def is_dispatched(model: nn.Module) -> bool:

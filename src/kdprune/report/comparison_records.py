@@ -84,6 +84,8 @@ class Unit(Record):
     peak_memory_bytes: int = Field(description="largest memory of the process while pruning, the model included")
     peak_memory_scope: Literal["unit", "process"] = Field(
         description="since pruning began, or since the process began where the system cannot reset its mark")
+    resumed: bool = Field(
+        False, description="whether an interrupted run had finished a part: seconds and memory are those of the rest")
     tokens: int = Field(description="calibration tokens the method looked at, those of healing counted")
     state_error: list[Number] = Field(default_factory=list, description="of each stand-in, on held-out rows")
     heal: Heal | None = Field(None, description="training after pruning, and whether it was kept")
@@ -95,6 +97,7 @@ class Failure(Record):
     variant: str = Field(description="the variant")
     seed: int = Field(description="the seed")
     reason: str = Field(description="why, in one line")
+    traceback: str = Field("", description="of an error that is not the user's; empty where the reason says it all")
 
 
 class Variant(Record):

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError, KDPruneError
 from kdprune.files import whole_file
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
@@ -133,7 +133,7 @@ def write_file(path: str | Path, content: str | bytes) -> Path:
         with whole_file(file) as partial:
             partial.write_bytes(data)
     except OSError as error:
-        raise KDPruneError(f"cannot write {file}: {error.strerror}") from error
+        raise DiskError(f"cannot write {file}: {error.strerror}") from error
     return file
 
 

@@ -1,10 +1,10 @@
-"""A work directory: finished stages of a run, found again by a hash of everything they follow from.
+"""The cache of a run: finished stages, found again by a hash of everything they follow from.
 
     work.json           the run's identity: what it is about, in named parts
     lock                held by the process at work; vanishes with it
-    stages/NAME-KEY/    a finished stage, with the checksums of its files
+    stages/NAME-KEY/    a finished stage: what JSON holds, tensors by name, and the checksums of both files
     checkpoints/        where a fit stands
-    states/             spilled states (see `states`)
+    states/             spilled hidden states (see `states`)
 """
 
 import contextlib
@@ -19,25 +19,61 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from kdprune.checkpoints import Checkpoint
-from kdprune.errors import KDPruneError
+from kdprune.errors import DiskError, KDPruneError
 from kdprune.files import PARTIAL, crc32, tell, whole_file
 from kdprune.identity import Part, as_part, differences, digest
 from kdprune.output import staged_directory
+from kdprune.tensors import read_parts, write_parts
 
 FORMAT = 1
 MANIFEST, LOCK, INDEX = "work.json", "lock", "files.json"
 BULKY = ("states", "checkpoints")
 LEFT = re.compile(r"\.(partial|old|probe)-|^\.tmp")  # half-written: by `files`, by `output`, by safetensors
 ELSEWHERE = "choose another --work-dir, or remove it"
-Kept = TypeVar("Kept")
+Value = TypeVar("Value")
+
+
+class Codec(Protocol[Value]):
+    """How a stage's value lies in the cache: as what JSON holds and tensors by name."""
+
+    def pack(self, value: Value) -> tuple[Any, Mapping[str, Tensor]]:
+        """The two parts of a value."""
+
+    def unpack(self, plain: Any, tensors: dict[str, Tensor]) -> Value:
+        """The value again. Raises ValueError or LookupError for parts of another layout, which count as none."""
+
+
+class JsonCodec:
+    """Values of a type that pydantic understands: a model, a dataclass, ``list[float]``."""
+
+    def __init__(self, kind: Any):
+        self.adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def pack(self, value: Any) -> tuple[Any, Mapping[str, Tensor]]:
+        """No tensors."""
+        return self.adapter.dump_python(value, mode="json"), {}
+
+    def unpack(self, plain: Any, tensors: dict[str, Tensor]) -> Any:
+        """Raises pydantic's ValidationError, a ValueError, for another layout."""
+        return self.adapter.validate_json(json.dumps(plain))
+
+
+class TensorCodec:
+    """Tensors by name; they come back contiguous and on the CPU."""
+
+    def pack(self, value: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
+        """Nothing beside them."""
+        return None, value
+
+    def unpack(self, plain: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As they were."""
+        return tensors
 
 
 def default_work_dir(identity: Mapping[str, str | Part]) -> Path:
@@ -52,7 +88,7 @@ def cache_dir() -> Path:
     return Path(own) if own else (Path(user) if user else Path.home() / ".cache") / "kdprune"
 
 
-class WorkInUse(KDPruneError):
+class CacheInUse(KDPruneError):
     """Another process holds the work directory ``directory``."""
 
     def __init__(self, directory: Path, owner: str):
@@ -61,17 +97,19 @@ class WorkInUse(KDPruneError):
         self.directory = directory
 
 
-class Work:
+class Cache:
     """The work directory of one run, or of several with the same identity after each other.
 
-    ``Work(None)`` finds nothing and writes nothing, so that callers need no ifs. With several processes all of them
+    ``Cache(None)`` finds nothing and writes nothing, so that callers need no ifs. With several processes all of them
     make the same calls in the same order: a stage counts as found only if every process finds it whole, the first
     process writes it, and all wait until it is there.
 
     Args:
-        directory: made if it is not there. identity: what the run is about, name → text (which decides by itself)
-            or :class:`Part`. first: whether this process writes. agree: True only if every process says True
-            (all wait for each other in it). notify: told what was found broken, one line each.
+        directory: made if it is not there.
+        identity: what the run is about, name → text (which decides by itself) or :class:`Part`.
+        first: whether this process writes.
+        agree: True only if every process says True (all wait for each other in it).
+        notify: told what was found broken, one line each.
 
     Raises:
         KDPruneError: the directory is of another run or version (names the parts that differ), in use by another
@@ -91,7 +129,7 @@ class Work:
             self._together(self._open if first else lambda: None, "could not open the work directory")
             self._together(self._check_seen, "does not see the work directory")
 
-    def __enter__(self) -> "Work":
+    def __enter__(self) -> "Cache":
         return self
 
     def __exit__(
@@ -146,46 +184,38 @@ class Work:
             raise
         self.agree(True)
 
-    def record(self, stage: str, key: str, compute: Callable[[], Kept], kind: Any) -> Kept:
-        """A value that JSON can hold, found again or computed and kept.
+    def load(self, stage: str, key: str) -> tuple[Any, dict[str, Tensor]] | None:
+        """What JSON holds of a finished stage, and its tensors by name; None where there is none that is whole."""
+        folder = self.find(stage, key)
+        return None if folder is None else read_parts(folder)
 
-        kind: its type as pydantic understands it (a model, a dataclass, ``list[float]``).
-        """
-        adapter = TypeAdapter(kind)
-        if (folder := self.find(stage, key)) is not None:
-            with contextlib.suppress(ValidationError):  # a record of another layout counts as none
-                return adapter.validate_json((folder / "record.json").read_bytes())
-        value = compute()
-        with self.finish(stage, key) as folder:
-            content = json.dumps(adapter.dump_python(value, mode="json"), indent=1, ensure_ascii=False)
-            (folder / "record.json").write_text(content, encoding="utf-8")
-        return value
-
-    def tensors(self, stage: str, key: str, compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors by name, contiguous and on the CPU, found again or computed and kept."""
-        if (folder := self.find(stage, key)) is not None:
-            return load_file(folder / "tensors.safetensors")
-        contiguous = torch.contiguous_format  # of their own: views of one tensor cannot be kept
-        values = {name: value.detach().cpu().clone(memory_format=contiguous) for name, value in compute().items()}
+    def save(self, stage: str, key: str, plain: Any, tensors: Mapping[str, Tensor]) -> None:
+        """Caches a finished stage. Raises KDPruneError where the disk is full or refuses to be written."""
         with self.finish(stage, key) as folder:
             if self.first:
-                save_file(values, folder / "tensors.safetensors")
-        return values
+                write_parts(folder, plain, tensors)
 
     def checkpoint(self, stage: str, key: str, seconds: float = 30.0) -> Checkpoint:
         """Where a stage that is not finished stands; kept at most every ``seconds`` and removed by :meth:`clean`."""
         path = None if self.directory is None else self._folder("checkpoints", stage, key)
         return Checkpoint(path, stage, seconds, writes=self.first, agree=self.agree, notify=self.notify)
 
-    def folder(self, stage: str, key: str) -> Path | None:
+    def spill_directory(self, stage: str, key: str) -> Path | None:
         """A folder for spilled states, which look after their chunks themselves; None without a directory."""
         return None if self.directory is None else self._folder("states", stage, key)
 
-    def clean(self) -> None:
-        """Removes what is bulky and only of use to a run that is not done: states and checkpoints."""
+    def clean(self, *stages: str) -> None:
+        """Removes what is bulky and only of use to a run that is not done: states and checkpoints.
+
+        Args:
+            stages: beginnings of the names of finished stages that go with them.
+        """
         if self.directory is not None and self.agree(True) and self.first:
             for name in BULKY:
                 shutil.rmtree(self.directory / name, ignore_errors=True)
+            for folder in [path for stage in stages for path in (self.directory / "stages").glob(f"{stage}*")]:
+                self._whole.discard(folder)
+                shutil.rmtree(folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------ inside
 
@@ -247,7 +277,7 @@ class Work:
             for left in [path for path in folder.rglob(".*") if LEFT.search(path.name)]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)  # gone with its folder
         except OSError as error:
-            raise KDPruneError(
+            raise DiskError(
                 f"cannot use work directory {folder}: {error.strerror or error}; choose another --work-dir") from error
 
     def _take_lock(self, folder: Path) -> None:
@@ -258,7 +288,7 @@ class Work:
         except BlockingIOError:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
             self.close()
-            raise WorkInUse(folder, owner or "another process") from None
+            raise CacheInUse(folder, owner or "another process") from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 

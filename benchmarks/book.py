@@ -1,0 +1,168 @@
+"""Makes the results book, docs/results, from one YAML a page in benchmarks/pages.
+
+    python benchmarks/book.py run PAGE [--suite-data DIR]   runs what the page's records lack, and writes the page
+    python benchmarks/book.py page PAGE | --all             page and pictures again, from records and notes
+    python benchmarks/book.py check                         which pages are not what their records give
+
+A page's YAML (benchmarks/README.md says what may stand there) names models, runs of `kdprune compare` or `ablate`, and
+what is shown. Every figure comes from the records beside the page; NAME-notes.md is appended. An interrupted run goes
+on where it stopped. A section with `readme: true` also fills the block `<!-- table: NAME -->` of the README.
+"""
+
+import argparse
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from book_plots import PLOTS
+from book_records import ROOT, Page, names
+from book_tables import TABLES
+
+import kdprune
+
+PATHS = ("heldout", "calibration")  # options that may name a file of the repository
+END = "<!-- end -->"
+
+# ------------------------------------------------------------------------------------------------- run
+
+
+def run(page: Page, work: Path, suite_data: Sequence[str] = ()) -> None:
+    """Runs what the records lack, one comparison after the other, and keeps each as soon as it ends.
+
+    Args:
+        work: folder of unfinished comparisons.
+        suite_data: folders with the tasks' data, for runs that score tasks.
+    """
+    for number, one in enumerate(page.spec["runs"]):
+        options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
+            name: value for name, value in one.items() if name not in ("name", "record", "models", "ratios")}
+        if suite_data and options.get("suite"):
+            options["suite_data"] = list(suite_data)
+        chosen = one.get("models", list(page.models))
+        for model, ratio in itertools.product(chosen, one.get("ratios", [options["ratio"]])):
+            for call in missing(page, one, model, options | {"ratio": ratio}):
+                folder = work / page.name / f"{number}-{model}-{ratio:g}-{'_'.join(map(str, call['seeds']))}"
+                measure = kdprune.ablate if "base" in call else kdprune.compare
+                dense = _path(page, page.models[model])
+                page.keep(measure(dense, output_dir=folder, progress=True, **call), model, one)
+
+
+def missing(page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The calls of compare or ablate that give what the record lacks of a run: variants that lack the same seeds."""
+    seeds = range(options["seeds"]) if isinstance(options["seeds"], int) else options["seeds"]
+    record, ratio = one.get("record"), options["ratio"]
+    done = {(unit.variant, unit.seed) for unit in page.units(record)
+            if (unit.model, unit.run, unit.ratio) == (model, one.get("name", ""), ratio)}
+    call = {name: _path(page, value) if name in PATHS else value for name, value in options.items()}
+    if "base" in options:
+        lacking = [seed for seed in seeds if seed not in {seed for _, seed in done}]
+        if lacking:
+            yield call | {"seeds": lacking}
+        return
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for variant in options["methods"]:
+        by_seeds.setdefault(tuple(seed for seed in seeds if (variant, seed) not in done), []).append(variant)
+    for lacking, variants in by_seeds.items():
+        if lacking:
+            yield call | {"methods": variants, "seeds": list(lacking)}
+
+
+def _path(page: Page, value: Any) -> Any:
+    """A path of the repository as one that can be opened from anywhere; all else as it is."""
+    return str(page.root / value) if isinstance(value, str) and (page.root / value).exists() else value
+
+
+# ------------------------------------------------------------------------------------------------- page
+
+
+def files(page: Page, leave_out: Sequence[str] = ()) -> dict[Path, str]:
+    """Every file that is made from the page's records → its content.
+
+    Args:
+        leave_out: kinds of tables and plots that are slow to make.
+    """
+    spec, made, parts = page.spec, {}, []
+    for section in spec["shows"]:
+        if section.get("table", section.get("plot")) in leave_out:
+            continue
+        if "plot" in section:
+            image = f"{page.name}-{section['name']}.svg" if "name" in section else f"{page.name}.svg"
+            made[page.results / image] = PLOTS[section["plot"]](page, section)
+            parts.append(f"![{section['says']}]({image})")
+            continue
+        body = TABLES[section["table"]](page, section) if "table" in section else ""
+        if "table" not in section or body:  # a table of nothing has no heading
+            heading = f"## {section['heading']}" if "heading" in section else ""
+            parts += [part.strip() for part in (heading, section.get("says", ""), body) if part]
+        if section.get("readme"):
+            made |= _readme(page, body)
+    notes = page.results / f"{page.name}-notes.md"
+    said = f"\n{notes.read_text(encoding='utf-8').strip()}\n" if notes.is_file() else ""
+    head = [f"# {spec['title']}", spec["asks"].strip(), f"    python benchmarks/book.py run {page.name}"]
+    made[page.results / f"{page.name}.md"] = "\n\n".join([*head, *parts]) + "\n" + said
+    return made
+
+
+def _readme(page: Page, table: str) -> dict[Path, str]:
+    """The README with this table in the page's block; nothing where it has none."""
+    file, start = page.root / "README.md", f"<!-- table: {page.name} -->\n"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if start not in text:
+        return {}
+    head, rest = text.split(start, 1)
+    return {file: f"{head}{start}{table}\n{END}{rest.split(END, 1)[1]}"}
+
+
+def render(page: Page) -> None:
+    """Writes the page, its pictures, and its block of the README."""
+    for file, text in files(page).items():
+        file.write_text(text, encoding="utf-8")
+
+
+def check(root: Path = ROOT, leave_out: Sequence[str] = ()) -> list[str]:
+    """Files that are not what the records give; of pictures only the words count, layout differs between systems.
+
+    Args:
+        leave_out: kinds of tables and plots that are not made again; only what else a page says is looked for.
+    """
+    wrong = []
+    for name in names(root):
+        for file, text in files(Page.load(name, root), leave_out).items():
+            found = file.read_text(encoding="utf-8") if file.is_file() else ""
+            if file.suffix == ".svg":
+                same = _words(found) == _words(text)
+            else:
+                same = set(text.splitlines()) <= set(found.splitlines()) if leave_out else found == text
+            wrong += [] if same else [str(file.relative_to(root))]
+    return wrong
+
+
+def _words(svg: str) -> list[str]:
+    return re.findall(r">([^<>\n]+)</t", svg)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "page", "check"))
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(names(root))}")
+    parser.add_argument("--all", action="store_true", help="every page")
+    parser.add_argument("--work", type=Path, default=Path("kdprune-out-book"), help="unfinished runs (%(default)s)")
+    parser.add_argument("--suite-data", action="append", help="a folder with data of the tasks; may be repeated")
+    options = parser.parse_args(arguments)
+    if options.what == "check":
+        wrong = check(root)
+        print("\n".join(f"{file} is not what its records give" for file in wrong) or "all is what the records give")
+        return int(bool(wrong))
+    if bool(options.pages) == options.all:
+        parser.error("got no page, or pages and --all; expected one of both")
+    for page in [Page.load(name, root) for name in options.pages or names(root)]:
+        if options.what == "run":
+            run(page, options.work, options.suite_data or ())
+        render(page)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
