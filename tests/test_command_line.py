@@ -205,7 +205,7 @@ def test_held_out_text_is_read_before_the_first_stage(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr("kdprune.pipeline.Session.score", lambda *_, **__: started.append("analyse"))
+    monkeypatch.setattr("kdprune.pipeline.scored", lambda *_: started.append("analyse"))
     (tmp_path / "short.txt").write_text("Short.")
     refused("tokens from short.txt, expected at least", "prune", bench.model, "-o", tmp_path / "out", *bench.flags,
             "--heldout", tmp_path / "short.txt", folder=tmp_path)

@@ -11,11 +11,10 @@ ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
     ("errors",), ("options",), ("files",), ("runtime", "output", "world", "memory", "tensors"), ("text",), ("data",),
-    ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
+    ("identity", "chunks", "checkpoints"), ("states", "cache", "gradients"), ("run",),
     ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
     ("assemble",), ("resources",), ("forecast",), ("session",), ("heal",), ("option_groups",), ("recipe",),
-    ("pipeline",),
-    ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
+    ("pipeline",), ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.

@@ -217,7 +217,8 @@ def test_method_is_a_frozen_dataclass_with_the_options_of_prune() -> None:
     options = dataclasses.asdict(kdprune.KDP(**QUICK, blocks=((1, 3),), preset="paper"))
     result = kdprune.prune(tiny_llama(), calibration=random_ids(), **options)
     assert result.blocks == [range(1, 3)]
-    assert {name: result.results.recipe.get(name) for name in options} == {**options, "blocks": [[1, 3]]}
+    assert {name: result.results.recipe.get(name) for name in options} == {
+        **options, "blocks": [[1, 3]], "without": []}
 
 
 # ------------------------------------------------------------------------------------------ analyze
