@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from faults import flip, forked, killed, killed_with, resize, small_disk
+from kdprune.work import Work, default_work_dir
 from torch import Tensor
 
 from kdprune.cache import Cache, JsonCodec, TensorCodec, default_work_dir

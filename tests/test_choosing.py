@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import CONFIGS, build
+from kdprune.keeper import Keeper
 from test_methods import QUICK, random_tokens, run
 from tiny_checkpoint import Bench
 from transformers import PreTrainedModel
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 from kdprune import prune
 from kdprune.data import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
-from kdprune.keeper import Keeper
 from kdprune.methods import damage as damage_module
 from kdprune.methods.blocks import WIDEST, choose_blocks, possible_blocks, spare_features
 from kdprune.methods.damage import Trial, blocks_to_measure, measure_damage, select_by_damage

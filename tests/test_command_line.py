@@ -15,7 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import Bench, Outcome, command, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
+from kdprune.cli.options_page import markdown
+from kdprune.heal import Heal
+from kdprune.methods import METHODS
+from kdprune.option_groups import PRUNE
+from kdprune.options import HEADINGS, options_of
 from kdprune.report.results import Results
+from kdprune.resources import Resources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,9 +141,89 @@ def test_help_and_version() -> None:
     for name in ("prune", "analyze", "eval", "report"):
         outcome = command(name, "--help")
         assert (outcome.status, outcome.err) == (0, "")
-    shown = command("prune", "--help").out
-    for name in ("--preset", "--context", "--features", "--inverse", "--no-refine", "--recipe", "--trust-remote-code"):
-        assert name in shown
+
+
+def shown_options(text: str) -> list[str]:
+    """The flags that a help text lists, those that stand within a sentence left out."""
+    return re.findall(r"^  (?:-\w, )?--(\S+)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_is_short_and_in_groups(method: str) -> None:
+    few, all_of_them = (command("prune", "--method", method, flag).out for flag in ("--help", "--help-all"))
+    assert len(shown_options(few)) <= 30
+    assert set(shown_options(few)) < set(shown_options(all_of_them))
+    for text in (few, all_of_them):
+        assert re.findall(r"^([A-Z]\w+):$", text, re.MULTILINE) == [heading.capitalize() for heading in HEADINGS]
+        assert max(map(len, text.splitlines())) <= 110
+    known = {**options_of(*PRUNE), **options_of(METHODS[method])}
+    for item in known.values():
+        if "shell" in item.places and not item.positional:
+            shown = {item.flag[2:], f"[no-]{item.flag[2:]}"}
+            assert shown & set(shown_options(all_of_them)), item.name
+            assert bool(shown & set(shown_options(few))) is not item.rare, item.name
+
+
+def test_commands_take_the_same_resources() -> None:
+    resources = {item.flag[2:] for item in options_of(Resources).values()}
+    for name in ("prune", "analyze", "compare", "ablate", "eval"):
+        left_out = {"work-dir"} if name == "eval" else set()  # nothing is kept of an evaluation
+        assert resources - left_out <= set(shown_options(command(name, "--help-all").out)), name
+    healing = {item.flag[2:] for item in options_of(Heal).values()}
+    assert healing <= set(shown_options(command("compare", "--help-all").out))
+
+
+def test_the_page_of_options_is_current() -> None:
+    page = Path(__file__).parents[1] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == markdown()
+
+
+@pytest.mark.parametrize("name", ["prune", "analyze", "compare", "ablate", "eval"])
+def test_what_is_named_is_opened_before_the_model(name: str, bench: Bench, tmp_path: Path) -> None:
+    """The model is damaged, which only loading it would say."""
+    shutil.copytree(bench.model, tmp_path / "model")
+    truncated(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("{")
+    (tmp_path / "data").mkdir()
+    run = (name, tmp_path / "model", *(() if name == "eval" else ("-o", tmp_path / "out")))
+    missing, texts = tmp_path / "missing.txt", ["--text"] if name == "eval" else ["--calibration"]
+    if name in ("prune", "compare", "ablate"):
+        texts.append("--heldout")
+    for flag in texts:
+        refused("missing.txt', which does not exist", *run, flag, missing, folder=tmp_path)
+        refused("invalid JSON in .*line 1", *run, flag, tmp_path / "rows.jsonl", folder=tmp_path)
+        refused("'nothing here', which does not exist", *run, flag, "nothing here", folder=tmp_path)
+    if name in ("compare", "ablate", "eval"):
+        refused("unknown|expected", *run, "--suite", "no-such-task", folder=tmp_path)
+        refused("without a suite|without --suite", *run, "--suite-data", tmp_path / "data", folder=tmp_path)
+    if name != "eval":
+        refused("work directory .* in output", *run, "--work-dir", tmp_path / "out" / "work", folder=tmp_path)
+    refused("truncated or damaged", *run, folder=tmp_path)
+
+
+def test_held_out_text_is_read_before_the_first_stage(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr("kdprune.pipeline.scored", lambda *_: started.append("analyse"))
+    (tmp_path / "short.txt").write_text("Short.")
+    refused("tokens from short.txt, expected at least", "prune", bench.model, "-o", tmp_path / "out", *bench.flags,
+            "--heldout", tmp_path / "short.txt", folder=tmp_path)
+    assert not started
+
+
+def test_eval_within_budgets(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ("eval", bench.model, "--text", bench.heldout, "--device", "cpu", "--json", tmp_path / "eval.json")
+    assert command(*run).status == 0
+    whole = json.loads((tmp_path / "eval.json").read_text())
+    refused("got memory 'much'", *run, "--host-memory", "much", folder=tmp_path)
+    monkeypatch.setattr("kdprune.memory.MODEL_SHARE", 0.0)
+    outcome = command(*run)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert "speed: not measured, layers are read from disk" in outcome.out
+    streamed = json.loads((tmp_path / "eval.json").read_text())
+    assert streamed["perplexity"]["value"] == pytest.approx(whole["perplexity"]["value"], rel=1e-6)
+    assert streamed["speed"] is None
 
 
 def test_no_command_shows_the_commands() -> None:

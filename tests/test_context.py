@@ -5,13 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from families import CONFIGS, LAYERS
+from kdprune.methods.heads import group_energies, keep_heads
 from test_methods import QUICK, generator, random_tokens
 from transformers import PreTrainedModel
 
 from kdprune.data import load_tokens
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.blocks import Budget
-from kdprune.methods.heads import group_energies, keep_heads
 from kdprune.methods.kdp import KDP
 from kdprune.methods.keeping import pack, unpack
 from kdprune.methods.result import MethodResult

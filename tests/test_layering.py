@@ -10,11 +10,11 @@ import kdprune
 ROOT = Path(kdprune.__file__).parent
 # Rooms from the top (imported by all) to the bottom (imports all).
 RANKS = (
-    ("errors",), ("files",), ("runtime", "output", "world", "memory", "tensors"), ("text",), ("data",),
-    ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
+    ("errors",), ("options",), ("files",), ("runtime", "output", "world", "memory", "tensors"), ("text",), ("data",),
+    ("identity", "chunks", "checkpoints"), ("states", "cache", "gradients"), ("run",),
     ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
-    ("assemble",), ("resources",), ("recipe", "forecast"), ("session",), ("heal",), ("pipeline",),
-    ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
+    ("assemble",), ("resources",), ("forecast",), ("session",), ("heal",), ("option_groups",), ("recipe",),
+    ("pipeline",), ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.

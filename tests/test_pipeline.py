@@ -190,7 +190,8 @@ def test_two_rows_are_enough() -> None:
     ({"method": "kpd"}, "unknown method 'kpd'; did you mean 'kdp'"),
     ({"ratio": math.nan}, "ratio nan"),
     ({"model": 7}, "model of type int"),
-    ({"calibration": "text"}, "text without a tokenizer"),
+    ({"calibration": ["text"]}, "text without a tokenizer"),
+    ({"calibration": "text"}, "got 'text', which does not exist"),
     ({"calibration": random_ids().float()}, "token ids as float32"),
     ({"calibration": random_ids() + 300}, r"token id \d+ .*expected 0 to 319"),
     ({"calibration": random_ids(2, 4)}, "got 8 tokens"),
@@ -216,7 +217,8 @@ def test_method_is_a_frozen_dataclass_with_the_options_of_prune() -> None:
     options = dataclasses.asdict(kdprune.KDP(**QUICK, blocks=((1, 3),), preset="paper"))
     result = kdprune.prune(tiny_llama(), calibration=random_ids(), **options)
     assert result.blocks == [range(1, 3)]
-    assert {name: result.results.recipe.get(name) for name in options} == {**options, "blocks": [[1, 3]]}
+    assert {name: result.results.recipe.get(name) for name in options} == {
+        **options, "blocks": [[1, 3]], "without": []}
 
 
 # ------------------------------------------------------------------------------------------ analyze

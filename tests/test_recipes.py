@@ -1,17 +1,17 @@
 """Recipes: what a file may say, what wins, and that a dumped one is the same run."""
 
-import dataclasses
 import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny_checkpoint import Bench, command
+from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
 
 import kdprune
 from kdprune.errors import KDPruneError
-from kdprune.recipe import RUN_OPTIONS, check_options, dump_recipe, load_recipe, parse_blocks, reject_unknown
+from kdprune.options import parse_blocks
+from kdprune.recipe import check_options, dump_recipe, load_recipe, prune_options, reject_unknown
 from kdprune.report.results import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,9 +88,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_every_argument_of_prune_may_stand_in_a_recipe() -> None:
-    fields = {field.name for field in dataclasses.fields(kdprune.KDP)}
-    arguments = set(inspect.signature(kdprune.prune).parameters)
-    assert set(RUN_OPTIONS) == arguments - fields - {"recipe", "progress", "method_options"}
+    arguments = set(inspect.signature(kdprune.prune).parameters) - {"recipe", "progress", "options"}
+    assert {name for name, item in prune_options({}).items() if "recipe" in item.places} == arguments
+
+
+def test_signature_and_help_show_all_options_with_their_defaults() -> None:
+    shown = inspect.signature(kdprune.prune).parameters
+    assert list(shown)[:3] == ["model", "output_dir", "method"]
+    assert [shown[name].default for name in ("model", "method", "samples", "seed", "device", "heal", "heal_batch")] == [
+        None, "kdp", None, 0, "auto", None, 8]
+    for function in (kdprune.prune, kdprune.analyze, kdprune.compare, kdprune.ablate):
+        for name, item in inspect.signature(function).parameters.items():
+            assert item.kind is inspect.Parameter.VAR_KEYWORD or f"    {name}: " in str(function.__doc__), name
+            assert repr(item.default) != "not given"
 
 
 def test_what_is_dumped_is_loaded_again(tmp_path: Path) -> None:
@@ -130,6 +140,25 @@ def test_flags_win_over_the_recipe_and_nothing_runs_when_dumping(tmp_path: Path)
     found = dumped("elsewhere", "--recipe", path, "--ratio", 0.2)
     assert (found["model"], found["ratio"], found["features"]) == ("elsewhere", 0.2, 9)
     assert [entry.name for entry in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_what_is_given_wins_also_where_it_is_the_default(bench: Bench, tmp_path: Path) -> None:
+    path = written(tmp_path, "ratio: 0.4\nseed: 7\nlength: 16\noverwrite: true\nheal: lm\n")
+    found = dumped("--recipe", path, "--ratio", 0.25, "--seed", 0)
+    assert (found["ratio"], found["seed"], found["length"]) == (0.25, 0, 16)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert "not empty" in command(
+        "prune", bench.model, "--recipe", path, "-o", tmp_path / "out", "--no-overwrite").err
+    with pytest.raises(KDPruneError, match=r"ratio 2\.0"):
+        kdprune.prune(recipe=path, ratio=2.0)
+    recipe = {"samples": 3, "length": 16, "seed": 7, "device": "abacus", "work_dir": str(tmp_path / "work"),
+              "heldout": "missing.txt", "method": "sleb"}
+    result = kdprune.prune(
+        tiny_llama(), recipe=recipe, method="kdp", calibration=random_ids(), samples=None, length=None, seed=0,
+        device="auto", work_dir=None, heldout=None, **QUICK)
+    assert (result.results.method, result.results.calibration.samples, result.results.seed) == ("kdp", 12, 0)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_run_is_repeated_from_its_results(bench: Bench, tmp_path: Path) -> None:

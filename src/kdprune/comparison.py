@@ -6,190 +6,124 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedModel
 
 from kdprune.assemble import software_versions
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.tasks import check_suite
+from kdprune.heal import HEAL_OPTIONS
 from kdprune.methods import METHODS
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.option_groups import (
+    ABLATE,
+    COMPARE,
+    NOT_GIVEN,
+    AblateOptions,
+    CompareOptions,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    SeedsOptions,
+    SuiteOptions,
+    given,
+    spelled_out,
+)
+from kdprune.options import options_of, recorded, taken
 from kdprune.output import check_output
+from kdprune.pipeline import open_session
+from kdprune.recipe import check_options
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, Failure, Unit
 from kdprune.report.comparison_records import Variant as VariantRecord
 from kdprune.report.results import Calibration
+from kdprune.resources import make_resources
 from kdprune.runtime import Stages
 from kdprune.session import Session, plain_source
+from kdprune.text import check_source
 from kdprune.units import PARTS, Bench, Protocol, Texts
 from kdprune.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The options that :func:`compare` and :func:`ablate` share; their meaning stands there."""
-
-    model: str | Path | PreTrainedModel | None
-    ratio: float
-    seeds: int | Sequence[int]
-    output_dir: str | Path | None
-    texts: Texts
-    heldout: Any
-    tokenizer: Any
-    device: str
-    dtype: str | None
-    suite: str | None
-    suite_data: Sequence[str | Path]
-    limit: int | None
-    overwrite: bool
-    trust_remote_code: bool
-    progress: bool
-
-    def seed_list(self) -> list[int]:
-        """N → 0 … N − 1; a list as it is, each once."""
-        given = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
-        found = list(dict.fromkeys(given))
-        if not found or min(found) < 0:
-            raise KDPruneError(f"got seeds {self.seeds}, expected a number of seeds of at least 1, or a list of them")
-        return found
-
-    def check(self) -> None:
-        """Raises KDPruneError for a suite that cannot be scored, or options that need one: before any work."""
-        if self.limit is not None and self.limit < 1:
-            raise KDPruneError(f"got limit {self.limit}, expected a number of items of at least 1")
-        if self.suite is not None:
-            check_suite(self.suite, [Path(folder) for folder in self.suite_data])
-        elif self.suite_data or self.limit is not None:
-            raise KDPruneError("got suite_data or limit without a suite, expected suite='small' or names of tasks")
-
-    def recipe(self) -> dict[str, Any]:
-        """What the record keeps of the options."""
-        return {
-            "ratio": self.ratio, "seeds": self.seed_list(), "calibration": plain_source(self.texts.source),
-            "samples": self.texts.samples, "length": self.texts.length, "heldout": plain_source(self.heldout),
-            "device": self.device, "dtype": self.dtype, "suite": self.suite,
-            "suite_data": [str(folder) for folder in self.suite_data] or None, "limit": self.limit,
-        }
-
-
-def compare(
-    model: str | Path | PreTrainedModel | None = None,
-    methods: str | Sequence[str] = tuple(METHODS),
-    *,
-    ratio: float = 0.25,
-    seeds: int | Sequence[int] = 3,
-    output_dir: str | Path | None = None,
-    blocks_from: str | None = None,
-    calibration: Any = None,
-    heldout: Any = None,
-    samples: int | None = None,
-    length: int | None = None,
-    tokenizer: Any = None,
-    suite: str | None = None,
-    suite_data: Sequence[str | Path] = (),
-    limit: int | None = None,
-    heal: str | None = None,
-    heal_what: str | None = None,
-    heal_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: bool = False,
-) -> Comparison:
+@spelled_out(COMPARE)
+def compare(model: Any = NOT_GIVEN, methods: Any = NOT_GIVEN, **options: Any) -> Comparison:
     """Prunes one model with each method to the same net ratio and measures all under the same protocol.
 
     A variant that fails is a row that says why. With ``output_dir`` every finished unit, one variant with one seed, is
-    kept in ``runs/``; an interrupted comparison that is started again does only what is missing.
+    kept in ``runs/``; an interrupted comparison that is started again does only what is missing. Options in a
+    variant's name are fields of its method, ``samples`` and ``length`` of its calibration text, ``heal``, …; those of
+    healing that are given beside the names hold for every variant that does not say otherwise.
 
     Args:
-        methods: variants by name, ``["kdp", "kdp:kernel=fixed:rank=8", "sleb"]`` or the same joined by commas. Options
-            are fields of the method, ``samples`` and ``length`` of its calibration text, ``heal``, ``heal_what``, ….
-        seeds: how many (0, 1, …), or which; a seed orders the calibration text and is that of every draw.
-        output_dir: for ``results.json``, ``table.md``, ``report.html`` and ``runs/``; None: nothing is written.
-        blocks_from: a variant whose blocks all depth methods without blocks of their own take, seed by seed.
-        suite, suite_data, limit: tasks to score (``small``, ``paper`` or names), folders with their data, items a task.
-        heal, heal_what, heal_tokens: training after pruning, for every variant that does not say otherwise.
-        overwrite: start anew. Others as in :func:`kdprune.prune`.
+        {options}
 
     Raises:
         KDPruneError: anything wrong with what was given, in one line, before any work.
     """
-    common = {"heal": heal, "heal_what": heal_what, "heal_tokens": heal_tokens}
-    names = split_methods(methods)
-    if blocks_from is not None and blocks_from not in names:
-        names.insert(0, blocks_from)
-    variants = [parse_variant(name, ratio, common) for name in dict.fromkeys(names)]
+    chosen = check_options(given(options, model=model, methods=methods), options_of(*COMPARE))
+    wanted = taken(CompareOptions, chosen)
+    common = {name: value for name, value in chosen.items() if name in HEAL_OPTIONS}
+    names = split_methods(wanted.methods)
+    if wanted.blocks_from is not None and wanted.blocks_from not in names:
+        names.insert(0, wanted.blocks_from)
+    variants = [parse_variant(name, wanted.ratio, common) for name in dict.fromkeys(names)]
     if not variants:
         raise KDPruneError(f"got no methods, expected some of {', '.join(METHODS)}")
-    plan = Plan(
-        model=model, ratio=ratio, seeds=seeds, output_dir=output_dir, texts=Texts(calibration, samples, length),
-        heldout=heldout, tokenizer=tokenizer, device=device, dtype=dtype, suite=suite, suite_data=suite_data,
-        limit=limit, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)
-    recipe = {"methods": [variant.name for variant in variants], "blocks_from": blocks_from, **common}
-    return _run(plan, lambda bench: variants, recipe, blocks_from)
+    recipe = {**recorded(wanted), "methods": [variant.name for variant in variants], **common}
+    return _run(chosen, wanted, lambda bench: variants, recipe, wanted.blocks_from)
 
 
-def ablate(
-    model: str | Path | PreTrainedModel | None = None,
-    *,
-    base: str = "kdp",
-    only: str | Sequence[str] = (),
-    ratio: float = 0.25,
-    seeds: int | Sequence[int] = 3,
-    output_dir: str | Path | None = None,
-    calibration: Any = None,
-    heldout: Any = None,
-    samples: int | None = None,
-    length: int | None = None,
-    tokenizer: Any = None,
-    suite: str | None = None,
-    suite_data: Sequence[str | Path] = (),
-    limit: int | None = None,
-    device: str = "auto",
-    dtype: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    progress: bool = False,
-) -> Comparison:
+@spelled_out(ABLATE)
+def ablate(model: Any = NOT_GIVEN, **options: Any) -> Comparison:
     """Compares KDP with itself, one part changed at a time: what does each part buy?
 
     Args:
-        base: the variant that is varied, ``kdp:refine=no``. only: parts (``kernel``, ``start``, ``loss``,
-            ``operators``, ``alpha``, ``inverse``, ``features``, ``rank``, ``tokens``, ``length``); all when empty.
-        Others as in :func:`compare`.
+        {options}
+
+    Raises:
+        KDPruneError: anything wrong with what was given, in one line, before any work.
     """
-    only = split_methods(only)
-    check_ablation(base, only, ratio)
-    plan = Plan(
-        model=model, ratio=ratio, seeds=seeds, output_dir=output_dir, texts=Texts(calibration, samples, length),
-        heldout=heldout, tokenizer=tokenizer, device=device, dtype=dtype, suite=suite, suite_data=suite_data,
-        limit=limit, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)
+    chosen = check_options(given(options, model=model), options_of(*ABLATE))
+    wanted = taken(AblateOptions, chosen)
+    only = split_methods(wanted.only)
+    check_ablation(wanted.base, only, wanted.ratio)
 
     def variants(bench: Bench) -> list[Variant]:
         dense = bench.session.model
-        rows = len(bench.tokens(plan.seed_list()[0]))
-        return ablation_variants(base, ratio, dense.config.hidden_size, len(decoder_layers(dense)), rows, only)
+        rows = len(bench.tokens(wanted.seed_list()[0]))
+        return ablation_variants(
+            wanted.base, wanted.ratio, dense.config.hidden_size, len(decoder_layers(dense)), rows, only)
 
-    return _run(plan, variants, {"base": base, "only": list(only)}, None, "ablation")
+    return _run(chosen, wanted, variants, {**recorded(wanted), "only": only}, None, "ablation")
+
+
+def _check_suite(suite: SuiteOptions) -> None:
+    """Raises KDPruneError for a suite that cannot be scored, or options that need one: before any work."""
+    if suite.suite is not None:
+        check_suite(suite.suite, [Path(folder) for folder in suite.suite_data])
+    elif suite.suite_data or suite.limit is not None:
+        raise KDPruneError("got suite_data or limit without a suite, expected suite='small' or names of tasks")
 
 
 def _run(
-    plan: Plan, variants_for: Callable[[Bench], list[Variant]], recipe: Mapping[str, Any], blocks_from: str | None,
-    kind: str = "comparison",
+    chosen: Mapping[str, Any], wanted: SeedsOptions, variants_for: Callable[[Bench], list[Variant]],
+    recipe: Mapping[str, Any], blocks_from: str | None, kind: str = "comparison",
 ) -> Comparison:
     """Opens the model, goes through all units, and writes what was found."""
-    seeds = plan.seed_list()
-    plan.check()
-    folder = None if plan.output_dir is None else _prepare(Path(plan.output_dir), plan.overwrite)
-    stages = Stages(show=plan.progress)
-    with Session(plan.model, plan.tokenizer, seeds[0], plan.device, plan.dtype, plan.trust_remote_code,
-                 stages) as session, _bench(plan, session, folder) as bench:
+    data, output, suite = taken(DataOptions, chosen), taken(OutputOptions, chosen), taken(SuiteOptions, chosen)
+    subject, resources, seeds = taken(ModelOptions, chosen), make_resources(chosen), wanted.seed_list()
+    _check_suite(suite)
+    check_source(data.calibration)
+    check_source(data.heldout)
+    if output.output_dir is not None:
+        resources.check_apart(output.output_dir)
+    folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
+    stages = Stages(show=output.progress)
+    with open_session(subject, resources, seeds[0], stages) as session, _bench(
+            data, suite, session, folder, output.progress) as bench:
         variants = variants_for(bench)
         refused = _refusals(bench, variants, seeds, blocks_from)
         dense = bench.dense(seeds[0])
@@ -201,11 +135,13 @@ def _run(
                 units.append(found)
             else:
                 failures.append(found)
-            _say(found, len(units) + len(failures), len(variants) * len(seeds), plan.progress)
+            _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
         result = Comparison(
             kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
-            family=family_of(session.model).model_type, ratio=plan.ratio, seeds=seeds,
-            recipe={name: value for name, value in {**plan.recipe(), **recipe}.items() if value is not None},
+            family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
+            recipe=_recipe({
+                **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
+                "calibration": plain_source(data.calibration), "heldout": plain_source(data.heldout)}),
             calibration=Calibration(
                 source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
             device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
@@ -217,18 +153,21 @@ def _run(
 
 
 @contextlib.contextmanager
-def _bench(plan: Plan, session: Session, folder: Path | None) -> Iterator[Bench]:
-    """The bench of this plan, its cache in ``runs/`` of the output unless a work directory was named."""
-    if session.tokenizer is None and plan.suite is not None:
+def _bench(
+    data: DataOptions, suite: SuiteOptions, session: Session, folder: Path | None, show: bool
+) -> Iterator[Bench]:
+    """The bench of these texts and tasks, its cache in ``runs/`` of the output unless a work directory was named."""
+    if session.tokenizer is None and suite.suite is not None:
         raise KDPruneError("got a suite of tasks without a tokenizer, expected one: give tokenizer=…")
-    if session.tokenizer is None and plan.heldout is None:
+    if session.tokenizer is None and data.heldout is None:
         raise KDPruneError("got no tokenizer and no held-out tokens, expected one: give tokenizer=… or heldout=… so "
                            "that all seeds are measured on the same text")
-    tokens = session.calibration(plan.texts.source, plan.texts.samples, plan.texts.length)
+    tokens = session.calibration(data.calibration, data.samples, data.length)
     protocol = Protocol(
-        session.heldout(plan.heldout, tokens, 0.1), plan.suite, [Path(path) for path in plan.suite_data], plan.limit)
+        session.heldout(data.heldout, tokens, 0.1), suite.suite, [Path(path) for path in suite.suite_data], suite.limit)
+    texts = Texts(data.calibration, data.samples, data.length)
     with session.cache(tokens, None if folder is None else folder / "runs") as cache:
-        yield Bench(session, plan.texts, protocol, cache, plan.progress)
+        yield Bench(session, texts, protocol, cache, show)
 
 
 def _units(
@@ -284,6 +223,12 @@ def _reason(error: Exception) -> str:
 def _record(variant: Variant) -> VariantRecord:
     return VariantRecord(
         name=variant.name, title=variant.title, group=variant.group, value=variant.value, options=variant.options)
+
+
+def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record keeps of the options: those that say something."""
+    return {name: [str(item) for item in value] if name == "suite_data" else value
+            for name, value in options.items() if value is not None and value != ()}
 
 
 def _prepare(folder: Path, overwrite: bool) -> Path:

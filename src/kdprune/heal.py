@@ -24,7 +24,7 @@ from kdprune.methods.method import Method
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits, language_loss, mean_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
-from kdprune.options import check_values, option
+from kdprune.options import check_values, option, options_of, recorded, taken
 from kdprune.run import Run
 from kdprune.runtime import Advance
 from kdprune.training import Schedule, fit
@@ -51,14 +51,19 @@ class Heal:
     """
 
     loss: Literal["lm", "kl"] = option(
-        "lm", "train the pruned model on the calibration text: language-model loss, or KL against the dense model")
+        "lm", "train the pruned model on the calibration text: language-model loss, or KL against the dense model (not "
+        "at all)", name="heal", opt_in=True)
     what: Literal["stand-ins", "lora"] = option(
-        "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer")
-    tokens: int = option(1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1)
-    rate: float | None = option(None, "peak learning rate of healing (0.25 / the width; LoRA 1e-3)", above=0)
-    batch: int = option(8, "rows (sequences) a step of healing", least=1)
-    rank: int = option(8, "rank of LoRA's updates", least=1)
-    alpha: float = option(16.0, "LoRA's updates are scaled by this over the rank", above=0)
+        "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer",
+        name="heal_what")
+    tokens: int = option(
+        1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1, name="heal_tokens")
+    rate: float | None = option(
+        None, "peak learning rate of healing (0.25 / the width; LoRA 1e-3)", above=0, name="heal_rate", rare=True)
+    batch: int = option(8, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
+    rank: int = option(8, "rank of LoRA's updates", least=1, name="heal_rank", rare=True)
+    alpha: float = option(
+        16.0, "LoRA's updates are scaled by this over the rank", above=0, name="heal_alpha", rare=True)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -77,27 +82,24 @@ class Heal:
 
     def options(self) -> dict[str, Any]:
         """These options by the names that ``kdprune.prune`` and recipes know."""
-        return {argument(name): value for name, value in dataclasses.asdict(self).items()}
+        return recorded(self)
 
 
-def argument(name: str) -> str:
-    """The name a field of :class:`Heal` has outside: ``loss`` → ``heal``, ``rate`` → ``heal_rate``."""
-    return "heal" if name == "loss" else f"heal_{name}"
-
-
-HEAL_OPTIONS = tuple(argument(field.name) for field in dataclasses.fields(Heal))
+HEAL_OPTIONS = tuple(options_of(Heal))
 
 
 def make_heal(given: Mapping[str, Any]) -> Heal | None:
-    """The healing that arguments named ``heal``, ``heal_rate``, … ask for; None where ``heal`` is None.
+    """The healing that ``heal``, ``heal_rate``, … among options ask for; None where ``heal`` is None or not there.
 
     Raises:
         KDPruneError: one of the others is given without ``heal``, or a value cannot be.
     """
-    if (stray := [name for name, value in given.items() if value is not None]) and given.get("heal") is None:
-        raise KDPruneError(f"got {stray[0]} without heal, expected heal 'lm' or 'kl' beside it: name the loss")
-    names = {argument(field.name): field.name for field in dataclasses.fields(Heal)}
-    return Heal(**{names[name]: value for name, value in given.items() if value is not None}) if stray else None
+    asked = [name for name in HEAL_OPTIONS if given.get(name) is not None]
+    if not asked:
+        return None
+    if given.get("heal") is None:
+        raise KDPruneError(f"got {asked[0]} without heal, expected heal 'lm' or 'kl' beside it: name the loss")
+    return taken(Heal, given)
 
 
 def heal(

@@ -1,27 +1,135 @@
-"""What the fields of an option group say of themselves: help texts, groups, choices and ranges."""
+"""Options said once: what a field of an option group says of itself, read by commands, recipes, Python and the docs."""
 
-from dataclasses import field, fields
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from kdprune.errors import KDPruneError
+
+HEADINGS = ("model", "data", "size", "training", "resources", "output")
+Place = Literal["shell", "python", "recipe"]
+EVERYWHERE: tuple[Place, ...] = ("shell", "python", "recipe")
+Group = TypeVar("Group")
 
 
 def option(
     default: Any, text: str, *, least: float | None = None, above: float | None = None, most: float | None = None,
-    group: str = "training", rare: bool = False,
+    group: str = "training", rare: bool = False, name: str | None = None, flag: str | None = None,
+    short: str | None = None, positional: bool = False, several: bool = False, opt_in: bool = False,
+    takes: Any = None, parse: Callable[[Any], Any] | None = None, places: tuple[Place, ...] = EVERYWHERE,
+    recorded: bool = True, in_python: str = "",
 ) -> Any:
     """A dataclass field that is an option on the command line, in recipes, in Python and in the record.
 
     Args:
-        text: its help.
+        default: the field's default.
+        text: its help; what follows from a default of None stands in brackets at the end.
         least: least value of a number.
         above: bound that a number must exceed.
         most: greatest value of a number.
-        group: heading in the help: "model", "data", "size", "training", "resources" or "output".
+        group: heading in the help, one of ``HEADINGS``.
         rare: whether only ``--help-all`` shows it, because the default suits nearly everybody.
+        name: what it is called outside, if not like the field.
+        flag: what it is called on the command line, if not ``--name``.
+        short: a short flag beside it, "-o".
+        positional: whether the command line takes it as its argument.
+        several: whether it is given repeatedly on the command line.
+        opt_in: whether its group is used only where this one is given.
+        takes: type of what may be given, if more than the field's own.
+        parse: makes the value of a string; of a list of them, as written in a shell or a file, where ``several``.
+        places: where it may be given.
+        recorded: whether it is part of the record of a run, which repeats it elsewhere.
+        in_python: what there is to say beside the help in Python.
     """
+    assert group in HEADINGS, group
     return field(default=default, metadata={
-        "help": text, "least": least, "above": above, "most": most, "group": group, "rare": rare})
+        "help": text, "least": least, "above": above, "most": most, "group": group, "rare": rare, "name": name,
+        "flag": flag, "short": short, "positional": positional, "several": several, "opt_in": opt_in, "takes": takes,
+        "parse": parse, "places": places, "recorded": recorded, "in_python": in_python})
+
+
+def same_option(owner: type, name: str) -> Any:
+    """The field of another group again: default, help and all."""
+    found = next(item for item in fields(owner) if item.name == name)
+    return field(default=found.default, metadata=found.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A field of a group as it is known outside; the other attributes are those of :func:`option`.
+
+    Attributes:
+        field: its name in the group.
+        kind: type of what may be given.
+        default: what holds where nothing is given, as Python's signature has it.
+        filled: the same as help and docs show it, where the group fills a None in.
+    """
+
+    name: str
+    field: str
+    kind: Any
+    default: Any
+    filled: Any
+    help: str
+    group: str
+    rare: bool
+    flag: str
+    short: str | None
+    positional: bool
+    several: bool
+    parse: Callable[[Any], Any] | None
+    places: tuple[Place, ...]
+    recorded: bool
+    in_python: str
+
+    @property
+    def text(self) -> str:
+        """Its help with the default."""
+        if self.filled is None or self.filled is False or self.filled == ():
+            return self.help
+        return f"{self.help} ({'yes' if self.filled is True else self.filled})"
+
+    @property
+    def python_text(self) -> str:
+        """The same for Python."""
+        return f"{self.text}; {self.in_python}" if self.in_python else self.text
+
+
+def options_of(*groups: type) -> dict[str, Option]:
+    """The options of these groups by the names that they have outside."""
+    found: dict[str, Option] = {}
+    for group in groups:
+        filled = group()
+        for item in fields(group):
+            about: Mapping[str, Any] = item.metadata
+            name = about["name"] or item.name
+            default = None if about["opt_in"] else item.default
+            kind: Any = item.type if about["takes"] is None else about["takes"]
+            found[name] = Option(
+                name=name, field=item.name, kind=kind | None if about["opt_in"] else kind, default=default,
+                filled=None if about["opt_in"] else getattr(filled, item.name), help=about["help"],
+                flag=about["flag"] or "--" + name.replace("_", "-"),
+                **{key: about[key] for key in (
+                    "group", "rare", "short", "positional", "several", "parse", "places", "recorded", "in_python")})
+    return found
+
+
+def taken(group: type[Group], chosen: Mapping[str, Any]) -> Group:
+    """The group with its part of what was chosen, by outside names; None is as if not given.
+
+    Raises:
+        KDPruneError: a value is outside its choices or its range.
+    """
+    names = {name: item.field for name, item in options_of(group).items()}
+    found = group(**{names[name]: value for name, value in chosen.items() if name in names and value is not None})
+    check_values(found)
+    return found
+
+
+def recorded(*groups: Any) -> dict[str, Any]:
+    """What the record keeps of filled groups, by outside names."""
+    return {name: getattr(group, item.field) for group in groups for name, item in options_of(type(group)).items()
+            if item.recorded}
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
@@ -33,6 +141,24 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 def takes_several(annotation: Any) -> bool:
     """Whether the annotation is a tuple of choices."""
     return get_origin(annotation) is tuple and bool(choices(annotation))
+
+
+def parse_blocks(value: str) -> tuple[tuple[int, int], ...]:
+    """``"4-7,9-12"`` → ((4, 7), (9, 12)), half-open. Raises KDPruneError for anything else."""
+    try:
+        pairs = [tuple(int(number) for number in part.split("-")) for part in value.split(",")]
+        return tuple((start, end) for start, end in pairs)
+    except ValueError as error:
+        raise KDPruneError(f"got blocks {value!r}, expected half-open layer ranges such as 4-7,9-12") from error
+
+
+def parse_seeds(text: str) -> int | list[int]:
+    """``"3"`` → three seeds; ``"0,4,7"`` → these. Raises KDPruneError for anything else."""
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise KDPruneError(f"got seeds {text!r}, expected a number, or numbers with commas") from error
+    return found if "," in text or not found else found[0]
 
 
 def check_values(options: Any) -> None:

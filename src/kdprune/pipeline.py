@@ -1,7 +1,6 @@
 """The stages of a run: load → analyse → prune → evaluate → save → report."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,23 @@ from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
+from kdprune.option_groups import (
+    ANALYZE,
+    NOT_GIVEN,
+    PRUNE,
+    AnalysisOptions,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OutputOptions,
+    SeedOptions,
+    TextOptions,
+    given,
+    spelled_out,
+)
+from kdprune.options import options_of, recorded, taken
 from kdprune.output import check_output, staged_directory
-from kdprune.recipe import check_options, load_recipe, reject_unknown
+from kdprune.recipe import check_options, reject_unknown, run_options
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
@@ -35,6 +49,7 @@ from kdprune.resources import Resources, make_resources
 from kdprune.run import Run
 from kdprune.runtime import Stages
 from kdprune.session import Session, plain_source
+from kdprune.text import check_source
 from kdprune.world import World, start_world
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
@@ -87,97 +102,54 @@ class PruneResult:
         return write_page(self.results, path)
 
 
+@spelled_out(PRUNE, METHODS["kdp"])
 def prune(
-    model: str | Path | PreTrainedModel | None = None,
-    output_dir: str | Path | None = None,
-    method: str = "kdp",
-    ratio: float = 0.25,
-    calibration: Any = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    device: str = "auto",
-    *,
-    heldout: Any = None,
-    samples: int | None = None,
-    length: int | None = None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    heal: str | None = None,
-    heal_what: str | None = None,
-    heal_tokens: int | None = None,
-    heal_rate: float | None = None,
-    heal_batch: int | None = None,
-    heal_rank: int | None = None,
-    heal_alpha: float | None = None,
-    work_dir: str | Path | None = None,
-    host_memory: str | None = None,
-    device_memory: str | None = None,
-    device_map: str | None = None,
-    load_in: str | None = None,
-    recipe: str | Path | Mapping[str, Any] | None = None,
-    progress: bool = False,
-    **method_options: Any,
+    model: Any = NOT_GIVEN, output_dir: Any = NOT_GIVEN, method: Any = NOT_GIVEN, *,
+    recipe: str | Path | Mapping[str, Any] | None = None, **options: Any,
 ) -> PruneResult:
     """Prunes a causal language model to a net-parameter ratio and measures what it cost.
 
+    A loaded model is put into evaluation mode, and moved if ``device`` is given. With ``output_dir`` at None nothing is
+    written (``result.save`` does it later); with a work directory a run that was stopped goes on where it was, to the
+    same bits.
+
     Args:
-        model: local path, hub id or loaded model; None: the bundled reference model. A loaded model's weights stay
-            as they are, and the result shares those it keeps: train a deepcopy. It is put into evaluation mode, and
-            moved if ``device`` is given.
-        output_dir: where to save; None: nothing is written (``result.save`` does it later).
-        method: a name in ``kdprune.methods.METHODS``. ratio: net share of all parameters to remove.
-        calibration: text file, directory, hub data set, weighted mixture, list of strings, token ids (N, T), or None
-            for the bundled text. tokenizer: needed for text when ``model`` is a loaded model.
-        seed: of every random draw. device: "auto", "cpu", "cuda", ….
-        heldout: text or token ids for perplexity; None: the bundled text, or the calibration rows kept out of every
-            fit when there is no tokenizer. samples, length: rows, and tokens a row, of calibration text.
-        dtype: of the loaded model ("float32", …); None: the checkpoint's. A loaded model keeps its own.
-        overwrite: replace a non-empty ``output_dir``. trust_remote_code: as in transformers.
-        heal: train the pruned model on the calibration text afterwards: "lm" (language-model loss) or "kl" (against
-            the dense model's logits). heal_what, …: the fields of :class:`kdprune.heal.Heal`.
-        work_dir, host_memory, device_memory, device_map, load_in: the fields of :class:`kdprune.resources.Resources`.
-            With a work directory a run that was stopped goes on where it was, to the same bits.
-        recipe: a YAML file or mapping of any of these options; arguments that differ from their default win.
-        progress: show a progress bar a stage, on stderr if that is a terminal.
-        method_options: fields of the method's dataclass: ``preset``, ``context``, ``features``, ….
+        recipe: a YAML file or mapping of any of these options; what is given beside it wins.
+        {options}
+
+    The options from ``ratio`` on are those of KDP; another method has its own, the fields of its dataclass
+    (docs/options.md).
 
     Raises:
         KDPruneError: anything wrong with what was given, in one line.
     """
-    if recipe is not None:
-        return prune(**_with_recipe(recipe, {**locals(), "recipe": None}))
-    settings = make_method(method, {"ratio": ratio, **method_options})
-    healing = make_heal({
-        "heal": heal, "heal_what": heal_what, "heal_tokens": heal_tokens, "heal_rate": heal_rate,
-        "heal_batch": heal_batch, "heal_rank": heal_rank, "heal_alpha": heal_alpha})
-    resources = make_resources({
-        "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
-        "load_in": load_in})
-    here = start_world(device)
-    _check_place(output_dir, overwrite, resources, here)
-    stages = Stages(show=progress and here.first)
-    with Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources) as session:
-        tokens = session.calibration(calibration, samples, length)
-        text = session.heldout(heldout, tokens, settings.held)
+    chosen = run_options(recipe, given(options, model=model, output_dir=output_dir, method=method))
+    subject, data, output = taken(ModelOptions, chosen), taken(DataOptions, chosen), taken(OutputOptions, chosen)
+    name, draws = taken(MethodOptions, chosen), taken(SeedOptions, chosen)
+    settings = make_method(
+        name.method, {key: chosen[key] for key in options_of(METHODS[name.method]) if key in chosen})
+    healing, resources = make_heal(chosen), make_resources(chosen)
+    here = start_world(resources.device)
+    _check_named(data, output, resources, here)
+    stages = Stages(show=output.progress and here.first)
+    with open_session(subject, resources, draws.seed, stages) as session:
+        tokens = session.calibration(data.calibration, data.samples, data.length)
+        text = session.heldout(data.heldout, tokens, settings.held)
         check_run(session, settings, tokens, healing)
-        options = {
-            "model": None if session.bundled else session.name, "method": method, "seed": seed,
-            "calibration": plain_source(calibration), "heldout": plain_source(heldout), "samples": samples,
-            "length": length, "dtype": dtype, **resources.options(),
-            **({} if healing is None else healing.options()), **dataclasses.asdict(settings),
-        }
+        record = {
+            **recorded(subject, name, data, draws, resources), **_sources(session, data),
+            **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
         with session.run(tokens) as run:
             run = scored(session.model, tokens, settings, run)
             made = run_method(session.model, settings, tokens, run, healing)
             measured = evaluated(session, settings, healing, made.pruned, text, run)
-            base = analysis_results(session.name, session.model, options, tokens, run, method)
+            base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
             result = PruneResult(made.pruned, results, session.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
-            if output_dir is not None:
+            if output.output_dir is not None:
                 with stages.stage("save and verify"):
                     if here.first:
-                        result.save(output_dir, overwrite)
+                        result.save(output.output_dir, output.overwrite)
                     here.barrier()
                 run.cache.clean()
     return result
@@ -192,12 +164,34 @@ class RunOutcome:
     healed: dict[str, Any] | None = None
 
 
-def _check_place(output_dir: str | Path | None, overwrite: bool, resources: Resources, here: World) -> None:
-    """Raises KDPruneError for an output that cannot be written, or that holds the work directory: before any work."""
-    if output_dir is not None:
-        resources.check_apart(output_dir)
+def _check_named(data: TextOptions, output: OutputOptions, resources: Resources, here: World) -> None:
+    """Raises KDPruneError, before any work, for an output that cannot be written or holds the work directory, and for
+    texts that cannot be read.
+    """
+    if output.output_dir is not None:
+        resources.check_apart(output.output_dir)
         if here.first:
-            check_output(output_dir, overwrite)
+            check_output(output.output_dir, output.overwrite)
+    for source in _texts(data).values():
+        check_source(source)
+
+
+def open_session(subject: ModelOptions, resources: Resources, seed: int, stages: Stages) -> Session:
+    """The session of a command's options."""
+    return Session(
+        subject.model, subject.tokenizer, seed, resources.device, subject.dtype, subject.trust_remote_code, stages,
+        resources)
+
+
+def _texts(data: TextOptions) -> dict[str, Any]:
+    """The text sources by name."""
+    return {"calibration": data.calibration, **({"heldout": data.heldout} if isinstance(data, DataOptions) else {})}
+
+
+def _sources(session: Session, data: TextOptions) -> dict[str, Any]:
+    """What the record says of model and texts, which may be anything."""
+    return {"model": None if session.bundled else session.name,
+            **{name: plain_source(source) for name, source in _texts(data).items()}}
 
 
 def check_run(session: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
@@ -254,56 +248,34 @@ def evaluated(
         lambda: evaluate(session.model, pruned, tokenizer, text, run), JsonCodec(Evaluation), "evaluate")
 
 
-def analyze(
-    model: str | Path | PreTrainedModel | None = None,
-    calibration: Any = None,
-    *,
-    output_dir: str | Path | None = None,
-    tokenizer: Any = None,
-    seed: int = 0,
-    device: str = "auto",
-    samples: int | None = None,
-    length: int | None = None,
-    dtype: str | None = None,
-    protect: float = RankedMethod.protect,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    work_dir: str | Path | None = None,
-    host_memory: str | None = None,
-    device_memory: str | None = None,
-    device_map: str | None = None,
-    load_in: str | None = None,
-    progress: bool = False,
-) -> Scores:
+@spelled_out(ANALYZE)
+def analyze(model: Any = NOT_GIVEN, calibration: Any = NOT_GIVEN, **options: Any) -> Scores:
     """Scores the similarity of all pairs of layer states (KDP, section 1); nothing is pruned.
 
     Args:
-        output_dir: where to write ``results.json`` and ``report.html``; None: nothing is written.
-        protect: share of layers at either end that pruning would keep (drawn in the plots).
-        Others as in :func:`prune`.
+        {options}
 
     Returns:
         Arrays by name, with ``.plot(path)``.
+
+    Raises:
+        KDPruneError: anything wrong with what was given, in one line.
     """
-    resources = make_resources({
-        "work_dir": work_dir, "host_memory": host_memory, "device_memory": device_memory, "device_map": device_map,
-        "load_in": load_in})
-    here = start_world(device)
-    _check_place(output_dir, overwrite, resources, here)
-    stages = Stages(show=progress and here.first)
-    with Session(model, tokenizer, seed, device, dtype, trust_remote_code, stages, resources) as session:
-        tokens = session.calibration(calibration, samples, length)
+    chosen = check_options(given(options, model=model, calibration=calibration), options_of(*ANALYZE))
+    subject, data, output = taken(ModelOptions, chosen), taken(TextOptions, chosen), taken(OutputOptions, chosen)
+    draws, shown, resources = taken(SeedOptions, chosen), taken(AnalysisOptions, chosen), make_resources(chosen)
+    here = start_world(resources.device)
+    _check_named(data, output, resources, here)
+    stages = Stages(show=output.progress and here.first)
+    with open_session(subject, resources, draws.seed, stages) as session:
+        tokens = session.calibration(data.calibration, data.samples, data.length)
         with session.run(tokens) as run:
-            scores = score_layers(session.model, tokens, run, protect=protect)
+            scores = score_layers(session.model, tokens, run, protect=shown.protect)
             run = dataclasses.replace(run, scores=scores)
-        if output_dir is not None and here.first:
-            options = {
-                "model": None if session.bundled else session.name, "seed": seed,
-                "calibration": plain_source(calibration), "samples": samples, "length": length, "dtype": dtype,
-                "protect": protect, **resources.options(),
-            }
-            results = analysis_results(session.name, session.model, options, tokens, run)
-            with staged_directory(output_dir, overwrite) as staging:
+        if output.output_dir is not None and here.first:
+            record = {**recorded(subject, draws, data, shown, resources), **_sources(session, data)}
+            results = analysis_results(session.name, session.model, record, tokens, run)
+            with staged_directory(output.output_dir, output.overwrite) as staging:
                 results.save(staging / "results.json")
                 write_analysis(results, staging / "report.html")
     here.barrier()
@@ -312,22 +284,5 @@ def analyze(
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method:
     """The method of this name with these options; raises KDPruneError for names and values that cannot be."""
-    if name not in METHODS:
-        reject_unknown([name], METHODS, "method")
-    method = METHODS[name]
-    own = [parameter for parameter in inspect.signature(prune).parameters if parameter != "method_options"]
-    reject_unknown(options, [*own, *(item.name for item in dataclasses.fields(method))], f"option of {name}")
-    options = {key: value for key, value in check_options({**options, "method": name}).items() if key != "method"}
-    return method(**options)
-
-
-def _with_recipe(recipe: str | Path | Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of ``prune`` with a recipe's values where an argument is at its default."""
-    options = check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
-    method_options = given.pop("method_options")
-    parameters = inspect.signature(prune).parameters
-    changed = {
-        name: value for name, value in given.items()
-        if not (type(value) is type(parameters[name].default) and value == parameters[name].default)
-    }
-    return {**options, **changed, **method_options}
+    reject_unknown([name], METHODS, "method")
+    return METHODS[name](**check_options(options, options_of(METHODS[name]), f"option of {name}"))

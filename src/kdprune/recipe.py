@@ -1,36 +1,26 @@
-"""YAML recipes: the options of a run as a file, checked against the names that exist."""
+"""YAML recipes: the options of a run as a file, checked against the option groups."""
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.options import choices, takes_several
-from kdprune.resources import Resources
-from kdprune.text import parse_weighted
-
-# What a recipe may hold beside the fields of its method: the arguments of kdprune.prune and their types.
-RUN_OPTIONS: Mapping[str, Any] = {
-    "model": Any, "output_dir": str | Path, "method": str, "calibration": Any, "tokenizer": Any, "seed": int,
-    "device": str, "heldout": Any, "samples": int, "length": int, "dtype": str, "overwrite": bool,
-    "trust_remote_code": bool, "heal": Literal["lm", "kl"], "heal_what": Literal["stand-ins", "lora"],
-    "heal_tokens": int, "heal_rate": float, "heal_batch": int, "heal_rank": int, "heal_alpha": float,
-    **{field.name: field.type for field in dataclasses.fields(Resources)},
-    "work_dir": str | Path, "host_memory": str | int, "device_memory": str | int,
-}
+from kdprune.option_groups import PRUNE
+from kdprune.options import Option, choices, options_of, takes_several
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raises KDPruneError for the first of ``names`` that is not in ``known``, with the nearest valid name.
 
     Args:
+        names: what was given.
+        known: what there is.
         what: what a name is, for the message: "option of kdp", "recipe key".
     """
     known = list(known)
@@ -60,32 +50,51 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise KDPruneError(
             f"got a {type(found).__name__} in the recipe {str(path)!r}, expected a mapping such as 'ratio: 0.25'")
     options = {str(name).replace("-", "_"): value for name, value in found.items()}
-    texts = options.get("calibration")
-    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        options["calibration"] = parse_weighted(texts)
-    return check_options(options)
+    return check_options(written(options, prune_options(options)))
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a run or a recipe, each of its type; those at None are as if not given.
+def prune_options(given: Mapping[str, Any]) -> dict[str, Option]:
+    """The options that a run has, the fields of the method it asks for among them."""
+    name = given.get("method") or "kdp"
+    reject_unknown([name], METHODS, "method")
+    return options_of(*PRUNE, METHODS[name])
+
+
+def written(given: Mapping[str, Any], known: Mapping[str, Option]) -> dict[str, Any]:
+    """Options as a shell or a file has them, with the lists of strings parsed that mean something else there."""
+    def parsed(name: str, value: Any) -> Any:
+        item = known.get(name)
+        strings = isinstance(value, list) and value and all(isinstance(text, str) for text in value)
+        return item.parse(value) if item and item.several and item.parse and strings else value
+
+    return {name: parsed(name, value) for name, value in given.items()}
+
+
+def check_options(
+    given: Mapping[str, Any], known: Mapping[str, Option] | None = None, what: str = "option"
+) -> dict[str, Any]:
+    """Options, each of its type; those at None are as if not given.
+
+    Args:
+        given: options by name.
+        known: those there are; None: those that a recipe may hold.
+        what: what a name is, for the message.
 
     Raises:
-        KDPruneError: a name that neither a run nor its method knows, or a value that cannot be what it should.
+        KDPruneError: a name that there is not, or a value that cannot be what it should.
     """
-    name = options.get("method") or "kdp"
-    reject_unknown([name], METHODS, "method")
-    types = {**RUN_OPTIONS} | {field.name: field.type for field in dataclasses.fields(METHODS[name])}
-    reject_unknown(options, types, "option")
-    return {name: _typed(name, value, types[name]) for name, value in options.items() if value is not None}
+    if known is None:
+        known = {name: item for name, item in prune_options(given).items() if "recipe" in item.places}
+    reject_unknown(given, known, what)
+    return {name: _typed(known[name], value) for name, value in given.items() if value is not None}
 
 
-def parse_blocks(value: str) -> tuple[tuple[int, int], ...]:
-    """``"4-7,9-12"`` → ((4, 7), (9, 12)), half-open. Raises KDPruneError for anything else."""
-    try:
-        pairs = [tuple(int(number) for number in part.split("-")) for part in value.split(",")]
-        return tuple((start, end) for start, end in pairs)
-    except ValueError as error:
-        raise KDPruneError(f"got blocks {value!r}, expected half-open layer ranges such as 4-7,9-12") from error
+def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run, checked: the recipe's, and over them those given, also where None or the default is given.
+    """
+    options = {} if recipe is None else check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+    options |= given
+    return check_options(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")
 
 
 def dump_recipe(options: Mapping[str, Any]) -> str:
@@ -95,19 +104,19 @@ def dump_recipe(options: Mapping[str, Any]) -> str:
         allow_unicode=True)
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
+def _typed(item: Option, value: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
-    if name == "blocks" and isinstance(value, str):
-        return parse_blocks(value)
-    if takes_several(kind) and isinstance(value, str):
+    if item.parse is not None and not item.several and isinstance(value, str):
+        return item.parse(value)
+    if takes_several(item.kind) and isinstance(value, str):
         value = [part.strip() for part in re.split(r"[,+]", value) if part.strip()]
-    if allowed := choices(kind):
-        reject_unknown(value if takes_several(kind) else [value], allowed, name)
+    if allowed := choices(item.kind):
+        reject_unknown(value if takes_several(item.kind) else [value], allowed, item.name)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(item.kind).validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
-        raise KDPruneError(f"got {name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error
+        raise KDPruneError(f"got {item.name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from kdprune.memory import Memory, parse_bytes
 from kdprune.model.loading import load_model
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
-from kdprune.options import check_values, option
+from kdprune.options import check_values, option, options_of, taken
 from kdprune.runtime import resolve_device
 from kdprune.world import world
 
@@ -37,25 +37,26 @@ class Resources:
         KDPruneError: a value cannot be.
     """
 
+    device: str = option("auto", "where models run: auto, cpu, cuda, cuda:1", group="resources", recorded=False)
     work_dir: str | None = option(
-        None, "directory that keeps finished stages, for the same command after a kill and for other ratios; "
-        "none: keep nothing (a directory of the cache)")
+        None, "directory that keeps finished stages, for the same command after a kill and for other ratios; none: "
+        "keep nothing (prune, analyze: a directory of the cache; others: none)", group="resources",
+        takes=str | Path | None, recorded=False, in_python="none where left out")
     host_memory: str | None = option(
         None, "memory this process may take, 6GiB: what does not fit is read layer by layer and spilled to the work "
-        "directory (most of what is free)")
-    device_memory: str | None = option(None, "the same on the accelerator (most of what is free)")
-    device_map: str | None = option(None, "auto: spread the model over all devices, as in transformers")
+        "directory (most of what is free)", group="resources", takes=str | int | None)
+    device_memory: str | None = option(
+        None, "the same on the accelerator (most of what is free)", group="resources", takes=str | int | None)
+    device_map: str | None = option(
+        None, "auto: spread the model over all devices, as in transformers", group="resources", rare=True)
     load_in: Literal["8bit", "4bit"] | None = option(
-        None, "collect states from a copy of the model in so many bits; what is pruned stays in full precision")
+        None, "collect states from a copy of the model in so many bits; what is pruned stays in full precision",
+        group="resources")
 
     def __post_init__(self) -> None:
         check_values(self)
         if self.work_dir == "":
             raise KDPruneError("got an empty work_dir, expected a directory, or none")
-
-    def options(self) -> dict[str, str | None]:
-        """These options as the record has them; where things are kept is no part of it."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "work_dir"}
 
     def check_apart(self, output_dir: str | Path) -> None:
         """Raises KDPruneError for a work directory in the output's place, which is written whole at the end."""
@@ -70,18 +71,28 @@ class Resources:
 
     def load(
         self, model: str | Path | PreTrainedModel, memory: Memory, *, device: str, dtype: str | None,
-        trust_remote_code: bool,
+        trust_remote_code: bool, known_family: bool = True,
     ) -> PreTrainedModel:
-        """The dense model: as it is, spread over devices, or with its layers left in the checkpoint if it is large."""
+        """The model: as it is, spread over devices, or with its layers left in the checkpoint if it is large.
+
+        Args:
+            model: directory, hub id or loaded model.
+            memory: the budgets.
+            device: where it runs.
+            dtype: of its weights; None: the checkpoint's.
+            trust_remote_code: whether code that comes with it may run.
+            known_family: whether families without a row in the table are refused.
+        """
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         if not isinstance(model, str | Path):  # loaded already, or refused there
-            return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            return load_model(model, known_family=known_family, **options)
         if self.device_map is not None:
             return load_model(
-                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code, device_map=self.device_map,
-                max_memory=self._max_memory(), offload_folder=tempfile.gettempdir())
+                model, known_family=known_family, device_map=self.device_map, max_memory=self._max_memory(),
+                offload_folder=tempfile.gettempdir(), **options)
         if self._streams(model, memory, device, dtype):
-            return load_streamed(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        return load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            return load_streamed(model, **options)
+        return load_model(model, known_family=known_family, **options)
 
     def _streams(self, model: str | Path, memory: Memory, device: str, dtype: str | None) -> bool:
         """Whether the model's layers stay in the checkpoint: it is too large, or a quantised copy has the device."""
@@ -168,12 +179,9 @@ def run_key(about: Mapping[str, Part]) -> str:
 
 
 def make_resources(given: Mapping[str, Any]) -> Resources:
-    """The resources that arguments of these names ask for; None is as if not given."""
-    named: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
-    return Resources(**named)
-
-
-RESOURCE_OPTIONS = tuple(field.name for field in fields(Resources))
+    """The resources that options ask for; None is as if not given."""
+    return taken(Resources, {
+        name: str(given[name]) for name in options_of(Resources) if given.get(name) is not None})
 
 
 def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, name: str) -> Part:

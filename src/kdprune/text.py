@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
+from torch import Tensor
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.runtime import quiet_libraries
@@ -110,6 +111,20 @@ def read_pieces(source: Any, seed: int) -> Iterator[Piece]:
         f"got {type(source).__name__}, expected a file, a directory, a hub data set, a list of strings "
         "or token ids"
     )
+
+
+def check_source(source: Any) -> None:
+    """Opens what a text source names, so that it is refused before any work; token ids and None pass.
+
+    Of every part the first piece is read, of a hub data set nothing: only its name has to be one.
+    Raises KDPruneError as :func:`read_pieces` does.
+    """
+    if source is None or isinstance(source, Tensor) or (isinstance(source, Mapping) and "input_ids" in source):
+        return
+    for part, _ in weighted_sources(source):
+        pieces = read_pieces(part, seed=0)
+        if not isinstance(part, str) or Path(part).exists():
+            next(pieces, None)
 
 
 def _is_pair(entry: Any) -> bool:

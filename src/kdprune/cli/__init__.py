@@ -12,14 +12,15 @@ import torch
 import typer
 
 import kdprune
-from kdprune.cli.compare import ablate_command, compare_command
-from kdprune.cli.evaluate import eval_command, report_command
-from kdprune.cli.options import heal_parameters, method_parameters, resource_parameters, spelled_out
-from kdprune.cli.plan import plan_command
-from kdprune.cli.prune import analyze_command, prune_command
+from kdprune.cli.compare import ABLATION, COMPARISON, ablate_command, compare_command
+from kdprune.cli.evaluate import EVAL, eval_command, report_command
+from kdprune.cli.options import command
+from kdprune.cli.plan import PlanOptions, plan_command
+from kdprune.cli.prune import ANALYSIS, OUTPUT, analyze_command, prune_command
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.methods.kdp import KDP
+from kdprune.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
+from kdprune.options import options_of
 from kdprune.recipe import load_recipe, reject_unknown
 from kdprune.runtime import quiet_libraries
 
@@ -30,14 +31,14 @@ def build_app(method: str) -> typer.Typer:
         name="kdprune", help="Replace runs of transformer layers with one small trained module.",
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_common)
-    app.command("prune")(spelled_out(
-        prune_command, resource_parameters(), heal_parameters(), method_parameters(METHODS[method])))
-    app.command("plan")(spelled_out(plan_command, method_parameters(KDP)))
-    app.command("compare")(compare_command)
-    app.command("ablate")(ablate_command)
-    app.command("analyze")(spelled_out(analyze_command, resource_parameters()))
-    app.command("eval")(eval_command)
-    app.command("report")(report_command)
+    own = options_of(METHODS[method])
+    command(app, "prune", prune_command, {**options_of(*PRUNE), **own}, {"output_dir": OUTPUT})
+    command(app, "plan", plan_command, {**options_of(PlanOptions), **options_of(METHODS["kdp"])})
+    command(app, "compare", compare_command, options_of(*COMPARE), {"output_dir": COMPARISON})
+    command(app, "ablate", ablate_command, options_of(*ABLATE), {"output_dir": ABLATION})
+    command(app, "analyze", analyze_command, options_of(*ANALYZE), {"output_dir": ANALYSIS})
+    command(app, "eval", eval_command, EVAL)
+    command(app, "report", report_command, {})
     return app
 
 

@@ -1,8 +1,10 @@
 """``kdprune eval`` and ``kdprune report``: measure a checkpoint, rebuild a page."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,77 +14,112 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from kdprune.cli.options import Device, Dtype, Trust
 from kdprune.data import load_stream
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_window, perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
-from kdprune.model.loading import load_model, load_tokenizer
+from kdprune.model.loading import load_tokenizer
+from kdprune.model.placement import reads_weights
+from kdprune.option_groups import ModelOptions, SuiteOptions
+from kdprune.options import option, options_of, same_option, taken
+from kdprune.recipe import check_options
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, is_comparison
 from kdprune.report.page import write_page
 from kdprune.report.results import Results, write_file
 from kdprune.report.retention import Retention, retention
 from kdprune.report.summary import MISSING, percent
-from kdprune.runtime import Stages
+from kdprune.resources import Resources, make_resources
+from kdprune.runtime import Stages, resolve_device
 from kdprune.session import HELD_OUT_TOKENS
-from kdprune.text import bundled_heldout
+from kdprune.text import bundled_heldout, check_source
 
-Suite = Annotated[
-    str | None, typer.Option(help="tasks through lm-eval: small, paper, or names of its tasks, joined by commas")]
-SuiteData = Annotated[
-    list[Path] | None,
-    typer.Option(help="directory with <task>.jsonl and texts, searched before the hub; repeat for more")]
-Limit = Annotated[int | None, typer.Option(help="items a task, the first; 64 tokens a text for each (all)", min=1)]
-BatchSize = Annotated[int | None, typer.Option(help="requests of tasks a forward pass (64; 8 on a CPU)", min=1)]
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What a checkpoint is measured on."""
+
+    text: str | None = option(None, "text file or hub data set for perplexity (the bundled text)", group="data")
+    window: int | None = option(None, "tokens a window (the model's context, at most 2048)", group="data")
+    stride: int | None = option(None, "tokens between windows (half the window)", group="data")
+    batch_size: int | None = option(
+        None, "requests of tasks a forward pass (64; 8 on a CPU)", group="resources", least=1)
+    dense: str | None = option(
+        None, "with --suite: the model it was pruned from, for retained performance", group="model")
+    dtype: str | None = same_option(ModelOptions, "dtype")
+    trust_remote_code: bool = same_option(ModelOptions, "trust_remote_code")
+
+
+# Nothing is kept of an evaluation, so that there is no work directory.
+EVAL = {name: item for name, item in options_of(EvalOptions, SuiteOptions, Resources).items() if name != "work_dir"}
+EVAL["load_in"] = dataclasses.replace(EVAL["load_in"], help="measure the model in so many bits")
 
 
 def eval_command(
-    checkpoint: Annotated[str, typer.Argument(help="any causal LM: hub id, stock or pruned directory")],
-    text: Annotated[str | None, typer.Option(help="text file or hub data set; left out: the bundled text")] = None,
-    window: Annotated[int | None, typer.Option(help="tokens a window (the model's context, at most 2048)")] = None,
-    stride: Annotated[int | None, typer.Option(help="tokens between windows (half the window)")] = None,
-    suite: Suite = None,
-    suite_data: SuiteData = None,
-    limit: Limit = None,
-    batch_size: BatchSize = None,
-    dense: Annotated[
-        str | None, typer.Option(help="with --suite: the model it was pruned from, for retained performance")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    trust_remote_code: Trust = False,
-    json_file: Annotated[str | None, typer.Option("--json", help="write the figures to this file")] = None,
+    checkpoint: Annotated[str, typer.Argument(
+        help="any causal LM: hub id, stock or pruned directory", metavar="CHECKPOINT", rich_help_panel="Model")],
+    json_file: Annotated[str | None, typer.Option(
+        "--json", help="write the figures to this file", metavar="FILE", rich_help_panel="Output")] = None,
+    **options: Any,
 ) -> None:
     """Perplexity and speed of a checkpoint, and its scores on tasks."""
-    data = suite_data or []
-    _check(suite, data, limit, dense)
-
-    def load(name: str) -> tuple[PreTrainedModel, Any]:
-        return (
-            load_model(name, device=device or "auto", dtype=dtype, trust_remote_code=trust_remote_code,
-                       known_family=False),
-            load_tokenizer(name, trust_remote_code=trust_remote_code))
-
-    model, tokenizer = load(checkpoint)
-    tokens = load_stream(
-        text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
-    found, pace = perplexity(model, tokens, window, stride), speed(model)
-    typer.echo(
-        f"perplexity {found.value:.3f} on {tokens.source} ({found.tokens} tokens, window {found.window}, "
-        f"stride {found.stride})")
-    typer.echo(f"speed on {model.device}: prefill {pace.prefill:.0f} tokens/s, decode {pace.decode:.1f} tokens/s")
-    record = {"model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source},
-              "speed": dataclasses.asdict(pace), "parameters": model.num_parameters()}
-    if suite is not None:
-        def score(model: PreTrainedModel, tokenizer: Any) -> list[TaskScore]:
-            return run_suite(model, tokenizer, suite or "", data=data, limit=limit, batch_size=batch_size,
-                             stages=Stages(show=True))
-
-        record |= _tasks(score(model, tokenizer), score(*load(dense)) if dense else None, model, limit)
+    chosen = check_options(options, EVAL)
+    wanted, suite, resources = taken(EvalOptions, chosen), taken(SuiteOptions, chosen), make_resources(chosen)
+    data = [Path(folder) for folder in suite.suite_data]
+    _check(suite.suite, data, suite.limit, wanted.dense)
+    check_source(wanted.text)
+    with opened(checkpoint, wanted, resources) as (model, tokenizer):
+        tokens = load_stream(
+            wanted.text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
+        found = perplexity(model, tokens, wanted.window, wanted.stride)
+        typer.echo(
+            f"perplexity {found.value:.3f} on {tokens.source} ({found.tokens} tokens, window {found.window}, "
+            f"stride {found.stride})")
+        record: dict[str, Any] = {
+            "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source},
+            "speed": _speed(model), "parameters": model.num_parameters()}
+        scores = None if suite.suite is None else _scores(model, tokenizer, suite.suite, data, suite, wanted)
+    if suite.suite is not None and scores is not None:
+        dense = None
+        if wanted.dense is not None:
+            with opened(wanted.dense, wanted, resources) as (other, reader):
+                dense = _scores(other, reader, suite.suite, data, suite, wanted)
+        record |= _tasks(scores, dense, model, suite.limit)
     if json_file:
         write_file(json_file, json.dumps(record, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def opened(name: str, wanted: EvalOptions, resources: Resources) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """A checkpoint of any family with its tokenizer, within the budgets; in fewer bits where they are asked for."""
+    memory, place = resources.memory(resources.device), resolve_device(resources.device)
+    memory.enforce(place)
+    options: dict[str, Any] = {
+        "device": resources.device, "dtype": wanted.dtype, "trust_remote_code": wanted.trust_remote_code}
+    try:
+        model = resources.states_model(name, **options) or resources.load(name, memory, known_family=False, **options)
+        yield model, load_tokenizer(name, trust_remote_code=wanted.trust_remote_code)
+    finally:
+        memory.lift(place)
+
+
+def _speed(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Prints and returns the pace of a model that is in memory whole."""
+    if reads_weights(model):
+        typer.echo("speed: not measured, layers are read from disk")
+        return None
+    pace = speed(model)
+    typer.echo(f"speed on {model.device}: prefill {pace.prefill:.0f} tokens/s, decode {pace.decode:.1f} tokens/s")
+    return dataclasses.asdict(pace)
+
+
+def _scores(
+    model: PreTrainedModel, tokenizer: Any, names: str, data: Sequence[Path], suite: SuiteOptions, wanted: EvalOptions,
+) -> list[TaskScore]:
+    return run_suite(model, tokenizer, names, data=data, limit=suite.limit, batch_size=wanted.batch_size,
+                     stages=Stages(show=True))
 
 
 def _check(suite: str | None, data: Sequence[Path], limit: int | None, dense: str | None) -> None:
@@ -152,8 +189,10 @@ def _print_retention(kept: Retention, console: Console) -> None:
 
 
 def report_command(
-    results: Annotated[str, typer.Argument(help="results.json, or the directory that holds it")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="HTML file (report.html beside it)")] = None,
+    results: Annotated[str, typer.Argument(
+        help="results.json, or the directory that holds it", metavar="RESULTS", rich_help_panel="Data")],
+    output: Annotated[str | None, typer.Option(
+        "--output", "-o", help="HTML file (report.html beside it)", metavar="FILE", rich_help_panel="Output")] = None,
 ) -> None:
     """Rebuild the HTML page, and the table of a comparison, from results.json alone."""
     folder = Path(results) if Path(results).is_dir() else Path(results).parent

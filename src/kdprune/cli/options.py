@@ -1,84 +1,120 @@
-"""What the commands have in common: their shared options, and those that a method's fields spell out."""
+"""How option groups become a command's parameters, and how its help shows them."""
 
-import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
-from kdprune.heal import Heal, argument
-from kdprune.methods.method import Method
-from kdprune.options import choices
-from kdprune.resources import Resources
+from kdprune.options import HEADINGS, Option, choices
+from kdprune.recipe import written
 
-Model = Annotated[str | None, typer.Argument(help="hub id or directory; left out: the bundled reference model")]
-Calibration = Annotated[
-    list[str] | None,
-    typer.Option(help="text file (.txt, .jsonl, .parquet), directory or hub data set name[:config]; repeat with "
-                      "=weight to mix; left out: the bundled text")]
-Heldout = Annotated[str | None, typer.Option(help="text for perplexity; left out: the bundled text")]
-Samples = Annotated[int | None, typer.Option(help="rows of calibration text (4000; all of the bundled text)")]
-Length = Annotated[int | None, typer.Option(help="tokens a row (the model's context, at most 512)")]
-Seed = Annotated[int | None, typer.Option(help="of every random draw (0)")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 (auto)")]
-Dtype = Annotated[str | None, typer.Option(help="of the loaded model: float32, bfloat16, … (the checkpoint's)")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a directory that is not empty")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the checkpoint")]
+WIDTH = 110     # of help, where the terminal is as wide
+_SHORT = 24     # characters of choices that stand beside the flag; longer ones stand in the text
 
 
-def method_parameters(method: type[Method]) -> list[inspect.Parameter]:
-    """One option for every field of the method's dataclass, all None until given."""
-    panel = f"Options of {method.title}"
-    return [_parameter(field, field.name, method(), panel) for field in dataclasses.fields(method)]
+class Command(TyperCommand):
+    """A command whose help has its options under ``HEADINGS``, the rarer ones only with ``--help-all``."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """``--help``, at the end of what is shown last."""
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.help = "show this and stop"
+        return found
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then every heading with its options."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in sorted(self.get_params(ctx), key=lambda item: item.param_type_name != "argument"):
+            found = parameter.get_help_record(ctx)  # None for those that are hidden
+            if found is not None:
+                heading = getattr(parameter, "rich_help_panel", None) or HEADINGS[-1].capitalize()
+                # --refine / --no-refine → --[no-]refine, which stays in its column
+                rows.setdefault(heading, []).append((re.sub(r"--(\S+) / --no-\S+", r"--[no-]\1", found[0]), found[1]))
+        for heading in sorted(rows, key=lambda name: HEADINGS.index(name.lower())):
+            with formatter.section(heading):
+                formatter.write_dl(rows[heading])
 
 
-def heal_parameters() -> list[inspect.Parameter]:
-    """The same for healing: ``--heal``, ``--heal-what``, …."""
-    fields = dataclasses.fields(Heal)
-    return [_parameter(field, argument(field.name), None if field.name == "loss" else Heal(), "Healing")
-            for field in fields]
+def _show_all(ctx: typer.Context, show: bool) -> None:
+    """Prints the help with the options that it leaves out otherwise."""
+    if show:
+        for parameter in ctx.command.params:
+            if hasattr(parameter, "hidden"):
+                parameter.hidden = False
+        typer.echo(ctx.get_help())
+        raise typer.Exit
 
 
-def resource_parameters() -> list[inspect.Parameter]:
-    """The same for what a run may use: ``--work-dir``, ``--host-memory``, …."""
-    return [_parameter(field, field.name, None, "Resources") for field in dataclasses.fields(Resources)]
+_HELP_ALL = Annotated[bool, typer.Option(
+    "--help-all", callback=_show_all, is_eager=True, help="show the rarer options too", rich_help_panel="Output")]
 
 
-def spelled_out(command: Callable[..., None], *groups: list[inspect.Parameter]) -> Callable[..., None]:
-    """``command``, which takes ``**options``, with a signature that spells these out for typer to read."""
-    signature = inspect.signature(command)
-    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own]
-    parameters += [item for group in groups for item in group]
+def command(
+    app: typer.Typer, name: str, function: Callable[..., None], options: Mapping[str, Option],
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Adds a command to the program.
 
-    @functools.wraps(command)
-    def spelled(**options: Any) -> None:
-        command(**options)
+    Args:
+        app: the program.
+        name: of the command.
+        function: what it does; it takes parameters of its own and ``**options``, those that were given.
+        options: what its other parameters are.
+        defaults: what the command takes where nothing is given, as the help says it.
+    """
+    own = inspect.signature(function).parameters.values()
+    kept = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in own
+            if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [
+        _parameter(item, (defaults or {}).get(item.name)) for item in options.values() if "shell" in item.places]
+    parameters += kept
+    if any(item.rare for item in options.values()):
+        parameters.append(inspect.Parameter(
+            "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_HELP_ALL))
 
-    spelled.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    @functools.wraps(function)
+    def spelled(help_all: bool = False, **values: Any) -> None:
+        mine = {item.name: values.pop(item.name) for item in kept}
+        chosen = {key: value for key, value in values.items() if value is not None and value != []}
+        function(**mine, **written(chosen, options))
+
+    spelled.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     spelled.__annotations__ = {item.name: item.annotation for item in parameters}
-    return spelled
+    app.command(name, cls=Command, context_settings={"max_content_width": WIDTH})(spelled)
 
 
-def _parameter(field: dataclasses.Field[Any], name: str, filled: Any, panel: str) -> inspect.Parameter:
-    """An option for a field, called ``name``; its default shown as ``filled`` has it where the field says None."""
-    default = getattr(filled, field.name, None) if field.default is None or filled is None else field.default
-    shown = "" if default is None else f" ({default})"
-    if allowed := choices(field.type):
-        shown = f" [{'|'.join(allowed)}]{shown}"
-    flag = "--" + name.replace("_", "-")
-    names = [f"{flag}/--no-{flag[2:]}"] if _plain_type(field.type) is bool else [flag]
-    option = typer.Option(*names, help=field.metadata["help"] + shown, show_default=False, rich_help_panel=panel)
-    kind: Any = Annotated[_plain_type(field.type) | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+def _parameter(item: Option, default: Any) -> inspect.Parameter:
+    """A typer parameter for an option, None until given."""
+    text = item.text if default is None else f"{item.text} ({default})"
+    kind = _plain_type(item.kind)
+    if item.positional:
+        about: Any = typer.Argument(
+            help=text, metavar=item.name.upper(), show_default=False, rich_help_panel=item.group.capitalize())
+    else:
+        allowed = "|".join(choices(item.kind))
+        short = 0 < len(allowed) <= _SHORT
+        if allowed and not short:
+            text = f"{text} [{allowed}]"
+        flags = [f"{item.flag}/--no-{item.flag[2:]}"] if kind is bool else [item.flag]
+        about = typer.Option(
+            *flags, *([item.short] if item.short else []), help=text, hidden=item.rare, show_default=False,
+            rich_help_panel=item.group.capitalize(), metavar=f"[{allowed}]" if short else _METAVARS.get(kind))
+    annotation: Any = Annotated[(list[str] if item.several else kind) | None, about]
+    return inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+_METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
 def _plain_type(annotation: Any) -> type:
-    """The command line's type of a field: bool, int, float, or str for choices and blocks."""
+    """The command line's type of a field: bool, int, float, or str for everything that is parsed later."""
     if choices(annotation):
         return str
     parts = [part for part in get_args(annotation) if part is not NoneType] or [annotation]
-    return parts[0] if parts[0] in (bool, int, float) else str
+    return parts[0] if len(parts) == 1 and parts[0] in (bool, int, float) else str

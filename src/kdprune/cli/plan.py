@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -10,30 +11,41 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdprune.cli.options import Dtype, Length
 from kdprune.forecast import DEVICES
+from kdprune.methods import METHODS
+from kdprune.option_groups import ModelOptions, TextOptions
+from kdprune.options import option, options_of, same_option
 from kdprune.planning import PruningPlan, Side, plan
+from kdprune.recipe import check_options
 from kdprune.report import summary
 from kdprune.report.results import write_file
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What the forecast goes by; the device is one of a table, because nothing runs."""
+
+    model: Any = option(
+        None, "directory with config.json, that file, or hub id (the bundled reference model)", group="model",
+        positional=True)
+    dtype: str | None = same_option(ModelOptions, "dtype")
+    samples: int | None = option(None, "rows of calibration text (4000)", group="data")
+    length: int | None = same_option(TextOptions, "length")
+    host_memory: str | None = option(None, "memory that prune may take, 64GiB (not known)", group="resources")
+    device: str = option(
+        "h100", f"machine that the forecast is for, of a table, since nothing runs here: {', '.join(DEVICES)}",
+        group="resources")
+    tflops: float | None = option(None, "instead of a device: its bfloat16 peak, in TFLOP/s", group="resources")
+    utilisation: float | None = option(None, "share of its peaks (0.4; cpu: as measured)", group="resources")
+
+
 def plan_command(
-    model: Annotated[str | None, typer.Argument(
-        help="directory with config.json, that file, or hub id; left out: the bundled reference model")] = None,
-    samples: Annotated[int | None, typer.Option(help="rows of calibration text (4000)")] = None,
-    length: Length = None,
-    dtype: Dtype = None,
-    host_memory: Annotated[str | None, typer.Option(help="memory that prune may take, 64GiB (not known)")] = None,
-    device: Annotated[str, typer.Option(help=f"where it is to run: {', '.join(DEVICES)}")] = "h100",
-    tflops: Annotated[float | None, typer.Option(help="instead of a device: its bfloat16 peak, in TFLOP/s")] = None,
-    utilisation: Annotated[float | None, typer.Option(help="share of its peaks (0.4; cpu: as measured)")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="write the figures to this file; -: stdout")] = None,
-    **method_options: Any,
+    json_file: Annotated[str | None, typer.Option(
+        "--json", help="write the figures to this file; -: stdout", metavar="FILE", rich_help_panel="Output")] = None,
+    **options: Any,
 ) -> None:
     """Say what pruning MODEL with KDP would give and take; reads only its config, no weights and no text."""
-    chosen = {name: value for name, value in method_options.items() if value is not None}
-    found = plan(model, dtype=dtype, samples=samples, length=length, host_memory=host_memory, device=device,
-                 tflops=tflops, utilisation=utilisation, **chosen)
+    found = plan(**check_options(options, options_of(PlanOptions, METHODS["kdp"])))
     if json_file == "-":
         sys.stdout.write(as_json(found))
         return

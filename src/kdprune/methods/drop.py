@@ -175,7 +175,8 @@ class SLEB(DropMethod):
     title: ClassVar[str] = "SLEB"
     spreads: ClassVar[bool] = True
 
-    sequences: int = option(128, "calibration rows the loss is measured on, fewer if there are not as many", least=1)
+    sequences: int = option(
+        128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError as the others do, and for rows in which no token follows another."""

@@ -69,7 +69,7 @@ class KDP(RankedMethod):
         group="size", rare=True)
     kernel: Literal["learned", "fixed", "mlp", "linear"] = option(
         "learned", "feature map: learned anisotropic kernel, the kernel as drawn, or no kernel: a GELU layer, a linear "
-        "map")
+        "map", rare=True)
     features: int | None = option(
         None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size")
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)

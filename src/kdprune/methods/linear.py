@@ -41,7 +41,7 @@ class Linear(RankedMethod):
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
-    ridge: float = option(1e-4, "relative ridge of the least-squares solve", above=0)
+    ridge: float = option(1e-4, "relative ridge of the least-squares solve", above=0, rare=True)
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""

@@ -56,10 +56,11 @@ class LLMPruner(Method):
 
     order: Literal["first", "second", "mixed"] = option(
         "first", "terms of the loss's expansion that a weight's saliency takes in")
-    sequences: int = option(10, "random slices of the calibration text whose gradient is taken", least=1)
-    slice_length: int = option(64, "tokens of a slice", least=2)
-    keep_first: int | None = option(None, "layers kept whole at the start (4 of 32)", least=0)
-    keep_last: int | None = option(None, "layers kept whole at the end (2 of 32)", least=0)
+    sequences: int = option(10, "random slices of the calibration text whose gradient is taken", least=1,
+                            group="data")
+    slice_length: int = option(64, "tokens of a slice", least=2, group="data", rare=True)
+    keep_first: int | None = option(None, "layers kept whole at the start (4 of 32)", least=0, group="size")
+    keep_last: int | None = option(None, "layers kept whole at the end (2 of 32)", least=0, group="size")
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""

@@ -52,19 +52,25 @@ class LaCo(DepthMethod):
     title: ClassVar[str] = "LaCo"
 
     form: Literal["paper", "code"] = option(
-        "code", "the sum of differences: telescoped to θ_{l+m} (code), or as printed, which breaks models (paper)")
+        "code", "the sum of differences: telescoped to θ_{l+m} (code), or as printed, which breaks models (paper)",
+        rare=True)
     merged: Literal["projections", "all"] = option(
-        "projections", "what is merged: attention and MLP projections (norms stay the base layer's), or all parameters")
+        "projections", "what is merged: attention and MLP projections (norms stay the base layer's), or all parameters",
+        rare=True)
     merge_layers: int | None = option(
         None, "C, layers merged into one (the number that meets the ratio at the strictest T; 4 with a threshold)",
-        least=2)
-    interval: int = option(1, "I, layers to go down after a merge", least=1)
-    lowest: int = option(0, "L, the lowest layer that others are merged into", least=0)
-    highest: int | None = option(None, "H, the merges start C layers below it (the last layer)", least=1)
-    sentences: int = option(10, "calibration rows on which candidates are compared with the dense model", least=1)
-    sentence_tokens: int = option(64, "real tokens taken of each of these rows, from its start", least=1)
+        least=2, group="size")
+    interval: int = option(1, "I, layers to go down after a merge", least=1, group="size", rare=True)
+    lowest: int = option(0, "L, the lowest layer that others are merged into", least=0, group="size", rare=True)
+    highest: int | None = option(
+        None, "H, the merges start C layers below it (the last layer)", least=1, group="size", rare=True)
+    sentences: int = option(
+        10, "calibration rows on which candidates are compared with the dense model", least=1, group="data")
+    sentence_tokens: int = option(
+        64, "real tokens taken of each of these rows, from its start", least=1, group="data", rare=True)
     threshold: float | None = option(
-        None, "T, least similarity of a candidate; given, the ratio follows from it (searched to meet the ratio)")
+        None, "T, least similarity of a candidate; given, the ratio follows from it (searched to meet the ratio)",
+        group="size")
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError for layers that differ in shape, impossible bounds, or a ratio out of reach."""

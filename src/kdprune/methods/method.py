@@ -12,7 +12,7 @@ from kdprune.methods.result import MethodResult
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
-from kdprune.options import check_values, option
+from kdprune.options import check_values, option, parse_blocks
 from kdprune.run import Run
 
 
@@ -30,8 +30,10 @@ class Method(ABC):
     streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
-    ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)")
-    held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors")
+    ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)",
+                          group="size")
+    held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors",
+                         group="data", rare=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -90,8 +92,8 @@ class DepthMethod(Method):
     """
 
     blocks: tuple[tuple[int, int], ...] | None = option(
-        None, "explicit half-open blocks instead of a selection: 4-7,9-12")
-    protect: float = option(0.0, "share of the layers kept at either end")
+        None, "explicit half-open blocks instead of a selection: 4-7,9-12", group="size", parse=parse_blocks)
+    protect: float = option(0.0, "share of the layers kept at either end", group="size")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,9 +117,13 @@ class DepthMethod(Method):
 class RankedMethod(DepthMethod):
     """A method whose blocks the similarity analysis ranks (KDP, section 2); the analysis then runs before it."""
 
-    protect: float = option(0.1, "share of the layers kept at either end")
-    block_length: int | None = option(None, "use blocks of this many layers only", least=1)
-    max_block: int | None = option(None, "longest block considered, K_max (half the layers, at most 8)", least=1)
-    similarity: Literal["rbf_cka", "linear_cka", "cosine"] = option("rbf_cka", "score that ranks blocks")
+    protect: float = option(0.1, "share of the layers kept at either end", group="size")
+    block_length: int | None = option(
+        None, "use blocks of this many layers only", least=1, group="size", rare=True)
+    max_block: int | None = option(
+        None, "longest block considered, K_max (half the layers, at most 8)", least=1, group="size", rare=True)
+    similarity: Literal["rbf_cka", "linear_cka", "cosine"] = option(
+        "rbf_cka", "score that ranks blocks", group="size", rare=True)
     endpoints: Literal["input", "output"] | None = option(
-        "input", "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)")
+        "input", "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
+        group="size", rare=True)

@@ -63,10 +63,10 @@ class ReplaceMe(DepthMethod):
 
     solver: Literal["cosine", "least_squares"] = option(
         "cosine", "how the map is found: cosine distance by Adam, or least squares in closed form")
-    ridge: float = option(1e-6, "relative ridge of least squares", least=0)
+    ridge: float = option(1e-6, "relative ridge of least squares", least=0, rare=True)
     epochs: int = option(10, "epochs of the cosine solver", least=1)
-    rate: float | None = option(None, "peak learning rate of the cosine solver (0.41 / the width)", above=0)
-    batch: int = option(2, "rows (sequences) a step of the cosine solver", least=1)
+    rate: float | None = option(None, "peak learning rate of the cosine solver (0.41 / the width)", above=0, rare=True)
+    batch: int = option(2, "rows (sequences) a step of the cosine solver", least=1, rare=True)
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""

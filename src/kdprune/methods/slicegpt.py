@@ -38,9 +38,10 @@ class SliceGPT(Method):
 
     title: ClassVar[str] = "SliceGPT"
 
-    sparsity: float | None = option(None, "share of the stream's width to cut; then ratio is not used", least=0)
-    round_to: int = option(8, "widths are multiples of this", least=1)
-    sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1)
+    sparsity: float | None = option(
+        None, "share of the stream's width to cut; then ratio is not used", least=0, group="size")
+    round_to: int = option(8, "widths are multiples of this", least=1, group="size", rare=True)
+    sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1, group="data")
 
     def __post_init__(self) -> None:
         super().__post_init__()

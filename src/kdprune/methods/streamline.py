@@ -56,10 +56,11 @@ class Streamline(DepthMethod):
     stand_in: Literal["none", "ffn", "layer"] = option(
         "ffn", "what replaces the run: nothing, a ReLU network of 4d units, or one decoder layer")
     epochs: int = option(10, "epochs of its training", least=1)
-    rate: float | None = option(None, "peak learning rate (4.1 / the width, 0.82 / the width for layer)", above=0)
-    batch: int = option(8, "rows (sequences) a step", least=1)
-    clip: float = option(5.0, "largest norm of a step's gradient", above=0)
-    weight_decay: float = option(1e-3, "weight decay of AdamW", least=0)
+    rate: float | None = option(
+        None, "peak learning rate (4.1 / the width, 0.82 / the width for layer)", above=0, rare=True)
+    batch: int = option(8, "rows (sequences) a step", least=1, rare=True)
+    clip: float = option(5.0, "largest norm of a step's gradient", above=0, rare=True)
+    weight_decay: float = option(1e-3, "weight decay of AdamW", least=0, rare=True)
 
     @property
     def puts_in(self) -> bool:
