@@ -14,7 +14,7 @@ RANKS = (
     ("identity", "chunks", "checkpoints"), ("states", "work", "gradients"), ("keeper",),
     ("kernel", "training", "selection"), ("model",), ("evaluation", "methods"), ("report",), ("analysis",),
     ("assemble",), ("resources",), ("recipe", "forecast"), ("session",), ("heal",), ("pipeline",),
-    ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",),
+    ("variants", "planning"), ("units",), ("comparison",), ("cli",), ("__main__",), ("testing",),
 )
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # What a room must not know, whatever its rank.
