@@ -7,6 +7,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+pytest.register_assert_rewrite("kdprune.testing")  # before anything imports it
+
 import torch
 from families import build
 from tiny_checkpoint import Bench, build_bench, pruned_well

@@ -7,8 +7,8 @@ import sys
 from typing import Any
 
 import torch
+from methods import FORMS, QUICK
 from safetensors.torch import save_file
-from test_method_contract import FORMS, QUICK
 from tiny_checkpoint import CONTEXT
 
 import kdprune

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kdprune.testing import with_random_weights
 
 WIDTH, LAYERS, VOCABULARY = 32, 6, 64
 _COMMON: dict[str, Any] = {
@@ -59,10 +60,4 @@ def build(name: str, seed: int = 0, std: float = 0.15) -> PreTrainedModel:
     """The tiny model ``name`` with seeded normal weights, large enough that every layer changes the logits."""
     model_type, options = CONFIGS[name]
     config = AutoConfig.for_model(model_type, **{**_COMMON, **options})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
-    return model
+    return with_random_weights(AutoModelForCausalLM.from_config(config), seed, std)

@@ -61,7 +61,7 @@ def test_models_cast_to_half_precision_are_verified(tiny_model: Build, tmp_path:
     assert all(torch.equal(*pair) for pair in zip(before, dense.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama3", "opt", "phi3"])  # heads are counted in as many ways
 def test_a_context_with_fewer_heads_is_verified(tiny_model: Build, tmp_path: Path, name: str) -> None:
     model = prune(tiny_model(name).bfloat16(), "heads")
     save_model(model, tmp_path)

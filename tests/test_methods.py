@@ -161,8 +161,8 @@ def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:
 
 
 @pytest.mark.parametrize("context", ["attention", "none"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_is_pruned_to_the_net_ratio(name: str, context: str, tiny_model) -> None:
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt_neox", "phi3", "opt-350m", "gpt2"])
+def test_spare_budget_is_spent_to_within_one_stand_in(name: str, context: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = run(model, tokens, ratio=0.2, context=context, protect=0.0, fill=True)
@@ -181,13 +181,6 @@ def test_the_fit_beats_dropping_the_block(tiny_model) -> None:
     result = run(model, tokens, blocks=((2, 4),), features=24, refine_epochs=8, kernel_tokens=512)
     assert result.blocks == [range(2, 4)]
     assert result.fit[0]["state_error"] < 0.8 < result.fit[0]["dropped_error"] * 1.2
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_same_seed_same_bits(name: str, tiny_model) -> None:
-    model, tokens = tiny_model(name), random_tokens()
-    first, second = (apply_edits(model, run(model, tokens, blocks=((1, 3),)).edits).state_dict() for _ in range(2))
-    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_a_direct_inverse_goes_without_context_and_given_features_stay() -> None:

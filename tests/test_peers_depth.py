@@ -4,14 +4,13 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from families import CONFIGS, LAYERS, build
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdprune.data import TokenSet
 from kdprune.errors import KDPruneError
@@ -187,8 +186,8 @@ def test_sleb_equals_greedy_search_over_pruned_copies(name: str) -> None:
         assert found.tokens == tokens.tokens
 
 
-@pytest.mark.parametrize("side", ["right", "left", "mixed"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(
+    ("name", "side"), [*((name, "mixed") for name in CONFIGS), ("llama3", "left"), ("llama3", "right")])
 def test_losses_from_the_states_in_front_are_those_of_the_whole_model(name: str, side: str) -> None:
     model, tokens = build(name), padded_tokens(side, rows=5)
     types = copy.deepcopy(getattr(model.config, "layer_types", None))
@@ -424,46 +423,6 @@ def test_laco_meets_the_ratio_to_the_layer(count: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------ all of them
-
-
-@pytest.mark.parametrize("method", PEERS)
-@pytest.mark.parametrize("name", list(CONFIGS))
-def test_every_method_meets_the_ratio_in_every_family(method: str, name: str) -> None:
-    model, tokens = build(name), padded_tokens("right", rows=4)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    config = copy.deepcopy(model.config)
-    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters()) / model.num_parameters()
-    ratio = 1.5 * layer
-    first = apply_edits(model, METHODS[method](ratio=ratio)(model, tokens, None).edits)
-    net = 1 - first.num_parameters() / model.num_parameters()
-    assert ratio <= net < ratio + layer
-    assert type(first) is type(model)
-    assert first.config.num_hidden_layers == LAYERS - 2
-    assert model.config == config
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with torch.no_grad():
-        assert torch.isfinite(first(tokens.ids).logits).all()
-
-
-@pytest.mark.parametrize("method", PEERS)
-def test_the_result_is_a_stock_checkpoint(method: str, tmp_path: Path) -> None:
-    model, tokens = build("qwen3-window"), padded_tokens()
-    pruned = apply_edits(model, METHODS[method](ratio=0.2)(model, tokens, None).edits)
-    pruned.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded).__name__ == "Qwen3ForCausalLM"
-    assert loaded.config.model_type == "qwen3"
-    with torch.no_grad():
-        assert torch.equal(loaded(tokens.ids).logits, pruned(tokens.ids).logits)
-
-
-@pytest.mark.parametrize("method", PEERS)
-def test_the_same_seed_gives_the_same_bits(method: str) -> None:
-    model, tokens = build("llama3"), padded_tokens()
-    results = [METHODS[method](ratio=0.3)(model, tokens, None, seed=3) for _ in range(2)]
-    first, second = (apply_edits(model, result.edits) for result in results)
-    assert results[0].blocks == results[1].blocks
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("method", PEERS)

@@ -1,6 +1,5 @@
 """Methods that put something in the gap: LLM-Streamline, ReplaceMe, KDP without its kernel, LinearPatch."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -88,27 +87,12 @@ def endpoints(model: PreTrainedModel, tokens: TokenSet, block: range) -> tuple[T
     return torch.cat(before), torch.cat(after)
 
 
-# ------------------------------------------------------------------------------------------ every method, every family
+# ------------------------------------------------------------------------------------------ every method
 
 
-@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("case", CASES)
-def test_it_meets_the_ratio_and_leaves_the_dense_model_alone(case: str, name: str) -> None:
-    model, tokens = build(name), random_tokens()
-    before = copy.deepcopy(model.state_dict())
-    if case.startswith("replaceme") and name in NORMS_BEHIND:
-        with pytest.raises(KDPruneError, match="normalises behind its MLP"):
-            method(case).check(model, tokens)
-        return
-    result = prune(case, model, tokens)
-    pruned = apply_edits(model, result.edits)
-    net = 1 - pruned.num_parameters() / model.num_parameters()
-    largest = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model))
-    assert net > 0.25 - 1e-3
-    assert net < 0.25 + largest / model.num_parameters()
-    assert (type(pruned) is type(model)) == (case in STOCK)
-    assert torch.isfinite(logits(pruned)).all()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+def test_what_is_fitted_beside_the_layers_has_a_record(case: str) -> None:
+    result = prune(case, build("llama3"), random_tokens())
     assert len(result.fit) == (0 if case in STOCK else len(result.blocks))
 
 

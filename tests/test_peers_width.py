@@ -1,18 +1,13 @@
 """Width pruning: LLM-Pruner and SliceGPT against oracles, their records, and their checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from contract import IDS, logits
 from families import CONFIGS, LAYERS, WIDTH, build
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -39,6 +34,7 @@ from kdprune.model.surgery import Drop, Resize, apply_edits
 from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline
 from kdprune.runtime import generator
+from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLICEABLE = [name for name in CONFIGS if not name.startswith("gemma") and name != "opt-350m"]
@@ -63,8 +59,8 @@ def removed(dense: PreTrainedModel, model: PreTrainedModel) -> float:
 # ------------------------------------------------------------------------------------------------ both
 
 
-@pytest.mark.parametrize(
-    ("method", "name"), [(m, n) for m in METHODS for n in CONFIGS if m != "slicegpt" or n in SLICEABLE])
+@pytest.mark.parametrize("name", ["llama3.1", "gpt_neox", "opt"])  # at another ratio the contract has every family
+@pytest.mark.parametrize("method", METHODS)
 def test_the_net_ratio_is_met_from_above_within_half_a_point(method: str, name: str) -> None:
     dense = build(name)
     for ratio in (0.1, 0.25):
@@ -79,17 +75,6 @@ def test_the_bundled_model_meets_the_ratio_too(bundled: PreTrainedModel, method:
     else:
         left = apply_edits(bundled, settings(bundled, tokens(), None).edits).num_parameters()
     assert 0.25 <= 1 - left / bundled.num_parameters() < 0.255
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_seed_gives_the_same_bits_and_the_dense_model_stays(method: str) -> None:
-    dense = build("llama3.1")
-    before, flags = logits(dense), [p.requires_grad for p in dense.parameters()]
-    first, second = (pruned(dense, METHODS[method](), seed=3) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert torch.equal(logits(dense), before)
-    assert [p.requires_grad for p in dense.parameters()] == flags
-    assert all(p.grad is None for p in dense.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,40 +98,6 @@ def test_the_results_say_what_is_narrowed(method: str, tmp_path: Path) -> None:
     assert "layers of" in headline(result.results)
     result.save(tmp_path / "out")
     assert "import kdprune" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-
-
-REMOTE = """
-import sys
-sys.modules["kdprune"] = None
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from pathlib import Path
-root = Path(sys.argv[1])
-ids = load_file(root / "ids.safetensors")["ids"]
-with torch.no_grad():
-    found = {p.name: AutoModelForCausalLM.from_pretrained(p, trust_remote_code=True)(ids).logits
-             for p in sorted(root.iterdir()) if (p / "config.json").is_file()}
-save_file(found, root / "logits.safetensors")
-"""
-
-
-def test_loading_where_kdprune_is_not_installed(tmp_path: Path) -> None:
-    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    expected = {}
-    for method, name in (("slicegpt", "gpt2"), ("slicegpt", "gpt_neox"), ("llm-pruner", "phi3")):
-        model = pruned(build(name), METHODS[method](ratio=0.2))
-        model.save_pretrained(tmp_path / f"{method}-{name}")
-        expected[f"{method}-{name}"] = logits(model)
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(tmp_path)],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "logits.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 def test_low_precision_keeps_its_dtype_and_loads_back(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from contract import logits
 from families import CONFIGS, LAYERS, WIDTH, build
+from methods import FORMS, quick
 from safetensors.torch import load_file
-from test_method_contract import FORMS, calibration, quick
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -30,6 +29,8 @@ from kdprune.model.placement import collecting, device_of, is_dispatched, work_d
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits, context_layer
 from kdprune.runtime import Stages
+from kdprune.testing import CALIBRATION
+from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPREAD = (
@@ -84,7 +85,7 @@ def test_placed_model_is_edited_and_saved_as_a_plain_one(name: str, disk: bool, 
     assert is_dispatched(model)
     assert any(parameter.is_meta for parameter in model.parameters())
     assert not is_streamed(model)
-    tokens = calibration(plain)
+    tokens = CALIBRATION
     for (_, expected), (_, found) in zip(
             *(layer_states(m, tokens, range(LAYERS + 1), 4) for m in (plain, model)), strict=True):
         assert all(torch.equal(expected[index], found[index]) for index in expected)
@@ -139,7 +140,7 @@ def test_methods_fit_on_a_placed_model_as_on_a_plain_one(form: str, tmp_path: Pa
     plain = build("llama3")
     pruned = []
     for model in (plain, placed(tmp_path / "dense", plain, disk=False)):
-        method, tokens, scores = quick(form), calibration(model), None
+        method, tokens, scores = quick(form), CALIBRATION, None
         if isinstance(method, RankedMethod):
             scores = score_layers(
                 model, tokens, protect=method.protect, seed=0, batch_size=16, stages=Stages()).tensors()
@@ -152,7 +153,7 @@ def test_methods_fit_on_a_placed_model_as_on_a_plain_one(form: str, tmp_path: Pa
 def test_other_methods_say_that_they_cannot(form: str, tmp_path: Path) -> None:
     model = placed(tmp_path / "dense", build("llama3"), disk=False)
     with pytest.raises(KDPruneError, match="load it without device_map"):
-        quick(form).check(model, calibration(model))
+        quick(form).check(model, CALIBRATION)
 
 
 def test_whole_run_on_a_model_the_user_placed(bench: Any, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_load_model_says_what_cannot_be_placed(tmp_path: Path) -> None:
 
 def test_states_come_from_the_collector_and_edits_from_the_model() -> None:
     model, other = build("llama3"), build("llama3", seed=1)
-    tokens = calibration(model)
+    tokens = CALIBRATION
     with collecting(model, other):
         found = [states[3].clone() for _, states in layer_states(model, tokens, [3], 4)]
         scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages())
@@ -226,7 +227,7 @@ def test_layers_on_an_accelerator_and_offloaded(kind: str, tmp_path: Path) -> No
     device_map |= {f"model.layers.{index}": place for index, place in enumerate(places)}
     model = load_model(tmp_path / "dense", device_map=device_map, offload_folder=tmp_path / "offloaded")
     assert work_device(model) == device_of(decoder_layers(model)[0]) == torch.device(0)
-    tokens = calibration(plain)
+    tokens = CALIBRATION
     for (_, expected), (_, found) in zip(
             *(layer_states(m, tokens, range(LAYERS + 1), 4) for m in (plain, model)), strict=True):
         assert all(torch.allclose(expected[index], found[index].cpu(), atol=1e-4) for index in expected)

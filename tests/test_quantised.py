@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import CONFIGS, build
-from test_method_contract import calibration, quick
+from methods import quick
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,6 +25,7 @@ from kdprune.model.placement import collecting
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised, quantised_share
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime import Stages
+from kdprune.testing import CALIBRATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MISSING = {name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None}
@@ -96,7 +97,7 @@ def test_states_of_every_family(name: str, load_in: str, tmp_path: Path) -> None
         with pytest.raises(KDPruneError, match="torchao finds nothing to hold in 8 bits"):
             load_quantised(tmp_path, *LOAD_IN[load_in])
         return
-    model, tokens = load_quantised(tmp_path, *LOAD_IN[load_in]), calibration(plain)
+    model, tokens = load_quantised(tmp_path, *LOAD_IN[load_in]), CALIBRATION
     for (batch, expected), (_, found) in zip(
             layer_states(plain, tokens, [0, 6], 16), layer_states(model, tokens, [0, 6], 16), strict=True):
         assert torch.equal(expected[0], found[0])
@@ -112,7 +113,7 @@ def test_what_stays_is_of_full_precision(form: str, load_in: str, wide: Path) ->
     pruned = []
     for states in (model, collector):
         with collecting(model, states):
-            method, tokens, scores = quick(form), calibration(model), None
+            method, tokens, scores = quick(form), CALIBRATION, None
             if isinstance(method, RankedMethod):
                 scores = score_layers(
                     model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()
@@ -165,7 +166,7 @@ def test_on_an_accelerator(load_in: str, wide: Path) -> None:
     """The quantised copy on the device, the full-precision model on the host."""
     needs(load_in)
     model, collector = AutoModelForCausalLM.from_pretrained(wide), load_quantised(wide, *LOAD_IN[load_in], "cuda")
-    tokens = calibration(model)
+    tokens = CALIBRATION
     with collecting(model, collector):
         method = quick("kdp")
         scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()

@@ -1,0 +1,289 @@
+"""The contract of a family: what each kind of edit must leave of its models."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, StaticCache
+
+from kdprune.model.edits import Edit
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.modeling_kdp import StandIn, generated
+from kdprune.model.surgery import apply_edits
+from kdprune.testing.elsewhere import load_elsewhere
+from kdprune.testing.kinds import KINDS, Kind, edits_of
+from kdprune.testing.models import IDS, close, logits_of, saved_and_loaded
+from kdprune.testing.reference import reference_logits
+
+Build = Callable[[], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A dense model, the edits, and what the edits made of it. Shared by the checks of a case: none changes it."""
+
+    dense: PreTrainedModel
+    before: Tensor  # logits of the dense model before it was edited
+    edits: list[Edit]
+    model: PreTrainedModel
+    logits: Tensor
+
+
+@lru_cache(maxsize=1)  # a case's checks follow each other
+def _edited(build: Build, kind: str) -> Edited:
+    dense = build()
+    before = logits_of(dense)
+    edits = edits_of(dense, kind)
+    model = apply_edits(dense, edits)
+    return Edited(dense, before, edits, model, logits_of(model))
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One dense model under one kind of edit; made when it is first looked at."""
+
+    name: str
+    kind: str
+    build: Build
+
+    @property
+    def edited(self) -> Edited:
+        """The edited model with what it was made from."""
+        return _edited(self.build, self.kind)
+
+    @property
+    def what(self) -> Kind:
+        """What this kind of edit leaves."""
+        return KINDS[self.kind]
+
+    def fresh(self) -> PreTrainedModel:
+        """The edited model made anew, with stand-ins that nothing else holds."""
+        dense = self.build()
+        return apply_edits(dense, edits_of(dense, self.kind))
+
+
+def _pruned_class(check: Callable[..., None]) -> Callable[..., None]:
+    """Marks a check of the generated classes: stock ones are transformers' own."""
+    check.pruned_class = True  # type: ignore[attr-defined]
+    return check
+
+
+def _padded(pad: int) -> dict[str, Tensor]:
+    """The first row with ``pad`` tokens of padding on the left, beside the second without."""
+    rows, length = IDS.shape
+    ids, mask = torch.zeros(rows, length + pad, dtype=torch.long), torch.zeros(rows, length + pad, dtype=torch.long)
+    ids[0, pad:], mask[0, pad:] = IDS[0], 1
+    ids[1], mask[1] = IDS[1].repeat(2)[: length + pad], 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class FamilyContract:
+    """Subclasses give ``model``, or several ``models`` by name; pytest collects each check for each kind of edit.
+
+    Every call must give a model of its own, with the same weights, which make every layer count
+    (:func:`kdprune.testing.with_random_weights`): six layers or more, 64 tokens, positions for 32, a width that four
+    divides, an even number of key-value heads.
+
+    Attributes:
+        kinds: the edits that the family can have, names of ``KINDS``; leave "stream" out where a norm stands behind a
+            sublayer.
+        kinds_elsewhere: those whose checkpoints one process without kdprune loads.
+    """
+
+    models: ClassVar[Mapping[str, Build]] = {}
+    kinds: ClassVar[Collection[str]] = tuple(KINDS)
+    kinds_elsewhere: ClassVar[Collection[str]] = ("mixed", "heads", "channels", "stream")
+
+    @staticmethod
+    def model() -> PreTrainedModel:
+        """The dense model, if there is one alone."""
+        raise NotImplementedError("give model() or models, the dense models that the contract is to edit")
+
+    @classmethod
+    def cases(cls) -> list[FamilyCase]:
+        """Every model under every kind, those that leave a stock model last."""
+        models = cls.models or {cls.__name__: cls.model}
+        cases = [FamilyCase(name, kind, build) for name, build in models.items() for kind in cls.kinds]
+        return sorted(cases, key=lambda case: case.what.stock)  # pytest orders checks by the number of their case
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """pytest's hook: a check with the argument ``case`` runs for each of them that it is about."""
+        if "case" in metafunc.fixturenames:
+            alone = getattr(metafunc.function, "pruned_class", False)
+            cases = [case for case in self.cases() if not (alone and case.what.stock)]
+            metafunc.parametrize("case", cases, ids=[f"{case.name}-{case.kind}" for case in cases], scope="class")
+
+    # ------------------------------------------------------------------------------------------ what the edits say
+
+    def test_it_computes_what_its_edits_say(self, case: FamilyCase) -> None:
+        """Against the dense model with hooks and zeros in the places of what is gone."""
+        logits, before = case.edited.logits, case.edited.before
+        assert torch.isfinite(logits).all()
+        assert (logits - before).std() > 0.1 * before.std()  # else nothing here would be seen
+        if case.kind in ("heads", "channels"):  # zeros are summed in another order
+            close(logits, reference_logits(case.edited.dense, case.edited.edits))
+        elif case.kind != "stream":
+            assert torch.equal(logits, reference_logits(case.edited.dense, case.edited.edits))
+
+    def test_its_class_and_its_depth_are_in_step(self, case: FamilyCase) -> None:
+        """Class, architectures, layers, attention types; a stock result has no trace of the package."""
+        model, dense = case.edited.model, case.edited.dense
+        config = model.config
+        depth = len(decoder_layers(dense)) - case.what.gone
+        assert len(decoder_layers(model)) == config.num_hidden_layers == depth
+        assert len(getattr(config, "layer_types", None) or range(depth)) == depth
+        assert config.architectures == [type(model).__name__]
+        if case.what.stock:
+            assert type(model) is type(dense)
+            assert type(config) is type(dense.config)
+            assert not {"kdp", "auto_map"} & set(config.to_dict())
+        else:
+            assert type(model) is generated(family_of(dense), "ForCausalLM")
+
+    def test_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
+        """Its logits to the bit, its depth and its config."""
+        dense, fresh = case.edited.dense, case.build()
+        assert torch.equal(logits_of(dense), case.edited.before)
+        assert len(decoder_layers(dense)) == dense.config.num_hidden_layers
+        assert dense.config.to_dict() == fresh.config.to_dict()
+
+    def test_it_shares_the_dense_models_weights(self, case: FamilyCase) -> None:
+        """All but stand-ins and what the edits bring."""
+        model, prefix = case.edited.model, f"{family_of(case.edited.dense).layers}."
+        known = {id(p) for m in model.modules() if isinstance(m, StandIn) for p in m.parameters()}
+        known |= {id(p) for p in case.edited.dense.parameters()}
+        strangers = [name for name, p in model.named_parameters() if id(p) not in known]
+        slots = {int(name.removeprefix(prefix).split(".")[0]) for name in strangers if name.startswith(prefix)}
+        assert slots == case.what.new & set(range(len(decoder_layers(model))))
+        assert case.kind == "stream" or all(name.startswith(prefix) for name in strangers)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def test_saving_and_loading(self, case: FamilyCase, tmp_path: Path) -> None:
+        """The same bits, by AutoModelForCausalLM and AutoModel; code lies beside pruned classes only."""
+        loaded = saved_and_loaded(case.edited.model, tmp_path)
+        files = {path.name for path in tmp_path.iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors"} <= files
+        assert ("modeling_kdp.py" in files) is not case.what.stock
+        assert getattr(loaded.config, "layer_types", None) == getattr(case.edited.model.config, "layer_types", None)
+        if not case.what.stock:
+            parts: list[Any] = [AutoModel.from_pretrained(tmp_path), case.edited.model.base_model]
+            assert type(parts[0]) is generated(family_of(case.edited.dense), "Model")
+            with torch.no_grad():
+                assert torch.equal(*(part(IDS).last_hidden_state for part in parts))
+
+    @classmethod
+    def elsewhere(cls) -> list[FamilyCase]:
+        """The cases whose checkpoints a process without kdprune loads."""
+        return [case for case in cls.cases() if case.kind in cls.kinds_elsewhere]
+
+    def test_it_loads_where_kdprune_is_not_installed(self, tmp_path: Path) -> None:
+        """By the code beside the weights, if that is trusted; what it saves is whole again."""
+        expected = {}
+        for case in self.elsewhere():
+            model, name = case.fresh(), f"{case.name}-{case.kind}"
+            model.save_pretrained(tmp_path / name)
+            expected[name] = logits_of(model)
+        found = load_elsewhere([tmp_path / name for name in expected], tmp_path / "work")
+        for name, logits in expected.items():
+            assert torch.equal(found.logits[name], logits), name
+            assert found.notes[name]["base"], name
+            assert found.notes[name]["module"].startswith("transformers_modules."), name
+        assert found.notes["again"] is True
+        assert "trust_remote_code" in found.notes["untrusted"]
+        assert "does not recognize this architecture" in found.notes["bare"]
+
+    # ------------------------------------------------------------------------------------------ the model at work
+
+    @_pruned_class
+    def test_left_padding(self, case: FamilyCase) -> None:
+        """Padding on the left changes nothing for real tokens."""
+        batch = _padded(5)
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        close(logits_of(case.edited.model, batch.pop("input_ids"), **batch, position_ids=positions)[0, 5:],
+              case.edited.logits[0])
+
+    @_pruned_class
+    def test_prefill_in_two_chunks(self, case: FamilyCase) -> None:
+        """With a cache between them."""
+        model = case.edited.model
+        with torch.no_grad():
+            first = model(IDS[:, :7], use_cache=True)
+            second = model(IDS[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+        close(torch.cat([first.logits, second.logits], dim=1), case.edited.logits)
+
+    @_pruned_class
+    def test_static_cache(self, case: FamilyCase) -> None:
+        """A cache of fixed size, filled by a prefill and token by token."""
+        model = case.edited.model
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        found = [logits_of(model, part, past_key_values=cache, use_cache=True)
+                 for part in (IDS[:, :9], IDS[:, 9:10], IDS[:, 10:11], IDS[:, 11:])]
+        close(torch.cat(found, dim=1), case.edited.logits)
+
+    @_pruned_class
+    def test_generation_with_and_without_cache(self, case: FamilyCase) -> None:
+        """The same tokens, of a batch with padding."""
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        model: Any = case.edited.model
+        cached, uncached = (model.generate(**_padded(3), **options, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, uncached)
+
+    @_pruned_class
+    def test_hidden_states_are_the_embeddings_and_one_more_a_layer(self, case: FamilyCase) -> None:
+        """As many as transformers promises, beginning with what enters layer 0."""
+        with torch.no_grad():
+            found, embedded = (
+                model(IDS, output_hidden_states=True).hidden_states for model in (case.edited.model, case.edited.dense))
+        assert len(found) == case.edited.model.config.num_hidden_layers + 1
+        assert case.kind == "stream" or torch.equal(found[0], embedded[0])
+
+    @_pruned_class
+    def test_copies_and_pickles_compute_the_same(self, case: FamilyCase) -> None:
+        """Bit for bit."""
+        assert torch.equal(logits_of(copy.deepcopy(case.edited.model)), case.edited.logits)
+        fresh = case.fresh()  # no model pickles once transformers has hooked its hidden states
+        assert torch.equal(logits_of(pickle.loads(pickle.dumps(fresh))), case.edited.logits)
+
+    @_pruned_class
+    def test_gradients_with_and_without_checkpointing(self, case: FamilyCase) -> None:
+        """The same, and in every stand-in; with checkpointing it runs again on the way back."""
+        plain, calls = _gradients(case.edited.model, checkpointing=False)
+        checkpointed, again = _gradients(case.edited.model, checkpointing=True)
+        assert plain
+        assert plain.keys() == checkpointed.keys()
+        for name, gradient in plain.items():
+            close(checkpointed[name], gradient)
+        stand_ins = [name for name, m in case.edited.model.named_modules() if isinstance(m, StandIn)]
+        assert bool(stand_ins) == (case.kind not in ("channels", "stream"))
+        assert sorted(calls) == sorted(stand_ins)
+        assert sorted(again) == sorted(2 * stand_ins)
+        for stand_in in stand_ins:
+            assert plain[f"{stand_in}.readout.weight"].abs().max() > 0
+            assert plain.get(f"{stand_in}.phase.weight", torch.ones(1)).abs().max() > 0
+
+
+def _gradients(model: PreTrainedModel, checkpointing: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """Gradients of the loss by parameter, and the stand-ins that were run, each as often as it was."""
+    model = copy.deepcopy(model).train()
+    calls: list[str] = []
+
+    def seen(name: str) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: calls.append(name)
+
+    for name, module in model.named_modules():
+        if isinstance(module, StandIn):
+            module.register_forward_pre_hook(seen(name))
+    if checkpointing:
+        with warnings.catch_warnings():  # newer releases of transformers
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls

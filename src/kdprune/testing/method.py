@@ -1,0 +1,165 @@
+"""The contract of a method: what it must leave of a model of every family that it does not refuse."""
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from kdprune.analysis import score_layers
+from kdprune.data import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.method import DepthMethod, Method, RankedMethod
+from kdprune.methods.result import MethodResult
+from kdprune.model.families import decoder_layers
+from kdprune.model.surgery import apply_edits
+from kdprune.runtime import Stages
+from kdprune.testing.models import CALIBRATION, logits_of, saved_and_loaded
+
+Build = Callable[[], PreTrainedModel]
+Make = Callable[[], Method]
+
+
+def run_method(
+    method: Method, model: PreTrainedModel, tokens: TokenSet = CALIBRATION, *, seed: int = 0, batch_size: int = 16
+) -> MethodResult:
+    """What ``method`` returns for ``model``; the similarity analysis runs before it where its blocks need one."""
+    scores = None
+    if isinstance(method, RankedMethod) and method.blocks is None:
+        stages = Stages()
+        scores = score_layers(
+            model, tokens, protect=method.protect, seed=0, batch_size=batch_size, stages=stages).tensors()
+    return method(model, tokens, scores, seed=seed, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A dense model as it is after it was pruned, as it was before, and what was made of it."""
+
+    dense: PreTrainedModel
+    weights: dict[str, Tensor]
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    logits: Tensor
+
+
+@lru_cache(maxsize=1)  # a case's checks follow each other
+def _pruned(make: Make, build: Build) -> Pruned:
+    dense = build()
+    weights = {name: value.clone() for name, value in dense.state_dict().items()}
+    config = copy.deepcopy(dense.config)
+    model = apply_edits(dense, run_method(make(), dense).edits)
+    return Pruned(dense, weights, config, model, logits_of(model))
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One method on one dense model; pruned when it is first looked at."""
+
+    method: str
+    family: str
+    make: Make
+    build: Build
+
+    @property
+    def pruned(self) -> Pruned:
+        """The pruned model with what it was made from."""
+        return _pruned(self.make, self.build)
+
+
+class MethodContract:
+    """Subclasses give ``method``, or several ``methods`` by name, and the dense ``models`` they are tried on.
+
+    A method is made at settings that take no time, for a ratio that tiny models can reach. Calibration rows hold
+    24 ids below 64, the last row with padding.
+
+    Attributes:
+        refused: by method the models that it cannot prune, each with a part of the reason that it gives (a regular
+            expression); with ``method`` alone, by model.
+        width_slack: by how much a method that narrows layers may miss the ratio.
+    """
+
+    methods: ClassVar[Mapping[str, Make]] = {}
+    models: ClassVar[Mapping[str, Build]] = {}
+    refused: ClassVar[Mapping[str, Any]] = {}
+    width_slack: ClassVar[float] = 0.005
+
+    @staticmethod
+    def method() -> Method:
+        """The method, if there is one alone."""
+        raise NotImplementedError("give method() or methods, what the contract is about")
+
+    @classmethod
+    def reason(cls, method: str, family: str) -> str | None:
+        """Why a method refuses a model; None: it prunes it."""
+        return (cls.refused.get(method, {}) if cls.methods else cls.refused).get(family)
+
+    @classmethod
+    def cases(cls) -> list[MethodCase]:
+        """Every method on every model, the refused ones too."""
+        methods = cls.methods or {cls.__name__: cls.method}
+        if not cls.models:
+            raise NotImplementedError("give models, functions that make dense models, by name")
+        return [MethodCase(method, family, make, build)
+                for family, build in cls.models.items() for method, make in methods.items()]
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """pytest's hook: the argument ``case`` is a pair that is pruned, ``refusal`` one that is not."""
+        for name, refused in (("case", False), ("refusal", True)):
+            if name in metafunc.fixturenames:
+                cases = [c for c in self.cases() if (self.reason(c.method, c.family) is not None) == refused]
+                ids = [f"{case.family}-{case.method}" for case in cases]
+                metafunc.parametrize(name, cases, ids=ids, scope="class")
+
+    def test_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
+        """At least the ratio, what is put in counted; at most a layer more, or ``width_slack``."""
+        pruned, method = case.pruned, case.make()
+        assert torch.isfinite(pruned.logits).all()
+        assert not torch.equal(pruned.logits, logits_of(pruned.dense))
+        total = pruned.dense.num_parameters()
+        layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(pruned.dense))
+        removed = 1 - pruned.model.num_parameters() / total
+        slack = layer / total if isinstance(method, DepthMethod) else self.width_slack
+        assert method.ratio <= removed < method.ratio + slack
+
+    def test_the_dense_model_is_as_it_was(self, case: MethodCase) -> None:
+        """Weights to the bit, config, gradients."""
+        dense, before = case.pruned.dense, case.pruned.weights
+        after = dense.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+        assert dense.config.to_dict() == case.pruned.config.to_dict()
+        assert all(p.requires_grad and p.grad is None for p in dense.parameters())
+
+    def test_saving_and_loading(self, case: MethodCase, tmp_path: Path) -> None:
+        """The same class, record and bits."""
+        saved_and_loaded(case.pruned.model, tmp_path)
+
+    def test_the_same_seed_gives_the_same_bits(self, case: MethodCase) -> None:
+        """From a dense model made anew."""
+        dense = case.build()
+        again = apply_edits(dense, run_method(case.make(), dense).edits).state_dict()
+        found = case.pruned.model.state_dict()
+        assert again.keys() == found.keys()
+        assert all(torch.equal(value, found[name]) for name, value in again.items())
+
+    def test_what_it_cannot_prune_is_refused_in_one_line(self, refusal: MethodCase) -> None:
+        """Before any work."""
+        reason = self.reason(refusal.method, refusal.family)
+        try:
+            refusal.make().check(refusal.build(), CALIBRATION)
+        except KDPruneError as error:
+            _one_line(str(error), reason or "")
+        else:
+            raise AssertionError(f"expected a refusal that says {reason!r}")
+
+
+def _one_line(message: str, reason: str) -> None:
+    assert re.search(reason, message), f"got {message!r}, expected it to say {reason!r}"
+    assert "\n" not in message

@@ -1,0 +1,81 @@
+"""The effect of edits by other means: hooks and zeros on a copy of the dense model, all of whose layers stay."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.methods.saliency import Part, attention_parts, mlp_parts
+from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.testing.kinds import kept_channels, kept_heads
+from kdprune.testing.models import logits_of
+
+
+def reference_logits(dense: PreTrainedModel, edits: list[Edit]) -> Tensor:
+    """Logits (B, T, V) that a model with ``edits`` of :func:`kdprune.testing.edits_of` must have, "stream" excepted.
+
+    No layer is taken out: dropped ones hand their input on, a stand-in's block computes it in its first layer, heads
+    and channels that are gone add zero.
+    """
+    model = copy.deepcopy(dense)
+    layers = decoder_layers(model)
+    for edit in edits:
+        if isinstance(edit, Rewrite):
+            layers[edit.layer].load_state_dict(dict(edit.weights), strict=False)
+        elif isinstance(edit, Resize):
+            assert edit.layer is not None
+            layer = layers[edit.layer]
+            _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
+            _silence(layer, mlp_parts(model, layer)[-1], kept_channels(model))
+        else:
+            _bypass(model, edit)
+    return logits_of(model, use_cache=False)
+
+
+def _bypass(model: PreTrainedModel, edit: Drop | Substitute) -> None:
+    """Layers of the block hand on their input, or what the stand-in makes of it."""
+    layers = decoder_layers(model)
+    for index in edit.block:
+        if isinstance(edit, Substitute) and edit.context is not None and index == edit.origin:
+            _in_context(model, layers[index], edit)
+        elif isinstance(edit, Substitute) and edit.context is None and index == edit.block.start:
+            _answer(layers[index], edit.stand_in)
+        else:
+            _answer(layers[index], nn.Identity())
+
+
+def _answer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """The layer's output becomes ``function`` of its input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        state = function(args[0] if args else kwargs["hidden_states"])
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    layer.register_forward_hook(hook, with_kwargs=True)
+
+
+def _in_context(model: PreTrainedModel, layer: nn.Module, edit: Substitute) -> None:
+    """The layer's MLP path becomes the stand-in; heads that are gone are silent."""
+    family, seen = family_of(model), list[Tensor]()
+    first, last = (getattr(layer, family.mlp[end]) for end in (0, -1))
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    last.register_forward_hook(lambda module, args, output: edit.stand_in(seen.pop()))
+    if edit.groups is not None:
+        _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
+
+
+def _silence(layer: nn.Module, out: Part, kept: Tensor) -> None:
+    """Sets the columns of a projection that read structures other than ``kept`` to zero."""
+    module = layer.get_submodule(out.path)
+    with torch.no_grad():
+        for columns in _others(out.members, kept):
+            weight: Any = module.weight.T if isinstance(module, nn.Linear) else module.weight
+            weight[columns] = 0.0
+
+
+def _others(members: Tensor, kept: Tensor) -> Iterator[Tensor]:
+    return (row for index, row in enumerate(members) if index not in kept.tolist())

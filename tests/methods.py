@@ -1,0 +1,38 @@
+"""Every method, in every form whose result is of another kind than the default's, at settings that take no time."""
+
+from typing import Any
+
+from kdprune.methods import METHODS
+from kdprune.methods.method import Method
+
+# A third of a tiny model, with nothing much to learn; options that a method lacks are left out.
+QUICK: dict[str, Any] = {
+    "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "rank": 2, "protect": 0.0,
+    "epochs": 1,
+}
+# What a method cannot prune, and a part of the reason it gives; everything else must pass the contract.
+REFUSED: dict[str, dict[str, str]] = {
+    "slicegpt": {"gemma2": "norm", "gemma3": "norm", "opt-350m": "norm"},
+    "replaceme": {"gemma2": "norm", "gemma3": "norm", "opt-350m": "norm"},
+}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "kdp-folded": ("kdp", {"context": "none"}),
+    "streamline-layer": ("streamline", {"stand_in": "layer"}),
+    "streamline-none": ("streamline", {"stand_in": "none"}),
+    "kdp-context": ("kdp", {"context_from": "last", "context_heads": 0.5}),
+    "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
+    "laco-paper": ("laco", {"form": "paper", "merged": "all"}),
+}
+# Forms that leave a model of the stock class.
+STOCK = {
+    "shortgpt", "uidl", "sleb", "laco", "laco-paper", "streamline-none", "streamline-layer", "replaceme",
+    "replaceme-closed"}
+
+
+def quick(form: str, **options: Any) -> Method:
+    """A method at settings that take no time, for a ratio that every tiny model can reach."""
+    name, own = FORMS[form]
+    names = METHODS[name].__dataclass_fields__
+    given = {"ratio": 0.2, **QUICK, **own, **options}
+    return METHODS[name](**{key: value for key, value in given.items() if key in names})

@@ -1,0 +1,121 @@
+"""The shipped contract is used as its docstring says, and fails where a family or a method breaks it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from families import build
+from transformers import PreTrainedModel
+
+from kdprune.methods.drop import ShortGPT
+from kdprune.methods.method import Method
+from kdprune.methods.result import MethodResult
+from kdprune.model.edits import Drop
+from kdprune.model.families import decoder_layers
+from kdprune.testing import KINDS, FamilyContract, MethodContract, saved_and_loaded
+from kdprune.testing.family import Edited, FamilyCase
+from kdprune.testing.method import MethodCase
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Llama(FamilyContract):
+    @staticmethod
+    def model() -> PreTrainedModel:
+        return build("llama2")
+
+
+@dataclass(frozen=True)
+class Other(FamilyCase):
+    """A case whose edited model has been tampered with."""
+
+    change: Callable[[Edited], Edited] = lambda edited: edited
+
+    @property
+    def edited(self) -> Edited:
+        return self.change(super().edited)
+
+
+def test_one_model_is_edited_in_every_way() -> None:
+    cases = Llama.cases()
+    assert [case.kind for case in cases] == [*(k for k in KINDS if not KINDS[k].stock), "drop", "rewrite"]
+    Llama().test_it_computes_what_its_edits_say(cases[0])
+    for contract in (FamilyContract, MethodContract):
+        with pytest.raises(NotImplementedError, match="give "):
+            [case.edited if isinstance(case, FamilyCase) else case for case in contract.cases()]
+
+
+@pytest.mark.parametrize(("kind", "check"), [
+    *((kind, "test_it_computes_what_its_edits_say") for kind in KINDS if kind != "stream"),
+    ("drop", "test_its_class_and_its_depth_are_in_step"), ("mixed", "test_its_class_and_its_depth_are_in_step"),
+    ("mlp", "test_it_shares_the_dense_models_weights"), ("after", "test_static_cache"), ("last", "test_left_padding"),
+    ("heads", "test_prefill_in_two_chunks"), ("stream", "test_copies_and_pickles_compute_the_same"),
+])
+def test_a_model_that_is_not_what_its_edits_say_fails(kind: str, check: str) -> None:
+    case = FamilyCase("llama2", kind, partial(build, "llama2"))
+    getattr(Llama(), check)(case)
+
+    def off(edited: Edited) -> Edited:
+        other = build("llama2", seed=1)
+        return dataclasses.replace(edited, logits=edited.logits.flip(0), dense=other, model=other)
+
+    with pytest.raises(AssertionError):
+        getattr(Llama(), check)(Other("llama2", kind, case.build, off))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bad(ShortGPT):
+    """Drops a layer, and does one thing that a method must not do."""
+
+    fault: str = ""
+
+    def __call__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> MethodResult:
+        if self.fault == "changes":
+            with torch.no_grad():
+                next(decoder_layers(model)[0].parameters()).add_(0.1)
+        layer = 2 if self.fault != "draws" else int(torch.randint(6, ()))
+        gone = {"too little": range(3, 3), "too much": range(2, 5)}.get(self.fault, range(layer, layer + 1))
+        return MethodResult([Drop(gone)] if gone else [])
+
+
+class Methods(MethodContract):
+    models: ClassVar = {"llama2": partial(build, "llama2")}
+
+
+@pytest.mark.parametrize(("fault", "check"), [
+    ("too little", "test_it_is_finite_and_smaller_by_the_ratio"),
+    ("too much", "test_it_is_finite_and_smaller_by_the_ratio"),
+    ("changes", "test_the_dense_model_is_as_it_was"), ("draws", "test_the_same_seed_gives_the_same_bits"),
+    ("refuses nothing", "test_what_it_cannot_prune_is_refused_in_one_line"),
+])
+def test_a_method_that_breaks_the_contract_fails(fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def case(fault: str) -> MethodCase:
+        def make() -> Method:
+            return Bad(ratio=0.1, fault=fault)
+
+        return MethodCase("bad", "llama2", make, Methods.models["llama2"])
+
+    draws = iter(range(6))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor(next(draws)))
+    if fault != "refuses nothing":
+        getattr(Methods(), check)(case(""))
+    with pytest.raises(AssertionError):
+        getattr(Methods(), check)(case(fault))
+
+
+def test_a_checkpoint_that_computes_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama2")
+    saved_and_loaded(model, tmp_path / "good")
+    monkeypatch.setattr(type(model), "save_pretrained", lambda self, path: None)
+    (tmp_path / "bad").mkdir()
+    for file in (tmp_path / "good").iterdir():
+        (tmp_path / "bad" / file.name).write_bytes(file.read_bytes())
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)  # type: ignore[operator,union-attr]
+    with pytest.raises(AssertionError):
+        saved_and_loaded(model, tmp_path / "bad")
