@@ -27,11 +27,11 @@ from pruning_run import Job
 from random_checkpoint import write_checkpoint
 from speed import SHAPES
 
-from kdprune.analysis import ENOUGH
-from kdprune.files import readable_bytes
-from kdprune.methods.kdp import PRESETS, REFINE_EPOCHS
-from kdprune.runtime import resolve_device
-from kdprune.session import BUNDLED_MODEL
+from kdprune.data.sources import BUNDLED_MODEL
+from kdprune.methods.common.analysis import ENOUGH
+from kdprune.methods.kdp.kdp import PRESETS, REFINE_EPOCHS
+from kdprune.runtime.machine import resolve_device
+from kdprune.store.files import readable_bytes
 
 HERE = Path(__file__).parent
 MILLION = 2**20  # tokens of the projection and of the runs on a GPU

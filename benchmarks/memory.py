@@ -25,7 +25,7 @@ import torch
 from pruning_run import Job
 from random_checkpoint import write_checkpoint
 
-from kdprune.files import readable_bytes
+from kdprune.store.files import readable_bytes
 
 HERE = Path(__file__).parent
 TOKENS = (1024, 10240)

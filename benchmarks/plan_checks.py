@@ -3,8 +3,8 @@
     python benchmarks/plan_checks.py
 
 The records are those of benchmarks/cost.py, memory.py and speed.py on one CPU thread. Constants of
-``kdprune.forecast`` were set from the first two, so that these say how well one count fits all shapes, not how it does
-on a machine it has not seen.
+``kdprune.planning.forecast`` were set from the first two, so that these say how well one count fits all shapes, not
+how it does on a machine it has not seen.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 from cost import STEPS, by_step
 from random_checkpoint import shape_config
 
-from kdprune.planning import PruningPlan, plan
+from kdprune.planning.plan import PruningPlan, plan
 
 HERE = Path(__file__).parent
 HARDWARE = "cpu1-amd-epyc_202611"

@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.kdp import KDP
+from kdprune.methods import make_method
+from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.families import decoder_layers
 from kdprune.model.streaming import is_streamed
-from kdprune.pipeline import make_method, run_method, scored
-from kdprune.resources import Resources
-from kdprune.run import Run
-from kdprune.runtime import BATCH, Advance, Stages, generator, peak_memory_bytes, reset_peak_memory, resolve_device
-from kdprune.session import Session
+from kdprune.run.pipeline import run_method, scored
+from kdprune.run.resources import Resources
+from kdprune.run.session import Session
+from kdprune.runtime.machine import BATCH, generator, peak_memory_bytes, reset_peak_memory, resolve_device
+from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Advance, Stages
 
 WARM = 1  # rows of the forward pass before it is timed
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from kdprune.runtime import generator
-from kdprune.session import BUNDLED_MODEL
+from kdprune.data.sources import BUNDLED_MODEL
+from kdprune.runtime.machine import generator
 
 SHARD = 2**30  # bytes a file, about
 UPDATE = 0.15  # size of a layer's update relative to what enters it, about

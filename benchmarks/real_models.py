@@ -19,10 +19,10 @@ from rich.console import Console
 
 from kdprune import forecast
 from kdprune.cli.plan import print_plan
-from kdprune.files import readable_bytes
-from kdprune.forecast import DEVICES
-from kdprune.planning import PruningPlan, plan
+from kdprune.planning.forecast import DEVICES
+from kdprune.planning.plan import PruningPlan, plan
 from kdprune.report.summary import count, duration
+from kdprune.store.files import readable_bytes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGE = ROOT / "docs" / "real-models", ROOT / "docs" / "real-models.md"

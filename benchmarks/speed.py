@@ -29,16 +29,16 @@ import torch
 from speed_page import page
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from kdprune.data.sources import BUNDLED_MODEL
 from kdprune.evaluation.flops import forward_flops
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.blocks import choose_blocks, spare_features
-from kdprune.methods.kdp import KDP
-from kdprune.methods.shape import Shape
+from kdprune.methods.common.budget import choose_blocks, spare_features
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Drop, Substitute
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer
-from kdprune.runtime import generator, resolve_device
-from kdprune.session import BUNDLED_MODEL
+from kdprune.runtime.machine import generator, resolve_device
 
 # What differs from a Llama with these widths; "bundled" has the config of the model that comes with the package.
 SHAPES: dict[str, dict[str, Any]] = {

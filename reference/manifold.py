@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdprune.analysis import some_rows
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
+from kdprune.methods.common.analysis import some_rows
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
-from kdprune.session import Session
+from kdprune.run.session import Session
 
 OUTLIER = 6.0                # times the median: dimensions by their root mean square, tokens by their norm
 MASSIVE = (100.0, 1000.0)    # Sun et al. 2024 (arXiv:2402.17762): |entry| above 100 and 1000 times the median |entry|

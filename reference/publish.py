@@ -23,13 +23,13 @@ from typing import Any
 from manifold import outliers
 from model_page import render
 
-from kdprune.assemble import software_versions
-from kdprune.data import bundled_calibration
+from kdprune.data.tokens import bundled_calibration
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.tasks import check_suite, run_suite
 from kdprune.report.results import encode, write_file
-from kdprune.runtime import Stages
-from kdprune.session import Session
+from kdprune.run.record import software_versions
+from kdprune.run.session import Session
+from kdprune.runtime.stages import Stages
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ("run.json", "loss_curve.json", "perplexity.json")

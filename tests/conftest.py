@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import kdprune
-from kdprune import pipeline
+from kdprune.run import pipeline
 
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:

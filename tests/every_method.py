@@ -13,7 +13,7 @@ from tiny_checkpoint import CONTEXT
 
 import kdprune
 from kdprune.methods import METHODS
-from kdprune.world import world
+from kdprune.runtime.distributed import world
 
 ROWS = 40  # batches hold 16 rows: both processes have some
 MORE: dict[str, tuple[str, dict[str, Any]]] = {

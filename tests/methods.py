@@ -3,7 +3,7 @@
 from typing import Any
 
 from kdprune.methods import METHODS
-from kdprune.methods.method import Method
+from kdprune.methods.common.method import Method
 
 # A third of a tiny model, with nothing much to learn; options that a method lacks are left out.
 QUICK: dict[str, Any] = {

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_states
 from kdprune.model.streaming import Scratch, load_streamed
-from kdprune.runtime import peak_memory_bytes, reset_peak_memory
+from kdprune.runtime.machine import peak_memory_bytes, reset_peak_memory
 
 
 def main(checkpoint: str, folder: str) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune import analysis
-from kdprune.analysis import score_layers, some_rows
-from kdprune.data import TokenSet, load_tokens
+from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
+from kdprune.methods.common.analysis import score_layers, some_rows
 from kdprune.model.activations import layer_states
-from kdprune.runtime import Stages
-from kdprune.world import start_world, world
+from kdprune.runtime.distributed import start_world, world
+from kdprune.runtime.stages import Stages
 
 
 def random_tokens(rows: int, length: int = 24) -> TokenSet:

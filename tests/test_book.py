@@ -13,8 +13,8 @@ from tiny_checkpoint import Bench
 
 import kdprune
 from kdprune import comparison
+from kdprune.comparison.variants import parse_variant
 from kdprune.report.comparison_records import Comparison
-from kdprune.variants import parse_variant
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 from faults import flip, forked, killed, killed_with, resize, small_disk
-from kdprune.work import Work, default_work_dir
 from torch import Tensor
 
-from kdprune.cache import Cache, JsonCodec, TensorCodec, default_work_dir
 from kdprune.errors import KDPruneError
-from kdprune.identity import Part, digest, files_identity, part
-from kdprune.run import Run
-from kdprune.states import SpilledStates
+from kdprune.runtime.run import Run
+from kdprune.store.cache import Cache, JsonCodec, TensorCodec, default_work_dir
+from kdprune.store.hashing import Part, digest, files_identity, part
+from kdprune.store.states import SpilledStates
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
 KEY, OTHER = digest("one recipe"), digest("another")

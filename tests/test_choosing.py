@@ -13,24 +13,24 @@ from tiny_checkpoint import Bench
 from transformers import PreTrainedModel
 
 from kdprune import prune
-from kdprune.data import TokenSet, load_tokens
+from kdprune.comparison.variants import parse_variant
+from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
 from kdprune.methods import damage as damage_module
-from kdprune.methods.blocks import WIDEST, choose_blocks, possible_blocks, spare_features
-from kdprune.methods.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
-from kdprune.methods.kdp import KDP
-from kdprune.methods.shape import Shape
+from kdprune.methods.common.budget import WIDEST, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.common.selection import candidate_blocks, useful_blocks
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
+from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.losses import mean_loss
 from kdprune.model.placement import collecting
 from kdprune.model.streaming import load_streamed
 from kdprune.model.surgery import apply_edits
-from kdprune.planning import plan
-from kdprune.recipe import load_recipe
+from kdprune.planning.plan import plan
 from kdprune.report.results import Results
-from kdprune.runtime import Stages
-from kdprune.selection import candidate_blocks, useful_blocks
-from kdprune.variants import parse_variant
-from kdprune.world import World
+from kdprune.run.recipe import load_recipe
+from kdprune.runtime.distributed import World
+from kdprune.runtime.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

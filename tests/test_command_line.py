@@ -16,12 +16,12 @@ from tiny_checkpoint import Bench, Outcome, command, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from kdprune.cli.options_page import markdown
-from kdprune.heal import Heal
 from kdprune.methods import METHODS
-from kdprune.option_groups import PRUNE
 from kdprune.options import HEADINGS, options_of
 from kdprune.report.results import Results
-from kdprune.resources import Resources
+from kdprune.run.heal import Heal
+from kdprune.run.option_groups import PRUNE
+from kdprune.run.resources import Resources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,7 +205,7 @@ def test_held_out_text_is_read_before_the_first_stage(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[str] = []
-    monkeypatch.setattr("kdprune.pipeline.scored", lambda *_: started.append("analyse"))
+    monkeypatch.setattr("kdprune.run.pipeline.scored", lambda *_: started.append("analyse"))
     (tmp_path / "short.txt").write_text("Short.")
     refused("tokens from short.txt, expected at least", "prune", bench.model, "-o", tmp_path / "out", *bench.flags,
             "--heldout", tmp_path / "short.txt", folder=tmp_path)
@@ -217,7 +217,7 @@ def test_eval_within_budgets(bench: Bench, tmp_path: Path, monkeypatch: pytest.M
     assert command(*run).status == 0
     whole = json.loads((tmp_path / "eval.json").read_text())
     refused("got memory 'much'", *run, "--host-memory", "much", folder=tmp_path)
-    monkeypatch.setattr("kdprune.memory.MODEL_SHARE", 0.0)
+    monkeypatch.setattr("kdprune.runtime.memory.MODEL_SHARE", 0.0)
     outcome = command(*run)
     assert (outcome.status, outcome.err) == (0, "")
     assert "speed: not measured, layers are read from disk" in outcome.out

@@ -9,13 +9,13 @@ import pytest
 from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
 
 import kdprune
+from kdprune.comparison.units import Bench as UnitBench
+from kdprune.comparison.variants import ablation_variants, parse_variant, split_methods
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
 from kdprune.report.comparison_table import render_markdown
-from kdprune.units import Bench as UnitBench
-from kdprune.variants import ablation_variants, parse_variant, split_methods
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,7 +130,7 @@ def test_an_interrupted_comparison_continues(
     assert measured[4:] == [(LINEAR, 1), (LINEAR, 0)]
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, overwrite=True, **arguments)
     assert measured[6:] == [(LINEAR, 0)]
-    monkeypatch.setattr("kdprune.units.code_identity", lambda: "another release")
+    monkeypatch.setattr("kdprune.comparison.units.code_identity", lambda: "another release")
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, **arguments)
     assert measured[7:] == [(LINEAR, 0)]
 

@@ -9,15 +9,15 @@ from kdprune.methods.heads import group_energies, keep_heads
 from test_methods import QUICK, generator, random_tokens
 from transformers import PreTrainedModel
 
-from kdprune.data import load_tokens
+from kdprune.data.tokens import load_tokens
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.blocks import Budget
-from kdprune.methods.kdp import KDP
-from kdprune.methods.keeping import pack, unpack
-from kdprune.methods.result import MethodResult
-from kdprune.methods.saliency import attention_parts
-from kdprune.methods.shape import Shape
-from kdprune.methods.site import Site
+from kdprune.methods.common.budget import Budget
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.result_files import pack, unpack
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.kdp.kdp import KDP
+from kdprune.methods.peers.saliency import attention_parts
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
 from kdprune.model.families import decoder_layers, family_of

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from kdprune.data import (
+from kdprune.data.tokens import (
     TokenSet,
     bundled_calibration,
     bundled_heldout,
@@ -72,7 +72,7 @@ def test_partial_row_is_dropped_when_full_rows_are_enough() -> None:
 
 
 def test_one_long_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdprune.text.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("kdprune.data.sources.PIECE_CHARACTERS", 100)
     lines = "\n".join(words(i * 10, 10) for i in range(30))
     (tmp_path / "a.txt").write_text(f"{lines}\n<|endoftext|>\n{lines}", encoding="utf-8")
     ids = load_stream(tmp_path / "a.txt", word_tokenizer()).ids[0]

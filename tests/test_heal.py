@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kdprune
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.heal import Heal, budgeted, divergence, heal, linear_weights, make_heal, put_in
 from kdprune.methods import METHODS
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.losses import language_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits
 from kdprune.report.results import Heal as HealRecord
-from kdprune.runtime import Stages
+from kdprune.run.heal import Heal, budgeted, divergence, heal, linear_weights, make_heal, put_in
+from kdprune.runtime.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama3", "gpt2", "gemma3", "opt", "gpt_neox", "phi3")

@@ -22,7 +22,7 @@ from transformers import (
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.model.loading import load_model, load_tokenizer, resolve_dtype
-from kdprune.runtime import quiet_libraries
+from kdprune.runtime.machine import quiet_libraries
 
 BUNDLED = Path(__file__).parent.parent / "src" / "kdprune" / "bundled" / "model"
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 import kdprune.evaluation.perplexity as measured
-from kdprune.data import TokenSet, load_stream
+from kdprune.data.tokens import TokenSet, load_stream
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.samples import compare_samples, continuation

@@ -8,22 +8,22 @@ import pytest
 import torch
 from families import CONFIGS
 
-from kdprune.analysis import score_layers
-from kdprune.data import TokenSet, load_tokens
+from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
 from kdprune.kernel.features import FourierFeatures
-from kdprune.methods.diagnostics import norm_decay
-from kdprune.methods.dynamics import Step1, fit_dynamics, position_weights, solve_operators
-from kdprune.methods.inverse import InverseNetwork, decay_compensation, fold
-from kdprune.methods.kdp import KDP
-from kdprune.methods.result import MethodResult
-from kdprune.methods.shape import Shape
-from kdprune.methods.site import Site
+from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.kdp.diagnostics import norm_decay
+from kdprune.methods.kdp.kdp import KDP
+from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
+from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime import Stages
-from kdprune.training import Schedule
+from kdprune.runtime.stages import Stages
+from kdprune.train.loop import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2, "inverse_epochs": 2, "features": 6, "rank": 2}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_checkpoint import tree
 
 from kdprune.errors import KDPruneError
-from kdprune.output import check_output, staged_directory
+from kdprune.store.directories import check_output, staged_directory
 
 
 def refused(path: Path | str, message: str, overwrite: bool = False) -> None:

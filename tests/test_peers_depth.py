@@ -12,12 +12,12 @@ import torch
 from families import CONFIGS, LAYERS, build
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
-from kdprune.methods.blocks import shortest_blocks
-from kdprune.methods.distance import Distances, measure_distances
-from kdprune.methods.drop import (
+from kdprune.methods.common.budget import shortest_blocks
+from kdprune.methods.common.distance import Distances, measure_distances
+from kdprune.methods.peers.drop import (
     SLEB,
     UIDL,
     ShortGPT,
@@ -26,13 +26,21 @@ from kdprune.methods.drop import (
     losses_without,
     runs,
 )
-from kdprune.methods.merge import Course, Judge, LaCo
-from kdprune.methods.merging import Merger, edits_of, final_states, first_tokens, mean_cosine, merged_names, rdsc_merge
+from kdprune.methods.peers.laco import Course, Judge, LaCo
+from kdprune.methods.peers.merging import (
+    Merger,
+    edits_of,
+    final_states,
+    first_tokens,
+    mean_cosine,
+    merged_names,
+    rdsc_merge,
+)
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, final_norm
 from kdprune.model.losses import mean_loss
 from kdprune.model.surgery import Drop, Rewrite, apply_edits, layers_replaced
-from kdprune.runtime import Stages
+from kdprune.runtime.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEERS = ("shortgpt", "uidl", "sleb", "laco")
@@ -97,7 +105,7 @@ def hand_made(monkeypatch: pytest.MonkeyPatch, states: list[list[list[float]]]) 
     tokens = TokenSet(torch.ones(1, len(states[0]), dtype=torch.long),  # type: ignore[arg-type]
                       torch.ones(1, len(states[0]), dtype=torch.bool), "hand")  # type: ignore[arg-type]
     values = {index: torch.tensor([rows]) for index, rows in enumerate(states)}
-    monkeypatch.setattr("kdprune.methods.distance.layer_states", lambda *_: iter([(tokens, values)]))
+    monkeypatch.setattr("kdprune.methods.common.distance.layer_states", lambda *_: iter([(tokens, values)]))
     return model, tokens
 
 

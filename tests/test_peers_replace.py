@@ -11,25 +11,25 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from kdprune.analysis import score_layers
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.gradients import Sums
 from kdprune.methods import METHODS
-from kdprune.methods.block_data import block_states
-from kdprune.methods.linear import Linear, fit_affine
-from kdprune.methods.linearpatch import LinearPatch, channel_scales, hadamard, patch_matrix
-from kdprune.methods.method import DepthMethod
-from kdprune.methods.replaceme import ReplaceMe, folded_weights, interface, least_squares
-from kdprune.methods.result import MethodResult
-from kdprune.methods.site import Site
-from kdprune.methods.streamline import LayerSite, Streamline
+from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.block_data import block_states
+from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.peers.linear import Linear, fit_affine
+from kdprune.methods.peers.linearpatch import LinearPatch, channel_scales, hadamard, patch_matrix
+from kdprune.methods.peers.replaceme import ReplaceMe, folded_weights, interface, least_squares
+from kdprune.methods.peers.streamline import LayerSite, Streamline
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypassed
-from kdprune.runtime import Stages
-from kdprune.training import Schedule, fit
+from kdprune.runtime.stages import Stages
+from kdprune.train.gradients import Sums
+from kdprune.train.loop import Schedule, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdprune import prune
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.llm_pruner import LLMPruner
-from kdprune.methods.method import Method
-from kdprune.methods.saliency import (
+from kdprune.methods.common.method import Method
+from kdprune.methods.peers.llm_pruner import LLMPruner
+from kdprune.methods.peers.saliency import (
     Gradient,
     attention_parts,
     loss_gradients,
@@ -25,15 +25,15 @@ from kdprune.methods.saliency import (
     random_slices,
     weight_saliency,
 )
-from kdprune.methods.slicegpt import SliceGPT
-from kdprune.methods.slicing import StreamSize, principal_components
+from kdprune.methods.peers.slicegpt import SliceGPT
+from kdprune.methods.peers.slicing import StreamSize, principal_components
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import language_loss
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import Drop, Resize, apply_edits
 from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline
-from kdprune.runtime import generator
+from kdprune.runtime.machine import generator
 from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

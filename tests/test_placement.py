@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kdprune
-from kdprune.analysis import score_layers
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
-from kdprune.methods.method import RankedMethod
+from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.method import RankedMethod
 from kdprune.model.activations import layer_states
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.edits import Drop, Edit, Rewrite, Substitute
@@ -28,7 +28,7 @@ from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import collecting, device_of, is_dispatched, work_device
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits, context_layer
-from kdprune.runtime import Stages
+from kdprune.runtime.stages import Stages
 from kdprune.testing import CALIBRATION
 from kdprune.testing import logits_of as logits
 

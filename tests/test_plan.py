@@ -15,16 +15,16 @@ from tiny_checkpoint import QUICK, Bench, command
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.forecast import DEVICES, Work, device_of_name
-from kdprune.methods.kdp import KDP
+from kdprune.methods.common.selection import candidate_blocks, open_layers
+from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.checkpoint import save_model
 from kdprune.model.edits import Substitute
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer
-from kdprune.planning import PruningPlan, plan
+from kdprune.planning.forecast import DEVICES, Work, device_of_name
+from kdprune.planning.plan import PruningPlan, plan
 from kdprune.report.results import Results
-from kdprune.runtime import generator
-from kdprune.selection import candidate_blocks, open_layers
+from kdprune.runtime.machine import generator
 
 ROOT = Path(__file__).parent.parent
 CONFIGURATIONS = ROOT / "docs" / "real-models"

@@ -13,8 +13,8 @@ import torch
 from tiny_checkpoint import Bench
 
 from kdprune.evaluation.suites import PHENOMENA
-from kdprune.runtime import Stages
-from kdprune.session import Session
+from kdprune.run.session import Session
+from kdprune.runtime.stages import Stages
 
 ROOT = Path(__file__).parents[1]
 NEIGHBOURS = ("architectures", "card", "manifold", "model_page")

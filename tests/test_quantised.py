@@ -15,16 +15,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kdprune
-from kdprune.analysis import score_layers
 from kdprune.errors import KDPruneError
-from kdprune.methods.method import RankedMethod
+from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.method import RankedMethod
 from kdprune.model import quantised
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
 from kdprune.model.placement import collecting
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised, quantised_share
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime import Stages
+from kdprune.runtime.stages import Stages
 from kdprune.testing import CALIBRATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,9 +10,9 @@ from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
 
 import kdprune
 from kdprune.errors import KDPruneError
-from kdprune.options import parse_blocks
-from kdprune.recipe import check_options, dump_recipe, load_recipe, prune_options, reject_unknown
+from kdprune.options import parse_blocks, reject_unknown
 from kdprune.report.results import Results
+from kdprune.run.recipe import check_options, dump_recipe, load_recipe, prune_options
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

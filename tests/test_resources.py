@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdprune
 from kdprune import memory
 from kdprune.errors import KDPruneError
-from kdprune.identity import model_identity
-from kdprune.memory import Memory
-from kdprune.recipe import check_options
-from kdprune.resources import Resources
+from kdprune.run.recipe import check_options
+from kdprune.run.resources import Resources
+from kdprune.runtime.memory import Memory
+from kdprune.store.hashing import model_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,7 +49,7 @@ def test_recipes_take_what_python_takes(tmp_path: Path) -> None:
 
 def test_budgets_of_a_spread_model_leave_the_other_devices_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {0: 100, 1: 200, "cpu": 300}  # as accelerate finds them
-    monkeypatch.setattr("kdprune.resources.get_max_memory", lambda: dict(free))
+    monkeypatch.setattr("kdprune.run.resources.get_max_memory", lambda: dict(free))
     assert Resources()._max_memory() is None
     assert Resources(host_memory="6000")._max_memory() == {**free, "cpu": 6000}
     assert Resources(device_memory="1KiB")._max_memory() == {0: 1024, 1: 1024, "cpu": 300}

@@ -24,7 +24,7 @@ from test_comparison import KDP_FAST, LINEAR, figures, options
 from tiny_checkpoint import Bench, command, prune, pruned_well, same_bits, tree
 
 import kdprune
-from kdprune.comparison import Comparison
+from kdprune.comparison.compare import Comparison
 from kdprune.errors import KDPruneError
 from kdprune.report.results import Results
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdprune.errors import KDPruneError
-from kdprune.selection import candidate_blocks, open_layers, reachable, select_blocks
+from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
 
 
 def separated(blocks: tuple[range, ...]) -> bool:

@@ -10,21 +10,21 @@ from families import CONFIGS, LAYERS, build
 from tiny_checkpoint import command
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet, load_tokens
+from kdprune.comparison.variants import parse_variant
+from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
 from kdprune.kernel.bounds import theorem1_bound
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, clip_spectral_norm
-from kdprune.methods.blocks import Budget, choose_blocks, possible_blocks
-from kdprune.methods.diagnostics import theory
-from kdprune.methods.dynamics import Parts, Step1, fit_dynamics, solve_operators
-from kdprune.methods.kdp import KDP
-from kdprune.methods.linear import Linear
-from kdprune.methods.site import Site
+from kdprune.methods.common.budget import Budget, choose_blocks, possible_blocks
+from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.kdp.diagnostics import theory
+from kdprune.methods.kdp.kdp import KDP
+from kdprune.methods.kdp.step1_dynamics import Parts, Step1, fit_dynamics, solve_operators
+from kdprune.methods.peers.linear import Linear
 from kdprune.model.surgery import Substitute, apply_edits
-from kdprune.recipe import load_recipe
-from kdprune.training import Schedule
-from kdprune.variants import parse_variant
+from kdprune.run.recipe import load_recipe
+from kdprune.train.loop import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK: dict[str, Any] = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 1, "features": 6, "rank": 2}
@@ -176,7 +176,7 @@ def test_theory_taken_in_chunks_is_theory_of_all_tokens(monkeypatch: pytest.Monk
     [step1] = learned([path])
     states = SimpleNamespace(path=path, path_held=held)
     site = cast(Site, SimpleNamespace(states=states, device=torch.device("cpu"), to_kernel=lambda value: value))
-    for module in ("kdprune.methods.diagnostics.CHUNK", "kdprune.kernel.bounds._CHUNK"):
+    for module in ("kdprune.methods.common.diagnostics.CHUNK", "kdprune.kernel.bounds._CHUNK"):
         monkeypatch.setattr(module, 64)
     found = theory(site, step1)
     with torch.no_grad():

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdprune.errors import KDPruneError
-from kdprune.runtime import peak_memory_bytes, reset_peak_memory
-from kdprune.states import MemoryStates, SpilledStates, States, open_states
+from kdprune.runtime.machine import peak_memory_bytes, reset_peak_memory
+from kdprune.store.states import MemoryStates, SpilledStates, States, open_states
 
 NAME = "the states entering layer 5"
 SHAPE = (20, 5, 6)

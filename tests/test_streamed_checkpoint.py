@@ -24,20 +24,17 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import Bench, tree
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kdprune.assemble import analysis_results, evaluate, pruning_results
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.result import MethodResult
+from kdprune.methods.common.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.families import decoder_layers
 from kdprune.model.loading import load_model
 from kdprune.model.streaming import Scratch, Source, is_streamed, load_streamed, set_scratch
 from kdprune.model.surgery import Drop, apply_edits
 from kdprune.model.weights import write_tensors
-from kdprune.output import staged_directory
-from kdprune.pipeline import PruneResult
 from kdprune.report import summary
 from kdprune.report.card import render_card
 from kdprune.report.comparison_page import render_comparison
@@ -46,8 +43,12 @@ from kdprune.report.comparison_table import render_markdown
 from kdprune.report.page import render_page
 from kdprune.report.results import Results
 from kdprune.report.table import print_summary
-from kdprune.runtime import Stages, metered, reset_peak_memory
-from kdprune.world import start_world
+from kdprune.run.pipeline import PruneResult
+from kdprune.run.record import analysis_results, evaluate, pruning_results
+from kdprune.runtime.distributed import start_world
+from kdprune.runtime.machine import metered, reset_peak_memory
+from kdprune.runtime.stages import Stages
+from kdprune.store.directories import staged_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

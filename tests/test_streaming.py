@@ -14,7 +14,7 @@ from families import CONFIGS, LAYERS, VOCABULARY, WIDTH, build
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.model.activations import layer_arguments, layer_states
 from kdprune.model.families import decoder_layers, family_of

@@ -19,7 +19,7 @@ import torch
 from tiny_checkpoint import Bench, command
 from transformers import AutoTokenizer, PreTrainedModel
 
-from kdprune.data import bundled_heldout
+from kdprune.data.tokens import bundled_heldout
 from kdprune.errors import KDPruneError
 from kdprune.evaluation import task_loading
 from kdprune.evaluation.suites import PHENOMENA, SUITES, Row, Text, local_files, suite_rows

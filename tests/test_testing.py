@@ -12,9 +12,9 @@ import torch
 from families import build
 from transformers import PreTrainedModel
 
-from kdprune.methods.drop import ShortGPT
-from kdprune.methods.method import Method
-from kdprune.methods.result import MethodResult
+from kdprune.methods.common.method import Method
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.peers.drop import ShortGPT
 from kdprune.model.edits import Drop
 from kdprune.model.families import decoder_layers
 from kdprune.testing import KINDS, FamilyContract, MethodContract, saved_and_loaded

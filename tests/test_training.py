@@ -17,15 +17,15 @@ from pruned import stand_in
 from torch import Tensor, nn
 
 from kdprune import training
-from kdprune.checkpoints import Checkpoint
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.gradients import Sums
-from kdprune.heal import Heal, heal
 from kdprune.model.surgery import Substitute, apply_edits
-from kdprune.runtime import Stages
-from kdprune.training import Schedule, fit
-from kdprune.world import start_world, world
+from kdprune.run.heal import Heal, heal
+from kdprune.runtime.distributed import start_world, world
+from kdprune.runtime.stages import Stages
+from kdprune.store.checkpoints import Checkpoint
+from kdprune.train.gradients import Sums
+from kdprune.train.loop import Schedule, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

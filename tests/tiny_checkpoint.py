@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdprune.cli import main
-from kdprune.data import bundled_calibration
+from kdprune.data.tokens import bundled_calibration
 
 END, WORDS, CONTEXT, WIDTH = "<|endoftext|>", 320, 64, 32
 # Options of a method that has nothing to learn here: seconds, not figures.

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 from kdprune.model import modeling_kdp
 
 if TYPE_CHECKING:
-    from kdprune.analysis import Scores
-    from kdprune.comparison import ablate, compare
+    from kdprune.comparison.compare import ablate, compare
     from kdprune.errors import KDPruneError
-    from kdprune.methods.kdp import KDP
-    from kdprune.pipeline import PruneResult, analyze, prune
+    from kdprune.methods.common.analysis import Scores
+    from kdprune.methods.kdp.kdp import KDP
+    from kdprune.run.pipeline import PruneResult, analyze, prune
 
 __version__ = "0.1.0"
 __all__ = ["KDP", "KDPruneError", "PruneResult", "Scores", "ablate", "analyze", "compare", "prune"]
 
 _HOMES = {
-    "prune": "pipeline", "analyze": "pipeline", "PruneResult": "pipeline", "KDP": "methods.kdp", "Scores": "analysis",
-    "KDPruneError": "errors", "compare": "comparison", "ablate": "comparison",
+    "prune": "run.pipeline", "analyze": "run.pipeline", "PruneResult": "run.pipeline", "KDP": "methods.kdp.kdp",
+    "Scores": "methods.common.analysis",
+    "KDPruneError": "errors", "compare": "comparison.compare", "ablate": "comparison.compare",
 }
 
 modeling_kdp.register()  # from here on the Auto classes of transformers load pruned models

@@ -1,8 +1,12 @@
 """Options said once: what a field of an option group says of itself, read by commands, recipes, Python and the docs."""
 
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError
 
@@ -178,3 +182,49 @@ def check_values(options: Any) -> None:
             raise KDPruneError(f"got {item.name} {value}, expected a number above {above}")
         if most is not None and not value <= most:
             raise KDPruneError(f"got {item.name} {value}, expected a number of at most {most:g}")
+
+
+def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raises KDPruneError for the first of ``names`` that is not in ``known``, with the nearest valid name.
+
+    Args:
+        names: what was given.
+        known: what there is.
+        what: what a name is, for the message: "option of kdp", "recipe key".
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(known))}"
+            raise KDPruneError(f"got unknown {what} {str(name)!r}; {hint}")
+
+
+def typed_options(given: Mapping[str, Any], known: Mapping[str, Option], what: str = "option") -> dict[str, Any]:
+    """Options, each of its type; those at None are as if not given.
+
+    Args:
+        given: options by name.
+        known: those there are.
+        what: what a name is, for the message.
+
+    Raises:
+        KDPruneError: a name that there is not, or a value that cannot be what it should.
+    """
+    reject_unknown(given, known, what)
+    return {name: _typed(known[name], value) for name, value in given.items() if value is not None}
+
+
+def _typed(item: Option, value: Any) -> Any:
+    """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
+    if item.parse is not None and not item.several and isinstance(value, str):
+        return item.parse(value)
+    if takes_several(item.kind) and isinstance(value, str):
+        value = [part.strip() for part in re.split(r"[,+]", value) if part.strip()]
+    if allowed := choices(item.kind):
+        reject_unknown(value if takes_several(item.kind) else [value], allowed, item.name)
+    try:
+        return TypeAdapter(item.kind).validate_python(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise KDPruneError(f"got {item.name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error

@@ -19,10 +19,10 @@ from kdprune.cli.plan import PlanOptions, plan_command
 from kdprune.cli.prune import ANALYSIS, OUTPUT, analyze_command, prune_command
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
-from kdprune.options import options_of
-from kdprune.recipe import load_recipe, reject_unknown
-from kdprune.runtime import quiet_libraries
+from kdprune.options import options_of, reject_unknown
+from kdprune.run.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
+from kdprune.run.recipe import load_recipe
+from kdprune.runtime.machine import quiet_libraries
 
 
 def build_app(method: str) -> typer.Typer:

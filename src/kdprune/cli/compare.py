@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from kdprune.comparison import ablate, compare
+from kdprune.comparison.compare import ablate, compare
 from kdprune.report.comparison_records import Comparison
 from kdprune.report.comparison_table import print_comparison
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from kdprune.data import load_stream
+from kdprune.data.sources import bundled_heldout, check_source
+from kdprune.data.tokens import load_stream
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_window, perplexity
@@ -22,19 +23,18 @@ from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import reads_weights
-from kdprune.option_groups import ModelOptions, SuiteOptions
-from kdprune.options import option, options_of, same_option, taken
-from kdprune.recipe import check_options
+from kdprune.options import option, options_of, same_option, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, is_comparison
 from kdprune.report.page import write_page
 from kdprune.report.results import Results, write_file
 from kdprune.report.retention import Retention, retention
 from kdprune.report.summary import MISSING, percent
-from kdprune.resources import Resources, make_resources
-from kdprune.runtime import Stages, resolve_device
-from kdprune.session import HELD_OUT_TOKENS
-from kdprune.text import bundled_heldout, check_source
+from kdprune.run.option_groups import ModelOptions, SuiteOptions
+from kdprune.run.resources import Resources, make_resources
+from kdprune.run.session import HELD_OUT_TOKENS
+from kdprune.runtime.machine import resolve_device
+from kdprune.runtime.stages import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def eval_command(
     **options: Any,
 ) -> None:
     """Perplexity and speed of a checkpoint, and its scores on tasks."""
-    chosen = check_options(options, EVAL)
+    chosen = typed_options(options, EVAL)
     wanted, suite, resources = taken(EvalOptions, chosen), taken(SuiteOptions, chosen), make_resources(chosen)
     data = [Path(folder) for folder in suite.suite_data]
     _check(suite.suite, data, suite.limit, wanted.dense)

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from kdprune.options import HEADINGS, Option, choices
-from kdprune.recipe import written
+from kdprune.run.recipe import written
 
 WIDTH = 110     # of help, where the terminal is as wide
 _SHORT = 24     # characters of choices that stand beside the flag; longer ones stand in the text

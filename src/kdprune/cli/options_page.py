@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 
 from kdprune.cli.evaluate import EVAL
 from kdprune.cli.plan import PlanOptions
-from kdprune.heal import Heal
 from kdprune.methods import METHODS
-from kdprune.option_groups import (
+from kdprune.options import HEADINGS, Option, choices, options_of
+from kdprune.run.heal import Heal
+from kdprune.run.option_groups import (
     ABLATE,
     ANALYZE,
     COMPARE,
@@ -24,8 +25,7 @@ from kdprune.option_groups import (
     SeedOptions,
     SuiteOptions,
 )
-from kdprune.options import HEADINGS, Option, choices, options_of
-from kdprune.resources import Resources
+from kdprune.run.resources import Resources
 
 _HEAD = """# Options
 

@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kdprune.forecast import DEVICES
 from kdprune.methods import METHODS
-from kdprune.option_groups import ModelOptions, TextOptions
-from kdprune.options import option, options_of, same_option
-from kdprune.planning import PruningPlan, Side, plan
-from kdprune.recipe import check_options
+from kdprune.options import option, options_of, same_option, typed_options
+from kdprune.planning.forecast import DEVICES
+from kdprune.planning.plan import PruningPlan, Side, plan
 from kdprune.report import summary
 from kdprune.report.results import write_file
+from kdprune.run.option_groups import ModelOptions, TextOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ def plan_command(
     **options: Any,
 ) -> None:
     """Say what pruning MODEL with KDP would give and take; reads only its config, no weights and no text."""
-    found = plan(**check_options(options, options_of(PlanOptions, METHODS["kdp"])))
+    found = plan(**typed_options(options, options_of(PlanOptions, METHODS["kdp"])))
     if json_file == "-":
         sys.stdout.write(as_json(found))
         return

@@ -9,14 +9,14 @@ from huggingface_hub import HfApi
 from rich.console import Console
 
 from kdprune.errors import KDPruneError, one_line
-from kdprune.heal import make_heal
-from kdprune.methods import METHODS
+from kdprune.methods import METHODS, make_method
 from kdprune.options import options_of
-from kdprune.pipeline import analyze, make_method, prune
-from kdprune.recipe import dump_recipe, run_options
 from kdprune.report.table import print_summary
-from kdprune.resources import AUTO
-from kdprune.world import world
+from kdprune.run.heal import make_heal
+from kdprune.run.pipeline import analyze, prune
+from kdprune.run.recipe import dump_recipe, run_options
+from kdprune.run.resources import AUTO
+from kdprune.runtime.distributed import world
 
 OUTPUT, ANALYSIS = "kdprune-out", "kdprune-analysis"  # where the commands write
 

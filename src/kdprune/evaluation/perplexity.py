@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
 from kdprune.model.layerwise import forward_streamed
 from kdprune.model.losses import IGNORED
-from kdprune.world import world
+from kdprune.runtime.distributed import world
 
 LONGEST_WINDOW = 2048
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context
 from kdprune.model.placement import input_device
-from kdprune.runtime import quiet_libraries
+from kdprune.runtime.machine import quiet_libraries
 
 NEW_TOKENS = 60  # of a continuation, where the context has room
 

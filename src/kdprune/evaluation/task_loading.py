@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from kdprune.data import TokenSet, load_stream
+from kdprune.data.tokens import TokenSet, load_stream
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.suites import OWN, STOCK, SUITES, Local, Row, Text, local_files, stock_file
-from kdprune.runtime import quiet_libraries
+from kdprune.runtime.machine import quiet_libraries
 
 TASK_FILES = Path(str(files("kdprune").joinpath("evaluation", "task_files")))
 LOGGERS = ("lm_eval", "evaluate", "accelerate", "absl")

@@ -15,7 +15,7 @@ from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.suites import Row, Text, local_files, suite_rows
 from kdprune.evaluation.task_loading import harness, load_task, load_text, silenced, task_names, text_source
 from kdprune.model.placement import input_device
-from kdprune.runtime import Stages
+from kdprune.runtime.stages import Stages
 
 BOOTSTRAP = 1000  # resamples for standard errors without a formula; accuracies have one
 FEWSHOT_SEED = 1234  # lm-eval's own

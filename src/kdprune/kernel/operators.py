@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from kdprune.world import world
+from kdprune.runtime.distributed import world
 
 
 class Moments:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.layerwise import streamed_states
 from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run_layers, standing_in
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed
+from kdprune.store.files import Notify, tell
 
 Indices = Iterable[int] | Callable[[int], Iterable[int]]
 

@@ -8,12 +8,12 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
-from kdprune.files import Notify, tell
+from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_states, place
-from kdprune.run import Run
-from kdprune.states import States, open_states
-from kdprune.world import world
+from kdprune.runtime.distributed import world
+from kdprune.runtime.run import Run
+from kdprune.store.files import Notify, tell
+from kdprune.store.states import States, open_states
 
 Spill = Callable[[int], Path | None]  # boundary → its spill directory; None: memory
 

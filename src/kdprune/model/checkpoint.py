@@ -17,9 +17,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..data import TokenSet
+from ..data.tokens import TokenSet
 from ..errors import KDPruneError, one_line
-from ..runtime import quiet_libraries
+from ..runtime.machine import quiet_libraries
 from .families import family_of
 from .layerwise import forward_streamed
 from .placement import input_device, is_dispatched, sourced

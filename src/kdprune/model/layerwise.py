@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdprune.chunks import BrokenChunk, Chunk, write_chunk
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import DiskError, KDPruneError
-from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
 from kdprune.model.passes import Arguments, Forward, RowLimit, entering, joined, standing_in
 from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
+from kdprune.store.chunks import BrokenChunk, Chunk, write_chunk
+from kdprune.store.files import Notify, tell
 
 ByIndex = dict[int, Tensor]  # boundary → states (B, T, d)
 

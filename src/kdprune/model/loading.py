@@ -29,7 +29,7 @@ from transformers import (
 from kdprune.errors import KDPruneError, one_line
 from kdprune.model.families import family_of
 from kdprune.model.placement import is_dispatched
-from kdprune.runtime import quiet_libraries, resolve_device
+from kdprune.runtime.machine import quiet_libraries, resolve_device
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.model.placement import input_device
 
 IGNORED = -100  # target of a position that is not scored

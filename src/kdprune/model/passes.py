@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.files import Notify, tell
 from kdprune.model.families import decoder_layers
 from kdprune.model.placement import input_device
+from kdprune.store.files import Notify, tell
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Forward = Callable[[int, Tensor, Arguments], Tensor]

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import from_checkpoint, resolve_dtype
-from kdprune.runtime import quiet_libraries, resolve_device
+from kdprune.runtime.machine import quiet_libraries, resolve_device
 
 LOAD_IN: dict[str, int] = {"8bit": 8, "4bit": 4}  # what ``load_in`` may say, in bits
 BACKEND, OLDEST = "bitsandbytes", "0.46.1"

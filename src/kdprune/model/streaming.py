@@ -20,7 +20,7 @@ from kdprune.model.families import decoder_layers, find_family
 from kdprune.model.loading import check_weights, checkpoint_errors, read_config, resolve_dtype
 from kdprune.model.placement import SOURCE, offloaded
 from kdprune.model.weights import Source, Stored, stored_tensors
-from kdprune.runtime import resolve_device
+from kdprune.runtime.machine import resolve_device
 
 
 def load_streamed(

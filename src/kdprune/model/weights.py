@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from kdprune.errors import KDPruneError, one_line
-from kdprune.tensors import raw_bytes
+from kdprune.store.tensors import raw_bytes
 
 # What the format calls a dtype, in the order in which its own writer puts the tensors of a file.
 _DTYPES = {

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdprune.errors import DiskError, KDPruneError
-from kdprune.files import whole_file
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
     Analysis,
@@ -33,6 +32,7 @@ from kdprune.report.records import (
     Sample,
     Speed,
 )
+from kdprune.store.files import whole_file
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from kdprune.files import readable_bytes
 from kdprune.report.records import Number, Pace
 from kdprune.report.results import Results
+from kdprune.store.files import readable_bytes
 
 MISSING = "–"
 NOT_MEASURED = "not measured: the model was streamed from disk"

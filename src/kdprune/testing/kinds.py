@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdprune.methods.saliency import Part, attention_parts, mlp_parts
+from kdprune.methods.peers.saliency import Part, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, key_value_heads, narrow

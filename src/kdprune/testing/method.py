@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kdprune.analysis import score_layers
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.method import DepthMethod, Method, RankedMethod
-from kdprune.methods.result import MethodResult
+from kdprune.methods.common.method import DepthMethod, Method
+from kdprune.methods.common.result import MethodResult
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime import Stages
+from kdprune.runtime.run import Run
 from kdprune.testing.models import CALIBRATION, logits_of, saved_and_loaded
 
 Build = Callable[[], PreTrainedModel]
@@ -29,13 +28,9 @@ Make = Callable[[], Method]
 def run_method(
     method: Method, model: PreTrainedModel, tokens: TokenSet = CALIBRATION, *, seed: int = 0, batch_size: int = 16
 ) -> MethodResult:
-    """What ``method`` returns for ``model``; the similarity analysis runs before it where its blocks need one."""
-    scores = None
-    if isinstance(method, RankedMethod) and method.blocks is None:
-        stages = Stages()
-        scores = score_layers(
-            model, tokens, protect=method.protect, seed=0, batch_size=batch_size, stages=stages).tensors()
-    return method(model, tokens, scores, seed=seed, batch_size=batch_size)
+    """What ``method`` returns for ``model``; raises KDPruneError for what its check refuses."""
+    method.check(model, tokens)
+    return method(model, tokens, Run(seed, batch_size))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdprune.data import TokenSet
+from kdprune.data.tokens import TokenSet
 
 # Two rows of twelve ids from 3 to 63, longer than the sliding windows of a tiny model.
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.methods.saliency import Part, attention_parts, mlp_parts
+from kdprune.methods.peers.saliency import Part, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.testing.kinds import kept_channels, kept_heads

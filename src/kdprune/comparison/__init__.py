@@ -1,0 +1,1 @@
+"""Many variants, one model, one ratio, one protocol."""

@@ -1,0 +1,251 @@
+"""``kdprune compare`` and ``kdprune ablate``: many variants, one model, one ratio, one protocol."""
+
+import contextlib
+import datetime
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from kdprune.comparison.units import PARTS, Bench, Protocol, Texts
+from kdprune.comparison.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
+from kdprune.data.sources import check_source
+from kdprune.errors import KDPruneError, one_line
+from kdprune.evaluation.tasks import check_suite
+from kdprune.methods import METHODS
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.options import options_of, recorded, taken, typed_options
+from kdprune.report.comparison_page import write_comparison
+from kdprune.report.comparison_records import Comparison, Failure, Unit
+from kdprune.report.comparison_records import Variant as VariantRecord
+from kdprune.report.results import Calibration
+from kdprune.run.heal import HEAL_OPTIONS
+from kdprune.run.option_groups import (
+    ABLATE,
+    COMPARE,
+    NOT_GIVEN,
+    AblateOptions,
+    CompareOptions,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    SeedsOptions,
+    SuiteOptions,
+    given,
+    spelled_out,
+)
+from kdprune.run.pipeline import open_session
+from kdprune.run.record import software_versions
+from kdprune.run.resources import make_resources
+from kdprune.run.session import Session, plain_source
+from kdprune.runtime.stages import Stages
+from kdprune.store.directories import check_output
+
+
+@spelled_out(COMPARE)
+def compare(model: Any = NOT_GIVEN, methods: Any = NOT_GIVEN, **options: Any) -> Comparison:
+    """Prunes one model with each method to the same net ratio and measures all under the same protocol.
+
+    A variant that fails is a row that says why. With ``output_dir`` every finished unit, one variant with one seed, is
+    kept in ``runs/``; an interrupted comparison that is started again does only what is missing. Options in a
+    variant's name are fields of its method, ``samples`` and ``length`` of its calibration text, ``heal``, …; those of
+    healing that are given beside the names hold for every variant that does not say otherwise.
+
+    Args:
+        {options}
+
+    Raises:
+        KDPruneError: anything wrong with what was given, in one line, before any work.
+    """
+    chosen = typed_options(given(options, model=model, methods=methods), options_of(*COMPARE))
+    wanted = taken(CompareOptions, chosen)
+    common = {name: value for name, value in chosen.items() if name in HEAL_OPTIONS}
+    names = split_methods(wanted.methods)
+    if wanted.blocks_from is not None and wanted.blocks_from not in names:
+        names.insert(0, wanted.blocks_from)
+    variants = [parse_variant(name, wanted.ratio, common) for name in dict.fromkeys(names)]
+    if not variants:
+        raise KDPruneError(f"got no methods, expected some of {', '.join(METHODS)}")
+    recipe = {**recorded(wanted), "methods": [variant.name for variant in variants], **common}
+    return _run(chosen, wanted, lambda bench: variants, recipe, wanted.blocks_from)
+
+
+@spelled_out(ABLATE)
+def ablate(model: Any = NOT_GIVEN, **options: Any) -> Comparison:
+    """Compares KDP with itself, one part changed at a time: what does each part buy?
+
+    Args:
+        {options}
+
+    Raises:
+        KDPruneError: anything wrong with what was given, in one line, before any work.
+    """
+    chosen = typed_options(given(options, model=model), options_of(*ABLATE))
+    wanted = taken(AblateOptions, chosen)
+    only = split_methods(wanted.only)
+    check_ablation(wanted.base, only, wanted.ratio)
+
+    def variants(bench: Bench) -> list[Variant]:
+        dense = bench.session.model
+        rows = len(bench.tokens(wanted.seed_list()[0]))
+        return ablation_variants(
+            wanted.base, wanted.ratio, dense.config.hidden_size, len(decoder_layers(dense)), rows, only)
+
+    return _run(chosen, wanted, variants, {**recorded(wanted), "only": only}, None, "ablation")
+
+
+def _check_suite(suite: SuiteOptions) -> None:
+    """Raises KDPruneError for a suite that cannot be scored, or options that need one: before any work."""
+    if suite.suite is not None:
+        check_suite(suite.suite, [Path(folder) for folder in suite.suite_data])
+    elif suite.suite_data or suite.limit is not None:
+        raise KDPruneError("got suite_data or limit without a suite, expected suite='small' or names of tasks")
+
+
+def _run(
+    chosen: Mapping[str, Any], wanted: SeedsOptions, variants_for: Callable[[Bench], list[Variant]],
+    recipe: Mapping[str, Any], blocks_from: str | None, kind: str = "comparison",
+) -> Comparison:
+    """Opens the model, goes through all units, and writes what was found."""
+    data, output, suite = taken(DataOptions, chosen), taken(OutputOptions, chosen), taken(SuiteOptions, chosen)
+    subject, resources, seeds = taken(ModelOptions, chosen), make_resources(chosen), wanted.seed_list()
+    _check_suite(suite)
+    check_source(data.calibration)
+    check_source(data.heldout)
+    if output.output_dir is not None:
+        resources.check_apart(output.output_dir)
+    folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
+    stages = Stages(show=output.progress)
+    with open_session(subject, resources, seeds[0], stages) as session, _bench(
+            data, suite, session, folder, output.progress) as bench:
+        variants = variants_for(bench)
+        refused = _refusals(bench, variants, seeds, blocks_from)
+        dense = bench.dense(seeds[0])
+        tokens = bench.tokens(seeds[0])
+        units: list[Unit] = []
+        failures: list[Failure] = []
+        for found in _units(bench, variants, seeds, blocks_from, refused, dense):
+            if isinstance(found, Unit):
+                units.append(found)
+            else:
+                failures.append(found)
+            _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
+        result = Comparison(
+            kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
+            family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
+            recipe=_recipe({
+                **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
+                "calibration": plain_source(data.calibration), "heldout": plain_source(data.heldout)}),
+            calibration=Calibration(
+                source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+            device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
+            units=units, failures=failures, versions=software_versions())
+    if folder is not None:
+        result.save(folder / "results.json")
+        write_comparison(result, folder)
+    return result
+
+
+@contextlib.contextmanager
+def _bench(
+    data: DataOptions, suite: SuiteOptions, session: Session, folder: Path | None, show: bool
+) -> Iterator[Bench]:
+    """The bench of these texts and tasks, its cache in ``runs/`` of the output unless a work directory was named."""
+    if session.tokenizer is None and suite.suite is not None:
+        raise KDPruneError("got a suite of tasks without a tokenizer, expected one: give tokenizer=…")
+    if session.tokenizer is None and data.heldout is None:
+        raise KDPruneError("got no tokenizer and no held-out tokens, expected one: give tokenizer=… or heldout=… so "
+                           "that all seeds are measured on the same text")
+    tokens = session.calibration(data.calibration, data.samples, data.length)
+    protocol = Protocol(
+        session.heldout(data.heldout, tokens, 0.1), suite.suite, [Path(path) for path in suite.suite_data], suite.limit)
+    texts = Texts(data.calibration, data.samples, data.length)
+    with session.cache(tokens, None if folder is None else folder / "runs") as cache:
+        yield Bench(session, texts, protocol, cache, show)
+
+
+def _units(
+    bench: Bench, variants: Sequence[Variant], seeds: Sequence[int], blocks_from: str | None,
+    refused: Mapping[str, str], dense: Any,
+) -> Iterator[Unit | Failure]:
+    """Every variant of every seed; the one that chooses the blocks for the others goes first."""
+    for seed in seeds:
+        blocks, missing = None, ""
+        for variant in sorted(variants, key=lambda variant: variant.name != blocks_from):
+            follows = blocks_from is not None and variant.name != blocks_from and variant.takes_blocks
+            reason = refused.get(variant.name, missing if follows else "")
+            found = _unit(bench, variant.on(blocks) if follows else variant, seed, dense) if not reason else Failure(
+                variant=variant.name, seed=seed, reason=reason)
+            if variant.name == blocks_from:
+                blocks = tuple(found.blocks) if isinstance(found, Unit) else None
+                missing = "" if blocks else f"no blocks to take: {blocks_from} failed, or removed none"
+            yield found
+        bench.forget()
+
+
+def _unit(bench: Bench, variant: Variant, seed: int, dense: Any) -> Unit | Failure:
+    """A finished unit again, or a new one; or why there is none."""
+    try:
+        return bench.unit(variant, seed, dense)
+    except Exception as error:  # whatever a method fails with, the others go on
+        trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
+        bench.cache.clean(*PARTS)
+        return Failure(variant=variant.name, seed=seed, reason=_reason(error), traceback=trace)
+
+
+def _refusals(
+    bench: Bench, variants: Sequence[Variant], seeds: Sequence[int], blocks_from: str | None,
+) -> dict[str, str]:
+    """Why variants cannot be, before any work; those that wait for blocks are checked when they have them."""
+    found = {}
+    for variant in variants:
+        tokens = bench.tokens(seeds[0], variant)
+        try:
+            if variant.heal is not None:
+                variant.heal.check(variant.method, tokens)
+            if blocks_from in (None, variant.name) or not variant.takes_blocks:
+                variant.method.check(bench.session.model, tokens)
+        except Exception as error:  # as in _unit
+            found[variant.name] = _reason(error)
+    return found
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, KDPruneError) else f"{type(error).__name__}: {one_line(error)}"
+
+
+def _record(variant: Variant) -> VariantRecord:
+    return VariantRecord(
+        name=variant.name, title=variant.title, group=variant.group, value=variant.value, options=variant.options)
+
+
+def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record keeps of the options: those that say something."""
+    return {name: [str(item) for item in value] if name == "suite_data" else value
+            for name, value in options.items() if value is not None and value != ()}
+
+
+def _prepare(folder: Path, overwrite: bool) -> Path:
+    """A folder that is new, empty or an earlier comparison's; emptied of that with ``overwrite``."""
+    check_output(folder, overwrite=True)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
+        raise KDPruneError(
+            f"got output {folder}, which is not empty and holds no comparison; choose a new directory")
+    if overwrite:
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        for name in ("results.json", "table.md", "report.html"):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def _say(found: Unit | Failure, number: int, total: int, show: bool) -> None:
+    """One line a unit, where progress is shown."""
+    if show:
+        outcome = found.reason if isinstance(found, Failure) else f"excess loss {found.perplexity.excess_loss:.3f}"
+        console = Console(stderr=sys.stderr.isatty())
+        console.print(Text(f"[{number}/{total}] {found.variant}, seed {found.seed}: {outcome}"), soft_wrap=True)

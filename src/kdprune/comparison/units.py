@@ -1,0 +1,193 @@
+"""Units of a comparison: one variant with one seed, pruned, measured, and cached once it is done."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kdprune.comparison.variants import Variant
+from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.speed import kv_cache_bytes_per_token
+from kdprune.evaluation.tasks import run_suite
+from kdprune.methods.common.analysis import Scores, score_layers
+from kdprune.methods.common.method import RankedMethod
+from kdprune.model.families import decoder_layers
+from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
+from kdprune.report.heal_record import Heal
+from kdprune.report.records import KVCache, Layers, Parameters, Perplexity
+from kdprune.report.task_records import TaskScore
+from kdprune.run.pipeline import RunOutcome, run_method
+from kdprune.run.record import measured_speed, software_versions
+from kdprune.run.session import Session
+from kdprune.runtime.machine import Meter, metered
+from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Stages
+from kdprune.store.cache import Cache, JsonCodec
+from kdprune.store.hashing import code_identity, digest
+
+PARTS = ("fit-", "method-", "heal-")  # stages of a unit that go when it is done
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration text as given: ``source``, ``samples`` and ``length`` of :func:`kdprune.prune`."""
+
+    source: Any = None
+    samples: int | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How every model of a comparison is measured: perplexity on ``heldout``, and a suite of tasks if there is one."""
+
+    heldout: TokenSet
+    suite: str | None = None
+    data: Sequence[Path] = ()
+    limit: int | None = None
+
+    def identity(self) -> list[Any]:
+        """What makes two protocols the same; local task files count by name, size and time of change."""
+        files = [
+            (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
+            for folder in self.data if self.suite for path in sorted(Path(folder).rglob("*")) if path.is_file()
+        ]
+        return [self.heldout.identity(), self.suite, self.limit, files]
+
+    def tasks(self, model: PreTrainedModel, session: Session, run: Run) -> list[TaskScore]:
+        """Scores of the suite; none without one."""
+        if self.suite is None:
+            return []
+        found = run_suite(
+            model, session.tokenizer, self.suite, data=self.data, limit=self.limit, stages=run.stages)
+        return [TaskScore(**dataclasses.asdict(score)) for score in found]
+
+
+class Bench:
+    """One model under one protocol; tokens and similarity scores of a seed are shared by its variants.
+
+    Args:
+        session: the model and its texts.
+        texts: calibration text as given.
+        protocol: how every model is measured.
+        cache: finished units, and the stages of one that is not.
+        show: whether progress is shown.
+    """
+
+    def __init__(self, session: Session, texts: Texts, protocol: Protocol, cache: Cache, show: bool):
+        self.session, self.texts, self.protocol, self.cache, self.show = session, texts, protocol, cache, show
+        self._common = digest([
+            code_identity(), software_versions(), COMPARISON_VERSION, session.weights_identity(),
+            str(session.model.device), protocol.identity(),
+        ])
+        self._tokens: dict[Any, TokenSet] = {}
+        self._scores: dict[Any, tuple[Scores, Meter]] = {}
+
+    def forget(self) -> None:
+        """Lets go of the tokens and scores of the seeds so far."""
+        self._tokens.clear()
+        self._scores.clear()
+
+    def tokens(self, seed: int, variant: Variant | None = None) -> TokenSet:
+        """Calibration tokens of this seed: as for all, or as many as the variant says."""
+        key = self._rows(seed, variant)
+        if key not in self._tokens:
+            session = self.session.again(seed, Stages(show=self.show))
+            self._tokens[key] = session.calibration(self.texts.source, *key[1:])
+        return self._tokens[key]
+
+    def run(self, seed: int, variant: Variant | None = None) -> Run:
+        """A run on these tokens; its stages follow from model, protocol, tokens and seed."""
+        about = digest([self._common, seed, self.tokens(seed, variant).identity()])
+        return Run(seed, stages=Stages(show=self.show), cache=self.cache, about=about,
+                   states_model=self.session.states_model)
+
+    def dense(self, seed: int) -> Dense:
+        """The dense model's figures, measured once."""
+        run = dataclasses.replace(self.run(seed), about=self._common)
+        return run.cached("dense", None, lambda: self._measure_dense(run), JsonCodec(Dense))
+
+    def _measure_dense(self, run: Run) -> Dense:
+        model, text = self.session.model, self.protocol.heldout
+        with run.stage("evaluate dense model"):
+            loss = perplexity(model, text)
+        return Dense(
+            layers=len(decoder_layers(model)), parameters=model.num_parameters(), perplexity=loss.value,
+            dataset=text.source, window=loss.window, stride=loss.stride, tokens=loss.tokens,
+            kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
+            tasks=self.protocol.tasks(model, self.session, run))
+
+    def unit(self, variant: Variant, seed: int, dense: Dense) -> Unit:
+        """The unit, if an earlier run finished it, or pruned and measured; raises whatever the method raises.
+
+        What an interrupted run finished of it is found; afterwards only the unit's record stays.
+        """
+        run, name = self.run(seed, variant), f"{variant.options['method']}-seed{seed}"
+        found = run.cached(
+            name, variant.options, lambda: self._measure(variant, run, dense), JsonCodec(Unit), shown=None)
+        return found.model_copy(update={"variant": variant.name})
+
+    def _measure(self, variant: Variant, run: Run, dense: Dense) -> Unit:
+        tokens, seed = self.tokens(run.seed, variant), run.seed
+        scores, shared = self._similarity(variant, run)
+        run = dataclasses.replace(run, scores=scores)
+        with metered() as cost:
+            made = run_method(self.session.model, variant.method, tokens, run, variant.heal)
+        outcome, healed = made.outcome, made.healed or {}
+        seen = tokens.tokens if outcome.tokens is None else outcome.tokens
+        unit = Unit(
+            variant=variant.name, seed=seed, blocks=[(block.start, block.stop) for block in outcome.blocks],
+            seconds=cost.seconds + shared.seconds, analysis_seconds=shared.seconds,
+            peak_memory_bytes=max(cost.peak_memory_bytes, shared.peak_memory_bytes),
+            peak_memory_scope="unit" if cost.own_peak else "process",
+            resumed=bool(set(run.stages.reused) - {"analyse"}),
+            tokens=seen + int(healed.get("tokens", 0)), heal=Heal(**healed) if healed else None,
+            **self._measured(run, made, dense), stages=dict(run.stages.seconds),
+        )
+        self.cache.clean(*PARTS)
+        return unit
+
+    def _measured(self, run: Run, made: RunOutcome, dense: Dense) -> dict[str, Any]:
+        """The pruned model's part of a unit."""
+        pruned = made.pruned
+        with run.stage("evaluate", 2) as progress:
+            loss = perplexity(pruned, self.protocol.heldout)
+            progress(1)
+            pace = measured_speed(self.session.model, pruned)
+            progress(1)
+        return {
+            "layers": Layers(dense=dense.layers, pruned=len(decoder_layers(pruned))),
+            "parameters": Parameters(dense=dense.parameters, pruned=pruned.num_parameters()),
+            "perplexity": Perplexity(
+                dense=dense.perplexity, pruned=loss.value, dataset=dense.dataset, window=loss.window,
+                stride=loss.stride, tokens=loss.tokens),
+            "window_sums": [round(value, 4) for value in loss.sums],
+            "speed": pace,
+            "kv_cache_bytes_per_token": KVCache(
+                dense=dense.kv_cache_bytes_per_token, pruned=kv_cache_bytes_per_token(pruned)),
+            "tasks": self.protocol.tasks(pruned, self.session, run),
+            "state_error": [record.get("state_error") for record in made.outcome.fit],
+        }
+
+    def _similarity(self, variant: Variant, run: Run) -> tuple[Scores | None, Meter]:
+        """The analysis and its cost, once a seed, for a method that needs it."""
+        method = variant.method
+        if not isinstance(method, RankedMethod) or method.blocks is not None:
+            return None, Meter()
+        key = self._rows(run.seed, variant)
+        if key not in self._scores:
+            with metered() as cost:
+                scores = score_layers(
+                    self.session.model, self.tokens(run.seed, variant), run, protect=method.protect)
+            # Of an analysis that an interrupted run made, the cost it had then.
+            cost = run.cached("cost-of-analysis", None, lambda: cost, JsonCodec(Meter), shown=None)
+            self._scores[key] = (scores, cost)
+        return self._scores[key]
+
+    def _rows(self, seed: int, variant: Variant | None) -> tuple[int, int | None, int | None]:
+        own = variant or self.texts
+        return seed, own.samples or self.texts.samples, own.length or self.texts.length

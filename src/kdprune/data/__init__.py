@@ -1,0 +1,1 @@
+"""Text and token ids → rows of tokens with their padding mask."""

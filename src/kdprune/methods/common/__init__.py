@@ -1,0 +1,1 @@
+"""What methods share: their base, budget and selection, stand-ins while they are fitted."""

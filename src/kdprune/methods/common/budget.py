@@ -1,0 +1,187 @@
+"""From scores and a net-parameter budget to blocks, and from a budget's slack to wider stand-ins."""
+
+import dataclasses
+import itertools
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.method import RankedMethod
+from kdprune.methods.common.selection import candidate_blocks, open_layers, select_blocks
+from kdprune.methods.common.shape import Shape
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.runtime.run import Run
+
+# A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
+# parameters bring a residual MLP from .192 to .177).
+WIDEST = 4
+
+
+class Budget:
+    """Parameters of a model, layer by layer, against what a block's stand-in costs.
+
+    Args:
+        model: the dense model.
+        shape: the stand-in.
+        ratio: share of all parameters to remove.
+        slack: mean layers by which the blocks may remove more than they have to.
+
+    Attributes:
+        target: parameters that are to be gone in the end.
+        slack: parameters that the selection may remove beyond that, for wider stand-ins.
+    """
+
+    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, slack: float = 0.0):
+        family = family_of(model)
+        self.shape, self.ratio = shape, ratio
+        self.total = model.num_parameters()
+        self.layers = layer_sizes(model)
+        # A context layer keeps everything but the MLP path.
+        self.kept_by_context = [
+            _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
+        ]
+        self.target = round(ratio * self.total)
+        self.slack = round(slack * sum(self.layers) / len(self.layers))
+
+    def removal(self, block: range, features: int | None = None) -> int:
+        """Net parameters removed by replacing a block: its layers minus its stand-in."""
+        shape = self.shape if features is None else dataclasses.replace(self.shape, features=features)
+        source = shape.source(block)
+        context = 0 if source is None else self.kept_by_context[source]
+        return sum(self.layers[index] for index in block) - shape.parameters() - context
+
+
+def layer_sizes(model: PreTrainedModel) -> list[int]:
+    """Parameters of every decoder layer."""
+    return [_count(layer) for layer in decoder_layers(model)]
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_budget(options: RankedMethod, budget: Budget) -> None:
+    """Refuses what no scores could make possible, before any work.
+
+    Raises:
+        KDPruneError: too few layers, impossible blocks, or a ratio out of reach (says the largest possible).
+    """
+    candidates = possible_blocks(options, budget)
+    if options.blocks is None:
+        alike = torch.ones(len(budget.layers) + 1, len(budget.layers) + 1)
+        select_blocks(alike, candidates, budget.removal, budget.target, budget.total)
+
+
+def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
+    """The explicit blocks, or every candidate of the selection.
+
+    Raises:
+        KDPruneError: too few layers, or impossible blocks.
+    """
+    layers = len(budget.layers)
+    if options.blocks is not None:
+        return check_blocks([range(*block) for block in options.blocks], layers)
+    allowed = open_layers(layers, options.protect)
+    longest = options.max_block or min(8, layers // 2)
+    if options.max_block is not None and not 2 <= longest <= layers // 2:
+        raise KDPruneError(
+            f"got max_block {longest}, expected 2 to {layers // 2}, half of this model's {layers} layers: choose one "
+            f"in that range, or name longer blocks (blocks=…)")
+    shortest = options.block_length or 2
+    longest = options.block_length or longest
+    candidates = candidate_blocks(allowed, shortest, longest)
+    if not candidates:
+        raise KDPruneError(
+            f"got a model of {layers} layers, {len(allowed)} of them unprotected; expected at least {shortest} "
+            f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
+        )
+    return candidates
+
+
+def choose_blocks(
+    options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
+) -> list[range]:
+    """The explicit blocks, or the selection of section 2, for which the layers are scored where they have not been.
+
+    Raises KDPruneError as :func:`possible_blocks` does.
+    """
+    if options.blocks is not None:
+        return possible_blocks(options, budget)
+    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
+    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget)
+
+
+def select_by_similarity(options: RankedMethod, similarity: Tensor, budget: Budget) -> list[range]:
+    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget."""
+    candidates = possible_blocks(options, budget)
+    if options.blocks is not None:
+        return candidates
+    if options.endpoints == "output":
+        # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
+        similarity = torch.cat((similarity[1:], similarity[-1:]))
+    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.total, budget.slack)
+
+
+def check_blocks(blocks: list[range], layers: int) -> list[range]:
+    """Explicit blocks in order, each inside the model and separated from the next by a kept layer."""
+    blocks = sorted(blocks, key=lambda block: block.start)
+    for block in blocks:
+        if not 0 <= block.start < block.stop <= layers:
+            raise KDPruneError(
+                f"got block [{block.start}, {block.stop}), expected 0 <= start < end <= {layers}, the model's layers")
+    for first, second in itertools.pairwise(blocks):
+        if second.start <= first.stop:
+            raise KDPruneError(
+                f"got blocks [{first.start}, {first.stop}) and [{second.start}, {second.stop}), expected at least one "
+                f"kept layer between them: move or join them")
+    if not blocks or sum(map(len, blocks)) >= layers:
+        raise KDPruneError(f"got blocks over {sum(map(len, blocks))} of {layers} layers, expected at least one kept")
+    return blocks
+
+
+def shortest_blocks(model: PreTrainedModel, ratio: float, allowed: range, cost: int = 0) -> list[range]:
+    """For every start within ``allowed`` the shortest block whose removal meets the ratio from above.
+
+    For the methods that take out one run of layers. Where layers differ in size only the blocks of least removal stay.
+
+    Args:
+        ratio: share of all parameters to remove, net of ``cost``, the parameters put in the block's place.
+
+    Raises:
+        KDPruneError: no block inside ``allowed`` removes that much (says the largest ratio that can be reached).
+    """
+    total, sizes = model.num_parameters(), layer_sizes(model)
+    target = round(ratio * total)
+    found = {}
+    for start in allowed:
+        for stop in range(start + 1, allowed.stop + 1):
+            removed = sum(sizes[start:stop]) - cost
+            # At least one layer of the model has to stay.
+            if removed >= target and stop - start < len(sizes):
+                found[range(start, stop)] = removed
+                break
+    if not found:
+        largest = max((sum(sizes[index] for index in allowed) - cost) / total, 0.0)
+        raise KDPruneError(
+            f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest that the layers from "
+            f"{allowed.start} to {allowed.stop - 1} allow; lower the ratio or protect fewer layers (protect=…)")
+    least = min(found.values())
+    return [block for block, removed in found.items() if removed == least]
+
+
+def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
+    """Widens the stand-ins, evenly, by what the blocks remove beyond the target.
+
+    The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
+    than one feature a block unless that cap is reached.
+    """
+    slack = sum(budget.removal(block) for block in blocks) - budget.target
+    cost = len(blocks) * shape.parameters_per_feature()
+    if slack < cost or not cost:
+        return shape
+    widest = max(shape.features, WIDEST * shape.width)
+    return dataclasses.replace(shape, features=min(shape.features + slack // cost, widest))

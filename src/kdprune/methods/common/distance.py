@@ -1,0 +1,81 @@
+"""How far layer states lie from each other over a calibration set: what ShortGPT and UIDL rank layers by."""
+
+from dataclasses import dataclass
+from math import pi
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.model.activations import layer_states
+from kdprune.model.families import decoder_layers
+from kdprune.runtime.distributed import world
+from kdprune.runtime.run import Run
+
+UNDEFINED = 0.5  # counts as the cosine with a zero state, as in ShortGPT's code
+_CHUNK = 256     # tokens at a time of all L + 1 states in float64
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Of all pairs of the L + 1 states, h_L taken before the final norm; both (L+1, L+1), float64, on the CPU.
+
+    Attributes:
+        cosine: mean of cos(h_s, h_e) over all real tokens.
+        angular: mean of arccos(cos(h_s, h_e))/π, between 0 and 1, over the last real token of every row.
+        tokens: how many real tokens were looked at.
+    """
+
+    cosine: Tensor
+    angular: Tensor
+    tokens: int
+
+
+@torch.no_grad()
+def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Distances:
+    """One pass over the calibration rows; no states are kept beyond a batch, and padding is left out.
+
+    Raises:
+        KDPruneError: a state is NaN or infinite.
+    """
+    states = len(decoder_layers(model)) + 1
+    cosine, angular = (torch.zeros(states, states, dtype=torch.float64) for _ in range(2))
+    rows = 0
+    local = tokens.local(run.batch_size)
+    with run.stage("distances", len(tokens)) as progress:
+        for batch, found in layer_states(run.running(model), local, range(states), run.batch_size):
+            row, column = batch.mask.nonzero(as_tuple=True)
+            for part in torch.arange(len(row)).split(_CHUNK):
+                cosine += _cosines(_gather(found, row[part], column[part])).sum(-1).cpu()
+            row, column = last_tokens(batch)
+            for part in torch.arange(len(row)).split(_CHUNK):
+                angular += (_cosines(_gather(found, row[part], column[part])).arccos() / pi).sum(-1).cpu()
+            rows += len(row)
+            progress(len(batch))
+    world().sum(cosine, angular)
+    rows = int(world().total([rows])[0])
+    return Distances(cosine / max(tokens.tokens, 1), angular / max(rows, 1), tokens.tokens)
+
+
+def last_tokens(batch: TokenSet) -> tuple[Tensor, Tensor]:
+    """Row and column of the last real token of every row that has one, whichever side the padding is on."""
+    position = torch.arange(batch.mask.shape[1]).expand_as(batch.mask)
+    last = position.masked_fill(~batch.mask, -1).amax(1)
+    rows = (last >= 0).nonzero()[:, 0]
+    return rows, last[rows]
+
+
+def _gather(states: dict[int, Tensor], row: Tensor, column: Tensor) -> Tensor:
+    """Chosen tokens of all states: (S, n, d), float64."""
+    return torch.stack([states[index][row.to(state.device), column.to(state.device)].double()
+                        for index, state in sorted(states.items())])
+
+
+def _cosines(states: Tensor) -> Tensor:
+    """Cosine of every pair of states at every token: (S, n, d) → (S, S, n), ``UNDEFINED`` where a state is zero."""
+    norms = states.norm(dim=-1)
+    unit = (states / norms.clamp_min(torch.finfo(norms.dtype).tiny)[..., None]).transpose(0, 1)
+    cosines = (unit @ unit.transpose(1, 2)).permute(1, 2, 0).clamp(-1, 1)
+    nonzero = norms > 0
+    return cosines.where(nonzero[:, None] & nonzero[None, :], UNDEFINED)

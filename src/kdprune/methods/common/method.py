@@ -1,0 +1,129 @@
+"""What every method has: a ratio, checks before any work, and a call that returns edits."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.result import MethodResult
+from kdprune.model.placement import is_dispatched
+from kdprune.model.streaming import is_streamed
+from kdprune.model.surgery import check_model
+from kdprune.options import check_values, option, parse_blocks
+from kdprune.runtime.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A pruning method: its fields are its hyperparameters, at its paper's defaults.
+
+    Raises:
+        KDPruneError: a value is outside its range (says which and what is expected).
+    """
+
+    title: ClassVar[str]  # as it stands in tables: "ShortGPT"
+    caches_parts: ClassVar[bool] = False  # whether it caches its own parts as it goes; else its whole result is cached
+    collects: ClassVar[bool] = False  # all it asks of the running model is hidden states, which another copy may give
+    streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
+    spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
+
+    ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)",
+                          group="size")
+    held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors",
+                         group="data", rare=True)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise KDPruneError(f"got ratio {self.ratio}, expected a number between 0 and 1 (0.25 removes a quarter)")
+        if not 0 < self.held < 1:
+            raise KDPruneError(f"got held {self.held}, expected a share between 0 and 1")
+        check_values(self)
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
+        check_model(model, substitutes=False)
+        if (self.needs_whole_model or not self.streams) and is_streamed(model):
+            raise KDPruneError(
+                f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
+                f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory)")
+        spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
+        spreads = self.spreads and not self.needs_whole_model
+        if (spread or is_dispatched(model)) and not (spreads and is_dispatched(model)):
+            raise KDPruneError(
+                f"got a model spread over several devices or offloaded, which {self.title} cannot use; expected one on "
+                f"one device: load it without device_map")
+
+    def check_states_model(self) -> None:
+        """Raises KDPruneError if hidden states of a copy in fewer bits are not all that the method asks for."""
+        if self.needs_whole_model or not self.collects:
+            raise KDPruneError(
+                f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """Whether these options ask for the model whole on one device, whatever the method can do without."""
+        return False
+
+    @property
+    def puts_in(self) -> bool:
+        """Whether Substitute or Rewrite edits bring weights that healing can train alone."""
+        return False
+
+    @abstractmethod
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Returns the architecture change as data. What :meth:`check` refuses must not be asked for.
+
+        Args:
+            model: the dense model; not changed.
+            tokens: calibration tokens, (N, T).
+            run: seed, stages, cache and sizes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthMethod(Method):
+    """A method that takes whole layers out.
+
+    ``blocks`` chosen by one method can be given to any other, so that what they put in their place is compared on the
+    same blocks.
+    """
+
+    blocks: tuple[tuple[int, int], ...] | None = option(
+        None, "explicit half-open blocks instead of a selection: 4-7,9-12", group="size", parse=parse_blocks)
+    protect: float = option(0.0, "share of the layers kept at either end", group="size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.protect < 0.5:
+            raise KDPruneError(f"got protect {self.protect}, expected a share from 0 up to 0.5")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple((int(start), int(end)) for start, end in self.blocks))
+
+    @property
+    def puts_in(self) -> bool:
+        """Most of these put something in the place of a block; those that only drop layers say so."""
+        return True
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether blocks that another method chose can be given to this one."""
+        return self.blocks is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedMethod(DepthMethod):
+    """A method whose blocks the similarity analysis ranks (KDP, section 2); the analysis then runs before it."""
+
+    protect: float = option(0.1, "share of the layers kept at either end", group="size")
+    block_length: int | None = option(
+        None, "use blocks of this many layers only", least=1, group="size", rare=True)
+    max_block: int | None = option(
+        None, "longest block considered, K_max (half the layers, at most 8)", least=1, group="size", rare=True)
+    similarity: Literal["rbf_cka", "linear_cka", "cosine"] = option(
+        "rbf_cka", "score that ranks blocks", group="size", rare=True)
+    endpoints: Literal["input", "output"] | None = option(
+        "input", "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
+        group="size", rare=True)

@@ -1,0 +1,1 @@
+"""Kernelized Dynamics Pruning, step by step."""

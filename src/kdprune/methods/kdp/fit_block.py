@@ -1,0 +1,261 @@
+"""One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.kernel.features import FourierFeatures
+from kdprune.kernel.operators import LinearDynamics, Moments
+from kdprune.methods.common.held_out import held_out
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, Probe, Site, average, state_errors
+from kdprune.methods.kdp.diagnostics import norm_decay, theory
+from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
+from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold, solve_readout
+from kdprune.model.block_states import BlockStates
+from kdprune.model.surgery import Edit
+from kdprune.runtime.run import Run
+from kdprune.train.gradients import Measure, Sums
+from kdprune.train.loop import Schedule, advancing, fit
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a block is fitted; names as in ``KDP``."""
+
+    kernel: str
+    rank: int
+    bandwidth: float
+    ridge: float
+    refine: bool
+    step1: Schedule
+    step2: Schedule
+    step3: Schedule
+    without: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One block's fit under way: its stand-in in place, how it is fitted, and the one source of every draw.
+
+    Attributes:
+        follows_from: what, with the run, decides the fit: the key of its checkpoints.
+    """
+
+    site: Site
+    shape: Shape
+    settings: FitSettings
+    draw: torch.Generator
+    run: Run
+    follows_from: Any = None
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, number: int, run: Run,
+        follows_from: Any = None,
+    ) -> "Fit":
+        """The fit of block ``number`` of a run, with an unfitted stand-in of this shape."""
+        draw = run.generator(number + 1)
+        site = Site(model, states, shape.build(draw), shape.source(states.block), run)
+        return Fit(site, shape, settings, draw, run, follows_from)
+
+    @property
+    def name(self) -> str:
+        """For messages and progress."""
+        block = self.site.states.block
+        return f"block [{block.start}, {block.stop})"
+
+    def train(
+        self, step: str, parameters: Iterable[nn.Parameter], measure: Measure, schedule: Schedule
+    ) -> dict[str, list[float]]:
+        """Trains over the fitted rows, as the stage and from the checkpoint of this name; returns the curves."""
+        with self.run.stage(f"{step} {self.name}", schedule.epochs) as progress:
+            return fit(
+                parameters, measure, self.site.fit_rows, schedule, self.draw, name=self.name,
+                on_epoch=advancing(progress), local_rows=self.site.states.local_rows,
+                checkpoint=self.run.checkpoint(step, self.follows_from))
+
+
+def fit_block(
+    model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, number: int, run: Run,
+    follows_from: Any = None,
+) -> tuple[Edit, dict[str, Any]]:
+    """Fits the stand-in of one block.
+
+    Args:
+        model: the dense model.
+        states: of this block.
+        shape: of the stand-in.
+        settings: how it is fitted.
+        number: of the block among those of the run; every draw follows from it and the run's seed.
+        run: seed, stages, cache.
+        follows_from: what, with the run, decides the fit.
+
+    Returns:
+        The edit, and the block's entry of ``results.json``'s ``fit``.
+    """
+    this = Fit.of(model, states, shape, settings, number, run, follows_from)
+    site, block = this.site, states.block
+    energy = site.update_energy(PASS_ROWS)
+    record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
+    if shape.kind == "fourier":
+        step1 = _step1(this)
+        record["step1"] = step1.curves
+        record |= _step2(this, step1, energy)
+        record |= theory(site, step1)
+    else:
+        _solve_plain(site, settings.ridge)
+        record["step2"] = average(site.state_measure(energy), site)
+    if settings.refine and (shape.kind != "linear" or shape.context):
+        record["step3"], record["refined"] = _step3(this, energy)
+    record |= held_out(site, energy, PASS_ROWS)
+    edit = site.edit()
+    place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
+    added = edit.context if edit.context is not None else edit.stand_in
+    return edit, record | {
+        "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
+        "hidden": shape.hidden, "rank": _rank(shape, settings),
+        "context": "attention" if shape.context else "none", "context_layer": site.context,
+        "parameters": sum(parameter.numel() for parameter in added.parameters()),
+    }
+
+
+def _rank(shape: Shape, settings: FitSettings) -> int:
+    """Rank of the low-rank part of Σ; 0 where the stand-in has none."""
+    return settings.rank if shape.kind == "fourier" and "anisotropy" not in settings.without else 0
+
+
+@torch.no_grad()
+def fit_closed_form(this: Fit) -> None:
+    """Fits a site by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
+
+    Without a hidden layer that is what :func:`fit_block` gives, up to rounding, with kernel "fixed", no refinement and
+    the same generator; a hidden layer stays as drawn.
+    """
+    site, shape, ridge = this.site, this.shape, this.settings.ridge
+    if shape.kind != "fourier":
+        _solve_plain(site, ridge)
+        return
+    features, path = _draw_kernel(this)
+    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features).to(site.device)
+    if "operators" not in this.settings.without:
+        dynamics.start(solve_operators(features, path, ridge), trained=False)
+    product = dynamics.product()
+    inverse = _new_inverse(shape, site.device, this.draw)
+    _solve_inverse(site, inverse, lambda probe: features(probe.kernel_input) @ product.T, ridge)
+    alone = site.stand_in
+    site.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+
+
+def _step1(this: Fit) -> Step1:
+    features, path = _draw_kernel(this)
+    settings, states = this.settings, this.site.states
+    weights = position_weights(states.path_position, states.tokens.ids.shape[1])
+    if "position_weights" in settings.without:
+        weights = torch.ones_like(weights)
+    with this.run.stage(f"kernel {this.name}", settings.step1.epochs) as progress:
+        return fit_dynamics(
+            features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.name,
+            learn_kernel=settings.kernel != "fixed", without=settings.without, progress=progress,
+            checkpoint=this.run.checkpoint("kernel", this.follows_from))
+
+
+def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
+    """The kernel that step 1 starts from, and the states on the block's path as it sees them, (k+1, n, d)."""
+    site, shape, settings = this.site, this.shape, this.settings
+    path = site.to_kernel(site.states.path.to(site.device))
+    features = FourierFeatures(
+        shape.width, shape.features, settings.rank, this.draw, anisotropic="anisotropy" not in settings.without)
+    features.to(site.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth)
+    return features, path
+
+
+def _new_inverse(shape: Shape, device: torch.device, generator: torch.Generator) -> InverseNetwork:
+    inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(device)
+    if inverse.lift is not None:
+        # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
+        # for inputs of norm √(2m), would leave it linear and its read-out enormous.
+        nn.init.normal_(inverse.lift.weight, generator=generator)
+        nn.init.normal_(inverse.lift.bias, generator=generator)
+    return inverse
+
+
+@torch.no_grad()
+def _solve_inverse(site: Site, inverse: InverseNetwork, mapped: Callable[[Probe], Tensor], ridge: float) -> None:
+    """The inverse network's read-out by ridge regression of what the site lacks on ``mapped`` features (n, 2m)."""
+    moments = Moments(inverse.readout.in_features, inverse.readout.out_features, site.device)
+    for rows in site.row_batches(PASS_ROWS):
+        probe = site.probe(rows)
+        moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
+    solve_readout(inverse, moments.add_processes(), ridge)
+
+
+def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
+    """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
+    site, settings = this.site, this.settings
+    product = step1.dynamics.product().detach()
+    inverse = _new_inverse(this.shape, site.device, this.draw)
+
+    @torch.no_grad()
+    def mapped(probe: Probe) -> Tensor:
+        return step1.features(probe.kernel_input) @ product.T
+
+    kernel_path = site.to_kernel(site.states.path.to(site.device))
+    held_path = site.to_kernel(site.states.path_held.to(site.device))
+    with torch.no_grad():
+        predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
+        alpha = decay_compensation(predicted, true)
+        norms = norm_decay(step1, alpha, kernel_path, held_path, settings.ridge)
+        if "alpha" not in settings.without:
+            inverse.alpha.fill_(alpha)
+        else:
+            inverse.alpha.requires_grad_(False)
+    _solve_inverse(site, inverse, mapped, settings.ridge)
+
+    def measure(rows: Tensor) -> Sums:
+        probe = site.probe(rows)
+        return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
+
+    if this.shape.hidden:
+        trained = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
+        curves = this.train("inverse", trained, measure, settings.step2)
+    else:
+        curves = average(measure, site)
+    alone = site.stand_in
+    site.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+    return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
+
+
+def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
+    """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate).
+
+    Returns:
+        The curves, and whether the result was kept.
+    """
+    site, measure = this.site, this.site.state_measure(energy)
+    before, start = average(measure, site, held=True), copy.deepcopy(site.module.state_dict())
+    trained = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
+    curves = this.train("refine", trained, measure, this.settings.step3)
+    after = average(measure, site, held=True)
+    better = after["loss"] <= before["loss"]
+    if not better:
+        site.module.load_state_dict(start)
+    return curves, better
+
+
+@torch.no_grad()
+def _solve_plain(site: Site, ridge: float) -> None:
+    """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
+    stand_in = site.stand_in
+    moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, site.device)
+    for rows in site.row_batches(PASS_ROWS):
+        probe = site.probe(rows)
+        moments.update(probe.readout_input, probe.target - probe.base)
+    matrix, offset = moments.add_processes().solve_affine(ridge)
+    stand_in.readout.weight.copy_(matrix)
+    stand_in.readout.bias.copy_(offset)

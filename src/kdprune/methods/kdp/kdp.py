@@ -1,0 +1,210 @@
+"""Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.block_data import check_rows
+from kdprune.methods.common.budget import Budget, check_budget, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.common.method import RankedMethod
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
+from kdprune.methods.kdp.fit_block import FitSettings
+from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
+from kdprune.model.block_states import PathRows
+from kdprune.model.surgery import check_model
+from kdprune.options import option
+from kdprune.runtime.run import Run
+from kdprune.train.loop import Schedule
+
+# What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
+# measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md).
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {
+        "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
+    },
+    "thorough": {
+        "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
+    },
+    "paper": {
+        "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
+        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False, "slack": 0.0,
+    },
+}
+
+# Step 3 lasts so many epochs: the least, or where the rows are few as many as make LEAST_STEPS, up to the most
+# (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
+REFINE_EPOCHS = (15, 60)
+LEAST_STEPS = 1200
+
+
+@dataclass(frozen=True, kw_only=True)
+class KDP(RankedMethod):
+    """Replaces blocks of layers by folded kernel stand-ins. Source: KDP, sections 2 to 6.
+
+    Fields left at None are filled from the preset. Sizes left at None follow the model's width d:
+    ``features`` m = d/2 with a hidden layer, 5d/6 without (2.5 d² parameters either way).
+
+    Raises:
+        KDPruneError: a value is outside its range (says which and what is expected).
+    """
+
+    title: ClassVar[str] = "KDP"
+    caches_parts: ClassVar[bool] = True
+    collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
+
+    preset: Literal["default", "thorough", "paper"] = option(
+        "default", "fills options not given: the best form measured in a short or a long run, or the method as printed")
+    endpoints: Literal["input", "output"] | None = option(
+        None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
+        group="size", rare=True)
+    kernel: Literal["learned", "fixed", "mlp", "linear"] = option(
+        "learned", "feature map: learned anisotropic kernel, the kernel as drawn, or no kernel: a GELU layer, a linear "
+        "map", rare=True)
+    features: int | None = option(
+        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size")
+    rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
+    bandwidth: float | None = option(
+        None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
+    sequential: bool | None = option(
+        None, "fit later blocks on the states that the model with the earlier stand-ins gives, towards the dense one's",
+        rare=True)
+    inverse: Literal["direct", "residual"] | None = option(
+        None, "inverse network rebuilds the state from features alone, or its update on a normalised input", rare=True)
+    hidden: int | None = option(
+        None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1, group="size",
+        rare=True)
+    context: Literal["none", "attention"] | None = option(
+        None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
+        group="size")
+    refine: bool | None = option(
+        None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
+    fill: bool | None = option(
+        None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
+        group="size", rare=True)
+    ranking: Literal["similarity", "damage"] = option(
+        "similarity", "what the choice of blocks goes by: similarity of states, or the held-out loss that each block "
+        "costs alone with a stand-in that is solved for", group="size", rare=True)
+    slack: float | None = option(
+        None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
+        "shorter; fill spends it on features", least=0, group="size", rare=True)
+    ridge: float = option(1e-4, "relative ridge of every least-squares solve", above=0, rare=True)
+    kernel_epochs: int | None = option(None, "epochs of step 1", least=1, rare=True)
+    kernel_tokens: int | None = option(
+        None, "tokens of step 1 (8192, or 8 for every feature if that is more)", least=1, rare=True)
+    kernel_rate: float | None = option(
+        None, "peak learning rate of step 1 (0.384 / the width)", above=0, rare=True)
+    inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1, rare=True)
+    refine_epochs: int | None = option(
+        None, "epochs of step 3 (15; where the rows are few as many as make 1,200 steps, at most 60)", least=1)
+    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0, rare=True)
+    batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1, rare=True)
+    without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
+        option((), "parts of the method left out, to see what they bring: alpha (1 instead), anisotropy (one width for "
+               "all dimensions), cosine_term and position_weights of step 1's loss, ols_start (operators start at I), "
+               "operators (the inverse reads the features of the block's input)", rare=True))
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise KDPruneError(f"got preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        # A direct inverse rebuilds the whole state, which a decoder layer around it would add to its input.
+        if self.inverse == "direct" and self.context is None:
+            object.__setattr__(self, "context", "none")
+        if self.features is not None and self.fill is None:
+            object.__setattr__(self, "fill", False)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        super().__post_init__()
+        if self.inverse == "direct" and self.context == "attention":
+            raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
+                               "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
+
+    def budget(self, model: PreTrainedModel) -> Budget:
+        """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
+        slack = (self.slack or 0.0) if self.fill else 0.0
+        return Budget(model, self.shape(model.config.hidden_size), self.ratio, slack)
+
+    def shape(self, width: int) -> Shape:
+        """The stand-in before any spare budget is spent on it, for a model of this width."""
+        hidden = (width if self.hidden == -1 else self.hidden) if self.kernel not in ("mlp", "linear") else 0
+        kind = self.kernel if self.kernel in ("mlp", "linear") else "fourier"
+        default = {"fourier": width // 2 if hidden else round(5 * width / 6), "mlp": round(5 * width / 4), "linear": 0}
+        features = self.features if self.features is not None and kind != "linear" else default[kind]
+        return Shape(
+            width=width, kind=kind, features=features, hidden=hidden or 0,
+            residual=self.inverse == "residual", context=self.context == "attention",
+        )
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
+        super().check(model, tokens)
+        check_model(model, substitutes=True)
+        check_budget(self, self.budget(model))
+        check_rows(tokens)
+        if self._by_damage:
+            check_damage(model, tokens, self.held)
+
+    @property
+    def needs_whole_model(self) -> bool:
+        """To measure damage the model runs many times."""
+        return self._by_damage
+
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the blocks, fits their stand-ins and returns the edits."""
+        budget = self.budget(model)
+        shape, damage = budget.shape, None
+        if self._by_damage:
+            trial = Trial(shape, self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
+            measured = blocks_to_measure(possible_blocks(self, budget), budget)
+            damage = measure_damage(model, tokens, measured, trial, run)
+            blocks = select_by_damage(damage, budget)
+        else:
+            blocks = choose_blocks(self, model, tokens, run, budget)
+        if self.fill:
+            shape = spare_features(shape, budget, blocks)
+        plan = FitPlan(
+            blocks, shape, self.settings(shape, tokens), tokens.held_out(self.held), self.path_rows(tokens, shape),
+            bool(self.sequential))
+        return replace(fit_blocks(model, tokens, plan, run), damage=damage)
+
+    @property
+    def _by_damage(self) -> bool:
+        """Whether blocks are to be chosen, by damage."""
+        return self.ranking == "damage" and self.blocks is None
+
+    def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
+        """Rows that step 1 sees: enough tokens for the operators' solves."""
+        rows, held, length = len(tokens), tokens.held_out(self.held), tokens.ids.shape[1]
+        wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
+        return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
+
+    def settings(self, shape: Shape, tokens: TokenSet) -> FitSettings:
+        """How blocks are fitted with stand-ins of this shape, on these tokens."""
+        # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
+        rate = self.rate or 4 / shape.width
+        return FitSettings(
+            kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
+            refine=bool(self.refine),
+            step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
+            step2=Schedule(self.inverse_epochs, self.batch, rate),
+            step3=Schedule(self._refine_epochs(tokens), self.batch, rate),
+            without=frozenset(self.without),
+        )
+
+    def _refine_epochs(self, tokens: TokenSet) -> int:
+        """Epochs of step 3 on these rows, less those held out."""
+        if self.refine_epochs is not None:
+            return self.refine_epochs
+        least, most = REFINE_EPOCHS
+        steps = -(-len(tokens.fitted(self.held)) // self.batch)
+        return min(most, max(least, -(-LEAST_STEPS // steps)))

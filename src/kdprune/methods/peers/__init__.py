@@ -1,0 +1,1 @@
+"""The methods that KDP is compared with, one file each."""

@@ -1,0 +1,263 @@
+"""Methods that take layers out by a score and put nothing in their place: ShortGPT, UIDL, SLEB."""
+
+import contextlib
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.budget import check_blocks, layer_sizes, shortest_blocks
+from kdprune.methods.common.distance import measure_distances
+from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.selection import open_layers
+from kdprune.model.activations import recorded
+from kdprune.model.families import decoder_layers
+from kdprune.model.losses import IGNORED, language_loss, next_tokens
+from kdprune.model.passes import let_pass, run_layers, standing_in
+from kdprune.model.surgery import Drop, layers_replaced
+from kdprune.options import option
+from kdprune.runtime.run import Run
+
+
+def runs(layers: Iterable[int]) -> list[range]:
+    """Layer indices as blocks, in order, neighbours joined: {7, 3, 4} → [3, 5), [7, 8)."""
+    groups = itertools.groupby(enumerate(sorted(layers)), key=lambda item: item[1] - item[0])
+    members = [[layer for _, layer in group] for _, group in groups]
+    return [range(group[0], group[-1] + 1) for group in members]
+
+
+def cheapest_layers(order: Sequence[int], sizes: Sequence[int], target: int) -> list[int]:
+    """The first layers of ``order`` that together have at least ``target`` parameters, as few as it takes."""
+    chosen, removed = [], 0
+    for layer in order:
+        if removed >= target:
+            break
+        chosen.append(layer)
+        removed += sizes[layer]
+    return chosen
+
+
+def check_reach(ratio: float, reachable: int, total: int) -> None:
+    """Raises KDPruneError where ``reachable`` of ``total`` parameters are less than the ratio asks for."""
+    if reachable < round(ratio * total):
+        largest = math.floor(reachable / total * 1e4) / 1e4
+        raise KDPruneError(f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest the layers that may be "
+                           f"taken out allow; lower the ratio or protect fewer layers (protect=…)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropMethod(DepthMethod):
+    """A depth method whose edits are drops alone; what it picks is stock architecture with fewer layers."""
+
+    @property
+    def puts_in(self) -> bool:
+        """Nothing."""
+        return False
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError for impossible blocks, or a ratio that the allowed layers do not reach."""
+        super().check(model, tokens)
+        if self.blocks is not None:
+            check_blocks([range(*block) for block in self.blocks], len(decoder_layers(model)))
+        else:
+            self.check_ratio(model)
+
+    def check_ratio(self, model: PreTrainedModel) -> None:
+        """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
+        sizes, allowed = layer_sizes(model), self.allowed(model)
+        reachable = sum(sizes[layer] for layer in allowed)
+        # At least one layer of the model has to stay.
+        if len(allowed) == len(sizes):
+            reachable -= max(sizes)
+        check_reach(self.ratio, reachable, model.num_parameters())
+
+    def allowed(self, model: PreTrainedModel) -> range:
+        """The layers that may be taken out."""
+        return open_layers(len(decoder_layers(model)), self.protect)
+
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Chooses the layers and returns the drops. Nothing is drawn at random."""
+        if self.blocks is not None:
+            return MethodResult([Drop(range(*block)) for block in sorted(self.blocks)], tokens=0)
+        blocks, seen = self.choose(model, tokens, run)
+        return MethodResult([Drop(block) for block in blocks], tokens=seen)
+
+    @abstractmethod
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+        """The blocks to take out, in order, and how many calibration tokens were looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGPT(DropMethod):
+    """Takes out the layers that change the state least, wherever they stand. Source: Men et al. 2024, section 3.
+
+        BI_l = 1 − E_t[ cos(h_l,t, h_{l+1},t) ]
+
+    over the real tokens t of the calibration rows; the fewest layers of lowest Block Influence that meet the ratio
+    go, no layer excluded. A cosine with a zero state counts 0.5.
+
+    The published code takes h_L behind the final norm (the last entry of ``hidden_states``), which makes the last
+    layer's influence another; here h_L is what leaves the last layer.
+    """
+
+    title: ClassVar[str] = "ShortGPT"
+    collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
+
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+        """Layers of lowest Block Influence; arguments as in :meth:`DropMethod.choose`."""
+        distances = measure_distances(model, tokens, run)
+        influence = block_influence(distances.cosine)
+        order = sorted(self.allowed(model), key=lambda layer: (influence[layer], layer))
+        chosen = cheapest_layers(order, layer_sizes(model), round(self.ratio * model.num_parameters()))
+        return runs(chosen), distances.tokens
+
+
+def block_influence(cosine: Tensor) -> list[float]:
+    """BI of every layer from the mean cosines of all pairs of states, (L+1, L+1) → L values."""
+    values: list[float] = (1 - cosine.diagonal(1)).tolist()
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class UIDL(DropMethod):
+    """Takes out one run of layers, the one whose ends are nearest. Source: Gromov et al. 2024, section 3.
+
+        l* = argmin_l  E_rows[ arccos(cos(h_l, h_{l+n})) / π ]
+
+    at the last real token of every row; n is the shortest length that meets the ratio, and layers l* … l*+n−1 go.
+
+    The published code takes h_L behind the final norm; here h_L is what leaves the last layer. The paper heals with
+    QLoRA afterwards (``--heal``).
+    """
+
+    title: ClassVar[str] = "UIDL"
+    collects: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
+    spreads: ClassVar[bool] = True
+
+    def check_ratio(self, model: PreTrainedModel) -> None:
+        """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
+        shortest_blocks(model, self.ratio, self.allowed(model))
+
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+        """The block of least angular distance; arguments as in :meth:`DropMethod.choose`."""
+        candidates = shortest_blocks(model, self.ratio, self.allowed(model))
+        distances = measure_distances(model, tokens, run)
+        return [min(candidates, key=lambda block: float(distances.angular[block.start, block.stop]))], distances.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLEB(DropMethod):
+    """Takes out, again and again, the layer whose removal costs least loss. Source: Song et al. 2024, section 4.
+
+        l* = argmin_{l alive, not first or last}  E[ −log p(x_t | x_<t) ]  of the model without l and without those gone
+
+    in nats over the real tokens of the calibration rows, until the ratio is met. Greedy: each step is the best one
+    given those before it; for one layer this is the exhaustive optimum, for more it need not be.
+
+    What enters a candidate is found once a round, so only the layers behind it are run for its loss.
+
+    The paper takes 128 sequences of 2048 tokens of WikiText-2; the published code joins 128 shuffled *rows* of that
+    data set, about four such sequences. Here ``sequences`` calibration rows are taken, of whatever length they have.
+    """
+
+    title: ClassVar[str] = "SLEB"
+    spreads: ClassVar[bool] = True
+
+    sequences: int = option(
+        128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError as the others do, and for rows in which no token follows another."""
+        super().check(model, tokens)
+        if self.blocks is None and not (next_tokens(self.rows(tokens)) != IGNORED).any():
+            raise KDPruneError(f"got calibration rows without two tokens in a row from {tokens.source}, expected text "
+                               f"to take a loss on: give longer rows (length=…)")
+
+    def allowed(self, model: PreTrainedModel) -> range:
+        """The layers that may be taken out: never the first and the last."""
+        layers, opened = len(decoder_layers(model)), super().allowed(model)
+        return range(max(opened.start, 1), min(opened.stop, layers - 1))
+
+    def rows(self, tokens: TokenSet) -> TokenSet:
+        """The rows the loss is measured on."""
+        return tokens.select(slice(0, self.sequences))
+
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+        """Greedy search over whole layers; arguments as in :meth:`DropMethod.choose`."""
+        rows, sizes, allowed = self.rows(tokens), layer_sizes(model), list(self.allowed(model))
+        target = round(self.ratio * model.num_parameters())
+        gone: list[int] = []
+        rounds = len(cheapest_layers(allowed, sizes, target))
+        evaluations = sum(len(allowed) - number for number in range(rounds))
+        with run.stage("greedy search", evaluations * math.ceil(len(rows) / run.batch_size)) as progress:
+            while sum(sizes[layer] for layer in gone) < target:
+                candidates = [layer for layer in allowed if layer not in gone]
+                losses = losses_without(model, rows, gone, candidates, run.batch_size, progress)
+                gone.append(min(losses, key=lambda layer: losses[layer]))
+                if math.isinf(losses[gone[-1]]):
+                    raise KDPruneError("got no finite loss after removing any one layer more, expected one: load the "
+                                       "model in another dtype (--dtype float32)")
+        return runs(gone), rows.tokens
+
+
+@torch.no_grad()
+def losses_without(
+    model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], candidates: Sequence[int], batch_size: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[int, float]:
+    """For each candidate the mean next-token loss in nats of ``model`` without it and the layers ``gone``; infinite
+    where it is not a number.
+
+    What enters a candidate is the same whether it is there or not, so one pass without the layers ``gone`` gives the
+    states in front of all candidates, and of each model only the layers behind its candidate are run, and the head.
+    Held are the states of one batch.
+
+    Args:
+        progress: told of every batch of every candidate.
+    """
+    gone = set(gone)
+    alive = [index for index in range(len(decoder_layers(model))) if index not in gone]
+    position = {layer: alive.index(layer) for layer in candidates}
+    totals, scored = dict.fromkeys(candidates, 0.0), 0
+    for batch in tokens.batches(batch_size):
+        states = _entering(model, batch, alive, position)
+        for layer in candidates:
+            with _starting_behind(model, [other for other in alive if other != layer], position[layer], states[layer]):
+                loss, count = language_loss(model, batch)
+            totals[layer] += float(loss)
+            progress(1)
+        scored += count
+    means = {layer: total / max(scored, 1) for layer, total in totals.items()}
+    return {layer: mean if math.isfinite(mean) else math.inf for layer, mean in means.items()}
+
+
+def _entering(
+    model: PreTrainedModel, batch: TokenSet, alive: Sequence[int], position: Mapping[int, int]
+) -> dict[int, Tensor]:
+    """The states (B, T, d) entering layers, each at its position among those ``alive``, when these alone run."""
+    layers = [decoder_layers(model)[index] for index in alive]
+    behind = layers[max(position.values()):]
+    # recorded() comes last: inside, positions among those alive are the layers' indices.
+    with layers_replaced(model, layers), standing_in(behind, let_pass), recorded(model, position.values()) as seen:
+        run_layers(model, batch)
+    return {layer: seen[at] for layer, at in position.items()}
+
+
+@contextlib.contextmanager
+def _starting_behind(model: PreTrainedModel, alive: Sequence[int], start: int, state: Tensor) -> Iterator[None]:
+    """While active, the layers ``alive`` alone run, from number ``start`` of them on, which is given ``state``."""
+    layers = [decoder_layers(model)[index] for index in alive]
+    with layers_replaced(model, layers), standing_in(layers[:start], lambda *_: state):
+        yield

@@ -1,0 +1,256 @@
+"""LaCo: runs of layers are merged into the layer before them."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.budget import check_blocks
+from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.selection import open_layers
+from kdprune.methods.peers.drop import check_reach, layer_sizes
+from kdprune.methods.peers.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
+from kdprune.model.families import decoder_layers
+from kdprune.model.surgery import apply_edits
+from kdprune.options import option
+from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Advance
+
+PAPER_LAYERS = 4  # C of the paper for 7 billion parameters (for 13 billion 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaCo(DepthMethod):
+    """Merges layers l+1 … l+m into layer l, from the top downward. Source: Yang et al. 2024, section 2 (RDSC merge).
+
+        θ_l* = θ_l + Σ_{k=1..m} (θ_{l+k} − θ_l),   m = C − 1                                        (form "paper")
+        θ_l* = θ_{l+m}                                                                              (form "code")
+
+    The published notebook subtracts the weights that it has just updated, so that its sum telescopes to "code". That
+    is the default here, against the rule that the paper's form is: as printed, m = 3 already gives gibberish
+    (docs/methods/laco.md), because Σθ_{l+k} − (m − 1) θ_l of unrelated weights is far larger than any of them.
+    Loop: from l = H − C, a candidate is accepted if s > T, and l goes down by I, else by 1, until l < L;
+    s is the mean over a few rows of the cosine between the flattened final states (behind the final norm, as in the
+    notebook, real tokens only) of the dense model and of the candidate. Merged layers may be merged again.
+
+    The ratio follows from C and T. Without ``threshold`` every T that leads to another result is tried, from the
+    strictest down, until no other result can lie nearer the ratio from above; without ``merge_layers`` for every C
+    that can be of use at once, so that the C which gets there at the strictest T is taken.
+
+    Blocks given by the user are merged into the layer before them; ``ratio`` and T then play no part.
+
+    Raises:
+        KDPruneError: a value is outside its range (says which and what is expected).
+    """
+
+    title: ClassVar[str] = "LaCo"
+
+    form: Literal["paper", "code"] = option(
+        "code", "the sum of differences: telescoped to θ_{l+m} (code), or as printed, which breaks models (paper)",
+        rare=True)
+    merged: Literal["projections", "all"] = option(
+        "projections", "what is merged: attention and MLP projections (norms stay the base layer's), or all parameters",
+        rare=True)
+    merge_layers: int | None = option(
+        None, "C, layers merged into one (the number that meets the ratio at the strictest T; 4 with a threshold)",
+        least=2, group="size")
+    interval: int = option(1, "I, layers to go down after a merge", least=1, group="size", rare=True)
+    lowest: int = option(0, "L, the lowest layer that others are merged into", least=0, group="size", rare=True)
+    highest: int | None = option(
+        None, "H, the merges start C layers below it (the last layer)", least=1, group="size", rare=True)
+    sentences: int = option(
+        10, "calibration rows on which candidates are compared with the dense model", least=1, group="data")
+    sentence_tokens: int = option(
+        64, "real tokens taken of each of these rows, from its start", least=1, group="data", rare=True)
+    threshold: float | None = option(
+        None, "T, least similarity of a candidate; given, the ratio follows from it (searched to meet the ratio)",
+        group="size")
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError for layers that differ in shape, impossible bounds, or a ratio out of reach."""
+        super().check(model, tokens)
+        shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in decoder_layers(model)]
+        odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
+        if odd is not None:
+            raise KDPruneError(f"got layers 0 and {odd} with parameters of different shapes, expected equal ones: only "
+                               f"such can be merged")
+        if self.blocks is not None:
+            blocks = check_blocks([range(*block) for block in self.blocks], len(shapes))
+            if blocks[0].start == 0:
+                raise KDPruneError(f"got block [0, {blocks[0].stop}), expected a start of 1 or more: it is merged into "
+                                   f"the layer before it")
+            return
+        if self.highest is not None and self.highest >= len(shapes):
+            raise KDPruneError(f"got highest {self.highest}, expected at most {len(shapes) - 1}, the last layer")
+        reach = max(max(course.reachable()) for course in self.courses(model))
+        if not reach:
+            raise KDPruneError("got bounds between which no layer can be merged, expected lowest ≤ highest − "
+                               "merge_layers: raise highest, or lower merge_layers, lowest or protect")
+        if self.threshold is None:
+            check_reach(self.ratio, reach * layer_sizes(model)[0], model.num_parameters())
+
+    def wanted(self, model: PreTrainedModel) -> int:
+        """How many layers have to go to meet the ratio."""
+        return max(1, -(-round(self.ratio * model.num_parameters()) // layer_sizes(model)[0]))
+
+    def courses(self, model: PreTrainedModel) -> list["Course"]:
+        """The numbers C that may be taken, those that can come nearest the ratio in front."""
+        layers, wanted = len(decoder_layers(model)), self.wanted(model)
+        opened = open_layers(layers, self.protect)
+        highest = layers - 1 if self.highest is None else self.highest
+        top, lowest = min(highest, opened.stop), max(self.lowest, opened.start)
+        if self.merge_layers is not None or self.threshold is not None:
+            counts = [self.merge_layers or PAPER_LAYERS]
+        else:
+            counts = list(range(2, wanted + 2))
+        courses = [Course(layers, count, top - count, lowest, self.interval, layers - opened.stop) for count in counts]
+        return sorted(courses, key=lambda course: course.excess(wanted))
+
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Merges and returns the edits. Nothing is drawn at random."""
+        merger = Merger(model, self.form, merged_names(model, self.merged))
+        if self.blocks is not None:
+            slots = merger.dense()
+            # From the top down, so that the places of those still to come stay what they are in the dense model.
+            for start, stop in sorted(self.blocks, reverse=True):
+                slots = merger.merge(slots, start - 1, stop - start)
+            return MethodResult(edits_of(slots, len(decoder_layers(model))), tokens=0)
+        rows = first_tokens(tokens.select(slice(0, self.sentences)), self.sentence_tokens)
+        with run.stage("merge search") as progress:
+            walk = self.search(model, Judge(model, merger, rows, run.batch_size, progress))
+        return MethodResult(edits_of(walk.slots, len(decoder_layers(model))), tokens=rows.tokens)
+
+    def search(self, model: PreTrainedModel, judge: "Judge") -> "Walk":
+        """The merges of the given threshold, or those nearest the ratio from above.
+
+        Raises:
+            KDPruneError: the threshold lets no merge pass, or none meets the ratio (says the largest reached).
+        """
+        courses, wanted = self.courses(model), self.wanted(model)
+        if self.threshold is not None:
+            walk = judge.walk(courses[0], self.threshold)
+            if not walk.removed:
+                raise KDPruneError(f"got threshold {self.threshold}, expected one below {walk.rejected:.4g}, the "
+                                   f"similarity of the best single merge")
+            return walk
+        best: Walk | None = None
+        largest, over = 0, math.inf
+        for least, group in itertools.groupby(courses, key=lambda course: course.excess(wanted)):
+            if over <= least:
+                break
+            for found in judge.walks(list(group)):
+                largest = max(largest, found.removed)
+                if wanted <= found.removed < wanted + over:
+                    best, over = found, found.removed - wanted
+                if over <= least:
+                    break
+        if best is None:
+            check_reach(self.ratio, largest * layer_sizes(model)[0], model.num_parameters())
+        assert best is not None
+        return best
+
+
+@dataclass(frozen=True)
+class Course:
+    """Where merges are tried: from position ``start`` down to ``lowest``, of a model of ``layers`` layers.
+
+    ``merge_layers`` is C, ``interval`` I; the last ``kept`` layers are never merged.
+    """
+
+    layers: int
+    merge_layers: int
+    start: int
+    lowest: int
+    interval: int
+    kept: int
+
+    def count(self, position: int, removed: int) -> int:
+        """m, how many layers go into the one at ``position`` when ``removed`` are gone already."""
+        return min(self.merge_layers - 1, self.layers - removed - self.kept - 1 - position)
+
+    def reachable(self) -> set[int]:
+        """Every number of layers that some choice of accepted merges removes."""
+        found, states = set(), {(self.start, 0)}
+        while states:
+            position, removed = states.pop()
+            found.add(removed)
+            if position >= self.lowest:
+                states.add((position - 1, removed))
+                if (count := self.count(position, removed)) > 0:
+                    states.add((position - self.interval, removed + count))
+        return found
+
+    def excess(self, wanted: int) -> float:
+        """Least number of layers beyond ``wanted`` that could be removed; infinite where so many never are."""
+        return min((removed - wanted for removed in self.reachable() if removed >= wanted), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One run of the loop: the layers it leaves, how many it took out, and the largest similarity it rejected."""
+
+    slots: tuple[Slot, ...]
+    removed: int
+    rejected: float
+
+
+class Judge:
+    """Runs the loop at a threshold; the similarity of a candidate, which only its merges decide, is measured once.
+
+    Args:
+        rows: calibration rows.
+        batch_size: rows a forward pass.
+        progress: told of every candidate measured.
+    """
+
+    def __init__(self, model: PreTrainedModel, merger: Merger, rows: TokenSet, batch_size: int, progress: Advance):
+        self.model, self.merger, self.rows, self.batch_size, self.progress = model, merger, rows, batch_size, progress
+        self.known: dict[tuple[tuple[int, int], ...], float] = {}
+        self.dense = final_states(model, rows, batch_size)
+
+    def walks(self, courses: Sequence[Course]) -> Iterator[Walk]:
+        """Every different run of the loop, from the strictest threshold, which rejects all, to the one below all.
+
+        A run stays the same while T is at least the largest similarity it rejected, so the next is just below that.
+        """
+        waiting = dict.fromkeys(courses, math.inf)
+        while waiting:
+            course = max(waiting, key=waiting.__getitem__)
+            walk = self.walk(course, waiting.pop(course))
+            if walk.rejected > -math.inf:
+                waiting[course] = math.nextafter(walk.rejected, -math.inf)
+            yield walk
+
+    def walk(self, course: Course, threshold: float) -> Walk:
+        """The loop of the paper at one threshold."""
+        slots, position, rejected = self.merger.dense(), course.start, -math.inf
+        history: tuple[tuple[int, int], ...] = ()
+        while position >= course.lowest:
+            count = course.count(position, course.layers - len(slots))
+            if count < 1:
+                position -= 1
+                continue
+            tried = (*history, (position, count))
+            similarity = self.similarity(slots, tried)
+            if similarity > threshold:
+                slots, history = self.merger.merge(slots, position, count), tried
+                position -= course.interval
+            else:
+                rejected = max(rejected, similarity)
+                position -= 1
+        return Walk(slots, course.layers - len(slots), rejected)
+
+    def similarity(self, slots: Sequence[Slot], history: tuple[tuple[int, int], ...]) -> float:
+        """s of ``slots`` after the last merge of ``history``; −∞ where it is not a number."""
+        if history not in self.known:
+            merged = self.merger.merge(slots, *history[-1])
+            candidate = apply_edits(self.model, edits_of(merged, len(self.merger.dense())))
+            self.known[history] = mean_cosine(self.dense, final_states(candidate, self.rows, self.batch_size))
+            self.progress(1)
+        return self.known[history]

@@ -1,0 +1,104 @@
+"""SliceGPT: the residual stream is rotated to its principal components, and the least of them are cut off."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.methods.common.method import Method
+from kdprune.methods.common.result import MethodResult
+from kdprune.methods.peers.slicing import StreamSize, measure_cuts, sliced_edits
+from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
+from kdprune.model.surgery import check_model
+from kdprune.options import option
+from kdprune.runtime.run import Run
+
+SPARE = 0.005  # share of the parameters by which the ratio may be exceeded before cuts get widths of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceGPT(Method):
+    """SliceGPT (ICLR 2024, arXiv 2401.15024), without its fine-tuning.
+
+    Norm scales are folded into the projections that follow (LayerNorm: its mean subtraction into those in front, its
+    bias into the bias of those that follow), which leaves x / rms(x), which commutes with rotations. At every cut (the
+    embeddings' sum, each MLP norm's input, each layer's output) the eigenvectors Q of H = Σ x xᵀ + 0.01 mean(diag H) I,
+    in float64 and on signals already sliced, turn the stream; its first d' components stay. Shortcut matrices
+    Q_prevᵀ Q_next stand in the residual branches. The last layer's output and the head stay full width; there Q is the
+    identity, which computes the same as any other rotation. Embeddings and head are no longer tied.
+
+    The paper's width is d' = ⌊(1 − s) d⌋ rounded down to a multiple of 8 for every cut; with ``sparsity`` s this is
+    what happens. Otherwise d' is the largest multiple that meets the net ratio. Where that exceeds the ratio by more
+    than half a point, cuts get up to ``round_to`` columns more, the last cut first, as many as the ratio allows.
+    """
+
+    title: ClassVar[str] = "SliceGPT"
+
+    sparsity: float | None = option(
+        None, "share of the stream's width to cut; then ratio is not used", least=0, group="size")
+    round_to: int = option(8, "widths are multiples of this", least=1, group="size", rare=True)
+    sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1, group="data")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsity is not None and not self.sparsity < 1:
+            raise KDPruneError(f"got sparsity {self.sparsity}, expected a share from 0 up to 1")
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
+        super().check(model, tokens)
+        check_model(model, substitutes=True)
+        family = family_of(model)
+        if normalises_behind(model) or isinstance(final_norm(model), nn.Identity):
+            raise KDPruneError(
+                f"got a {family.model_type} model with a norm between a sublayer and the residual sum or behind it, or "
+                f"none in front of the head, expected norms in front of every sublayer: SliceGPT cannot rotate it")
+        if model.get_parameter(f"{family.embeddings[0]}.weight").shape[1] != model.config.hidden_size:
+            raise KDPruneError("got embeddings that are projected to the stream's width, expected its own width")
+        self.widths(model)
+
+    def widths(self, model: PreTrainedModel) -> list[int]:
+        """The width of every cut in order, the last layer's output left out; raises KDPruneError for a ratio out of
+        reach."""
+        size, width = StreamSize.of(model), model.config.hidden_size
+        if self.sparsity is not None:
+            kept = math.floor((1 - self.sparsity) * width + 1e-9)
+            kept = kept if kept == width else kept // self.round_to * self.round_to
+            if kept < 1:
+                raise KDPruneError(f"got sparsity {self.sparsity:.4g}, expected one that leaves a multiple of "
+                                   f"{self.round_to} of a stream {width} wide: lower it, or round_to")
+            return [kept] * size.cuts
+        most = math.floor((1 - self.ratio) * model.num_parameters() + 1e-6)  # parameters that may stay
+        fitting = [kept for kept in range(self.round_to, width + 1, self.round_to)
+                   if size.parameters([kept] * size.cuts) <= most]
+        if not fitting:
+            largest = 1 - size.parameters([min(self.round_to, width)] * size.cuts) / model.num_parameters()
+            raise KDPruneError(
+                f"got ratio {self.ratio:.4g}, expected at most {math.floor(largest * 1e4) / 1e4:.4g}, the largest at a "
+                f"width of {self.round_to}: lower the ratio (or round_to)")
+        found = [fitting[-1]] * size.cuts
+        if size.parameters(found) < most - SPARE * model.num_parameters():
+            _widen(found, size, most, min(fitting[-1] + self.round_to, width))
+        return found
+
+    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
+        """Turns and cuts the stream layer by layer and returns the narrower layers."""
+        widths = self.widths(model)
+        chosen = tokens.fitted(self.held).select(slice(self.sequences))
+        with run.stage("principal components", len(decoder_layers(model))) as progress:
+            rotations = measure_cuts(model, chosen, widths, run.batch_size, progress)
+        return MethodResult(sliced_edits(model, rotations), tokens=chosen.tokens)
+
+
+def _widen(widths: list[int], size: StreamSize, most: int, widest: int) -> None:
+    """Give cuts, the last first, more columns one by one while no more than ``most`` parameters stay."""
+    for cut in reversed(range(len(widths))):
+        while widths[cut] < widest:
+            widths[cut] += 1
+            if size.parameters(widths) > most:
+                widths[cut] -= 1
+                return

@@ -1,0 +1,1 @@
+"""What pruning would give and take, by count, from a config alone."""

@@ -1,0 +1,1 @@
+"""Load → analyse → prune → heal → evaluate → save → report, and the options of all of it."""

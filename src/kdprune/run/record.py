@@ -1,0 +1,159 @@
+"""A run's measurements, and their assembly into ``results.json``'s record."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.samples import compare_samples
+from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
+from kdprune.methods.common.analysis import Scores
+from kdprune.methods.common.result import MethodResult
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.placement import reads_weights
+from kdprune.model.surgery import Resize
+from kdprune.report.results import (
+    Calibration,
+    Fit,
+    Heal,
+    KVCache,
+    Layers,
+    LayerWidth,
+    Pace,
+    Parameters,
+    Perplexity,
+    Results,
+    Sample,
+    Speed,
+)
+from kdprune.runtime.distributed import world
+from kdprune.runtime.machine import peak_memory_bytes
+from kdprune.runtime.run import Run
+
+PROMPT_TOKENS = 32  # of the held-out text that both models continue
+_SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy", "lm_eval", "peft")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Both models under one protocol, as the parts of ``results.json``.
+
+    speed: None, as samples are empty, where the dense model was ``streamed``: reading its weights from disk for every
+    token would measure the disk.
+    """
+
+    perplexity: Perplexity
+    speed: Speed | None
+    cache: KVCache
+    samples: list[Sample]
+    streamed: bool = False
+
+
+def evaluate(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: TokenSet,
+    run: Run,
+) -> Evaluation:
+    """Perplexity on the same windows, speed in turns, cache size, and a continuation of the same prompt.
+
+    Every process of the run has to call it: the windows are dealt out to them. Speed and samples are taken by the
+    first, while the others wait, and handed to all.
+
+    Args:
+        dense: the dense model.
+        pruned: the pruned one.
+        tokenizer: for the samples; without one there are none.
+        text: held-out tokens.
+        run: shows the stage.
+    """
+    streamed = reads_weights(dense) or reads_weights(pruned)
+    with run.stage("evaluate", 3) as progress:
+        before, after = perplexity(dense, text), perplexity(pruned, text)
+        progress(1)
+        pace = measured_speed(dense, pruned)
+        progress(1)
+        samples: list[Sample] = []
+        if tokenizer is not None and not streamed and world().first:
+            prompts = [str(tokenizer.decode(text.ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
+            samples = [
+                Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
+                for found in compare_samples(dense, pruned, tokenizer, prompts)
+            ]
+        samples = world().broadcast(samples)
+        progress(1)
+    return Evaluation(
+        Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
+                   stride=before.stride, tokens=before.tokens),
+        pace,
+        KVCache(dense=kv_cache_bytes_per_token(dense), pruned=kv_cache_bytes_per_token(pruned)),
+        samples,
+        streamed,
+    )
+
+
+def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed | None:
+    """Speed of both models, measured in turns by the first process of the run; None for models streamed from disk."""
+    if reads_weights(dense) or reads_weights(pruned):
+        return None
+    return world().broadcast(_speed(dense, pruned) if world().first else None)
+
+
+def _speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
+    pace = compare_speed(dense, pruned)
+    return Speed(
+        batch=pace.batch, prompt=pace.prompt, new_tokens=pace.new_tokens, device=pace.device,
+        prefill=Pace(dense=pace.dense.prefill, pruned=pace.pruned.prefill),
+        decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode))
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of Python and of the packages a run rests on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def analysis_results(
+    name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, run: Run, method: str = "analyze",
+) -> Results:
+    """The record of a run that only looked: everything but what pruning adds."""
+    return Results(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=name, family=family_of(model).model_type, method=method,
+        recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
+        layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
+        calibration=Calibration(
+            source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
+            shares=[part.tokens for part in tokens.shares(run.batch_size)] if world().size > 1 else []),
+        analysis=run.scores.record() if isinstance(run.scores, Scores) else None, seconds=dict(run.stages.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+        versions=software_versions(),
+    )
+
+
+def pruning_results(
+    base: Results, dense: PreTrainedModel, pruned: PreTrainedModel, outcome: MethodResult, measured: Evaluation,
+    healed: dict[str, Any] | None = None,
+) -> Results:
+    """What pruning adds to the record of the analysis."""
+    base.blocks = [(block.start, block.stop) for block in outcome.blocks]
+    base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
+    base.parameters = Parameters(dense=dense.num_parameters(), pruned=pruned.num_parameters())
+    base.fit = [Fit(**record) for record in outcome.fit]
+    if base.analysis is not None and outcome.damage is not None:
+        states = range(base.layers.dense + 1)
+        base.analysis.pair_damage = [[outcome.damage.get(range(s, e)) for e in states] for s in states]
+    base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
+                   if isinstance(edit, Resize) and edit.layer is not None]
+    base.heal = None if healed is None else Heal(**healed)
+    base.perplexity, base.speed, base.streamed = measured.perplexity, measured.speed, measured.streamed
+    base.kv_cache_bytes_per_token, base.samples = measured.cache, measured.samples
+    return base

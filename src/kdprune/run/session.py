@@ -1,0 +1,166 @@
+"""What a run works on: the dense model, its tokenizer and its texts, loaded as the user named them."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from kdprune.data.sources import BUNDLED_MODEL
+from kdprune.data.tokens import (
+    DEFAULT_SAMPLES,
+    LONGEST_ROW,
+    TokenSet,
+    bundled_calibration,
+    bundled_heldout,
+    load_stream,
+    load_tokens,
+)
+from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.model.loading import load_tokenizer
+from kdprune.model.placement import check_states_model, input_device, reads_weights
+from kdprune.run.resources import BOUNDARIES, NONE, Resources, model_part, run_key
+from kdprune.runtime.distributed import world
+from kdprune.runtime.machine import device_peak_bytes, host_peak_bytes, resolve_device
+from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Stages
+from kdprune.store.cache import Cache
+from kdprune.store.files import tell
+from kdprune.store.hashing import Part, as_part, digest, model_identity
+
+HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
+
+
+class Session:
+    """The model, tokenizer and token sets a run works on.
+
+    Arguments as of :func:`kdprune.prune`. Used as a context, which ends what a budget made the accelerator refuse.
+
+    Attributes:
+        model: the dense model.
+        states_model: the quantised model that its hidden states come from, if one is asked for.
+        tokenizer: its tokenizer, or None.
+        name: the model as shown.
+        bundled: whether it is the bundled one.
+        seed: of every draw.
+        stages: of the run.
+        resources: what it may use.
+        memory: the budgets in bytes.
+    """
+
+    def __init__(
+        self, model: str | Path | PreTrainedModel | None, tokenizer: Any, seed: int, device: str, dtype: str | None,
+        trust_remote_code: bool, stages: Stages, resources: Resources | None = None,
+    ):
+        model, resources = BUNDLED_MODEL if model is None else model, resources or Resources()
+        self.bundled = isinstance(model, str | Path) and Path(model) == BUNDLED_MODEL
+        self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
+        dtype = None if isinstance(model, PreTrainedModel) else dtype
+        self._warned, self._before = False, (host_peak_bytes(), device_peak_bytes())
+        self.memory, self._place = resources.memory(device), resolve_device(device)
+        self.memory.enforce(self._place)
+        stages.watch = self._watch
+        with stages.stage("load model"):
+            self.model = resources.load(
+                model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            self.states_model = resources.states_model(
+                model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if self.states_model is not None:
+                check_states_model(self.model, self.states_model)
+            self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+        if isinstance(model, PreTrainedModel):
+            self.name = model.config.name_or_path or type(model).__name__
+        else:
+            self.name = "kdprune bundled reference model" if self.bundled else str(model)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.memory.lift(self._place)
+
+    def _watch(self, stage: str) -> None:
+        """Says, once, when a stage took more memory than was allowed."""
+        peaks = (host_peak_bytes(), device_peak_bytes())
+        grown = [peak if peak > before else 0 for peak, before in zip(peaks, self._before, strict=True)]  # by this run
+        remark = None if self._warned else self.memory.remark(*grown)
+        if remark is not None:
+            self._warned = True
+            tell(f"{remark}; since stage {stage!r}")
+
+    def again(self, seed: int, stages: Stages) -> "Session":
+        """The same model and tokenizer for a run with another seed and stages of its own."""
+        run = copy.copy(self)
+        run.seed, run.stages = seed, stages
+        return run
+
+    def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
+        """Calibration tokens; the bundled text when no source is given."""
+        row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
+        with self.stages.stage("calibration text"):
+            return load_tokens(
+                bundled_calibration() if source is None else source, self.tokenizer,
+                samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
+                length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
+
+    def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
+        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
+        if source is None and self.tokenizer is None:
+            rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
+            return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
+        return load_stream(
+            bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
+            vocabulary=vocabulary_size(self.model))
+
+    def weights_identity(self) -> str:
+        """A hash of the model: of its weights, or of its files and dtype where it is not in memory whole."""
+        if not reads_weights(self.model):
+            return model_identity(self.model)
+        return digest([model_part(self._source, self.model, self.name).hash, str(self.model.dtype)])
+
+    @contextlib.contextmanager
+    def run(self, tokens: TokenSet) -> Iterator[Run]:
+        """One run on these calibration tokens, with the cache that the resources name."""
+        about = self._about(tokens) if self.resources.work_dir not in (None, NONE) else {}
+        with self.cache(tokens, about=about) as cache:
+            yield Run(self.seed, stages=self.stages, cache=cache, about=run_key(about), states_model=self.states_model)
+
+    def cache(
+        self, tokens: TokenSet, own: Path | None = None, about: Mapping[str, Part] | None = None,
+    ) -> AbstractContextManager[Cache]:
+        """The cache that the resources name, for runs on as many tokens; arguments as of :meth:`Resources.cache`."""
+        states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
+        return self.resources.cache(about or {}, self.model, self.memory, BOUNDARIES * states, own)
+
+    def _about(self, tokens: TokenSet) -> dict[str, Part]:
+        """What all stages of a run on these tokens follow from."""
+        running = self.model if self.states_model is None else self.states_model
+        return {
+            "model": world().broadcast(
+                model_part(self._source, self.model, self.name) if world().first else Part(self.name, "")),
+            "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
+                                tokens.identity()),
+            "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
+            "device": as_part(input_device(running).type),
+            "states": as_part(self.resources.load_in or "full precision"),
+        }
+
+
+def plain_source(source: Any) -> Any:
+    """A text source as the recipe records it: its name, or what it was."""
+    if source is None or isinstance(source, str):
+        return source
+    if isinstance(source, Path):
+        return str(source)
+    if isinstance(source, Mapping) and "input_ids" not in source:
+        return {str(name): weight for name, weight in source.items()}
+    if isinstance(source, list) and source and all(isinstance(entry, list | tuple) for entry in source):
+        return [[str(name), weight] for name, weight in source]
+    return f"{type(source).__name__} given in Python"
