@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune import analysis
+from kdprune.runtime.run import Run
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
 from kdprune.methods.common.analysis import score_layers, some_rows
@@ -24,12 +25,12 @@ def random_tokens(rows: int, length: int = 24) -> TokenSet:
     ids = torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::3, length // 2 :] = 0
-    return load_tokens({"input_ids": ids, "attention_mask": mask}, None, samples=None, length=length, seed=0)
+    return load_tokens({"input_ids": ids, "attention_mask": mask}, None, samples=None, length=length, Run())
 
 
 def scored(model: PreTrainedModel, tokens: TokenSet, **options: int) -> tuple[dict[str, Tensor], int]:
-    scores = score_layers(
-        model, tokens, protect=0.1, stages=Stages(), **{"seed": 0, "batch_size": 4, **options})  # type: ignore[arg-type]
+    run = Run(options.get("seed", 0), options.get("batch_size", 4))
+    scores = score_layers(model, tokens, run, protect=0.1, limit=options.get("limit", ENOUGH))
     return scores.tensors(), scores.tokens
 
 
@@ -47,15 +48,15 @@ def test_scores_of_a_batch_are_those_of_its_real_tokens() -> None:
 
 def test_of_a_large_set_random_rows_are_enough() -> None:
     tokens = random_tokens(60)
-    some = some_rows(tokens, 500, seed=0)
+    some = some_rows(tokens, 500, Run())
     assert 500 - 24 < some.tokens <= 500
     kept = {tuple(row) for row in some.ids.tolist()}
     assert kept < {tuple(row) for row in tokens.ids.tolist()}
     assert kept != {tuple(row) for row in tokens.ids[: len(some)].tolist()}
-    assert torch.equal(some_rows(tokens, 500, seed=0).ids, some.ids)
-    assert not torch.equal(some_rows(tokens, 500, seed=1).ids[:5], some.ids[:5])
-    assert some_rows(tokens, tokens.tokens, seed=0) is tokens
-    assert len(some_rows(tokens, 5, seed=0)) == 1
+    assert torch.equal(some_rows(tokens, 500, Run()).ids, some.ids)
+    assert not torch.equal(some_rows(tokens, 500, Run(1)).ids[:5], some.ids[:5])
+    assert some_rows(tokens, tokens.tokens, Run()) is tokens
+    assert len(some_rows(tokens, 5, Run())) == 1
     model = build("llama3")
     assert scored(model, tokens, limit=500)[1] <= 500
     torch.testing.assert_close(scored(model, tokens, limit=500)[0], scored(model, some)[0], rtol=0, atol=0)

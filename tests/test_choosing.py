@@ -7,34 +7,30 @@ from pathlib import Path
 import pytest
 import torch
 from families import CONFIGS, build
-from kdprune.keeper import Keeper
 from test_methods import QUICK, random_tokens, run
 from tiny_checkpoint import Bench
 from transformers import PreTrainedModel
 
 from kdprune import prune
-from kdprune.comparison.variants import parse_variant
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
-from kdprune.methods import damage as damage_module
-from kdprune.methods.common.budget import WIDEST, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.common.budget import WIDEST, possible_blocks, select_by_similarity, spare_features
 from kdprune.methods.common.selection import candidate_blocks, useful_blocks
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp import damage as damage_module
 from kdprune.methods.kdp.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.losses import mean_loss
-from kdprune.model.placement import collecting
 from kdprune.model.streaming import load_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.planning.plan import plan
 from kdprune.report.results import Results
-from kdprune.run.recipe import load_recipe
 from kdprune.runtime.distributed import World
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# ------------------------------------------------------------------------------------------ longer blocks
+# ------------------------------------------------------------------------------------------ slack
 
 
 def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[range], Shape, float]:
@@ -42,21 +38,9 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     method = KDP(**options)
     budget, layers = method.budget(model), model.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
-    blocks = choose_blocks(method, {"rbf_cka": similarity}, budget)
+    blocks = select_by_similarity(method, similarity, budget)
     shape = spare_features(budget.shape, budget, blocks)
     return blocks, shape, sum(budget.removal(block, shape.features) for block in blocks) / budget.total
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.4])
-def test_longer_blocks_and_wider_stand_ins_at_the_same_net_ratio(bundled: PreTrainedModel, ratio: float) -> None:
-    found = [layout(bundled, ratio=ratio, longer=longer) for longer in (0, 1)]
-    gone = [sum(map(len, blocks)) for blocks, _, _ in found]
-    features = [shape.features for _, shape, _ in found]
-    assert gone[0] < gone[1]
-    assert features[0] < features[1] < WIDEST * bundled.config.hidden_size
-    for blocks, shape, net in found:
-        one_feature = len(blocks) * shape.parameters_per_feature() / bundled.num_parameters()
-        assert ratio <= net < ratio + one_feature
 
 
 def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:
@@ -69,56 +53,10 @@ def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedMode
 
 
 def test_what_the_widest_stand_ins_leave_unspent_shows_in_the_net_ratio(bundled: PreTrainedModel) -> None:
-    _, shape, net = layout(bundled, ratio=0.15, longer=5)
+    _, shape, net = layout(bundled, ratio=0.15, blocks=((4, 12),))
     assert shape.features == WIDEST * bundled.config.hidden_size
     assert net > 0.16
-    assert plan(ratio=0.15, longer=5).net_ratio > 0.16
-
-
-def test_a_pruned_model_has_fewer_layers_and_the_same_size(tiny_model) -> None:
-    model, tokens = tiny_model("llama3"), random_tokens()
-    layers, nets = [], []
-    for longer in (0, 1):
-        result = run(model, tokens, ratio=0.25, protect=0.0, features=None, longer=longer)
-        pruned = apply_edits(model, result.edits)
-        layers.append(pruned.config.num_hidden_layers)
-        nets.append(1 - pruned.num_parameters() / model.num_parameters())
-    assert layers[1] < layers[0]
-    assert all(0.25 <= net < 0.255 for net in nets)
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"longer": 1, "blocks": ((1, 3),)}, "longer 1 with blocks, expected 0"),
-    ({"longer": 2, "fill": False}, "longer 2 without fill, expected 0"),
-    ({"longer": 2, "features": 8}, "without fill"), ({"longer": 2, "preset": "paper"}, "without fill"),
-    ({"longer": 2, "kernel": "linear"}, "kernel 'linear', which has no features"),
-    ({"longer": -1}, "longer -1, expected a whole number"),
-])
-def test_longer_is_refused_where_it_means_nothing(options: dict, message: str) -> None:
-    with pytest.raises(KDPruneError, match=message) as caught:
-        KDP(**options)
-    assert "\n" not in str(caught.value)
-
-
-def test_longer_than_the_model_allows_names_the_most(bundled: PreTrainedModel) -> None:
-    with pytest.raises(KDPruneError, match=r"got longer 9, expected at most (\d+), .* ratio 0\.4 ") as caught:
-        KDP(ratio=0.4, longer=9).check(bundled, random_tokens())
-    most = int(str(caught.value).partition("at most ")[2].partition(",")[0])
-    KDP(ratio=0.4, longer=most).check(bundled, random_tokens())
-    with pytest.raises(KDPruneError, match=f"at most {most}"):
-        KDP(ratio=0.4, longer=most + 1).check(bundled, random_tokens())
-
-
-def test_a_variant_that_chooses_longer_blocks_keeps_its_own() -> None:
-    given = ((1, 3),)
-    assert parse_variant("kdp", 0.2).on(given).method == KDP(ratio=0.2, blocks=given)
-    assert parse_variant("kdp:longer=1", 0.2).on(given).method == KDP(ratio=0.2, longer=1)
-
-
-def test_the_options_go_into_recipes(tmp_path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("longer: 2\nranking: damage\n", encoding="utf-8")
-    assert load_recipe(recipe) == {"longer": 2, "ranking": "damage"}
+    assert plan(ratio=0.15, blocks=((4, 12),)).net_ratio > 0.16
 
 
 # ------------------------------------------------------------------------------------------ ranking by damage
@@ -130,7 +68,7 @@ SOLVED = {**QUICK, "kernel": "fixed", "kernel_epochs": 1, "refine": False, "prot
 def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) -> float:
     """The damage of one block as a whole run of the method on that block would show it."""
     method = KDP(**{**SOLVED, **options, "blocks": ((block.start, block.stop),)})
-    pruned = apply_edits(model, method(model, tokens, None, seed=3, batch_size=4).edits)
+    pruned = apply_edits(model, method(model, tokens, Run(3, batch_size=4)).edits)
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     return mean_loss(pruned, held, 4) - mean_loss(model, held, 4)
 
@@ -139,7 +77,7 @@ def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **op
     method = KDP(**{**SOLVED, **options})
     shape = method.shape(model.config.hidden_size)
     trial = Trial(shape, method.settings(shape, tokens), method.held, method.path_rows(tokens, shape).fit)
-    return measure_damage(model, tokens, blocks, trial, seed=3, stages=Stages(), batch_size=4, keep=Keeper())
+    return measure_damage(model, tokens, blocks, trial, Run(3, batch_size=4))
 
 
 def padded_tokens() -> TokenSet:
@@ -150,7 +88,7 @@ def padded_tokens() -> TokenSet:
 
 @pytest.mark.parametrize("options", [
     {}, {"context": "none"}, {"kernel": "mlp"}, {"kernel": "mlp", "context": "none"}, {"kernel": "linear"},
-    {"kernel": "linear", "context": "none"}, {"inverse": "direct"}, {"spectral_norm": 0.9}, {"operators": False},
+    {"kernel": "linear", "context": "none"}, {"inverse": "direct"}, {"without": ("operators",)},
 ])
 def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), padded_tokens()
@@ -195,7 +133,7 @@ def test_the_blocks_are_those_that_brute_force_takes(tiny_model) -> None:
     tied = [chosen for chosen in sets if removed[chosen] == least]
     single = {block: slowly(model, tokens, block, **options) for block in candidates}
     best = min(tied, key=lambda chosen: sum(single[block] for block in chosen))
-    result = method(model, tokens, None, seed=3, batch_size=4)
+    result = method(model, tokens, Run(3, batch_size=4))
     assert len(tied) > 2
     assert result.blocks == list(best)
     # And only what could be chosen was measured.
@@ -299,8 +237,8 @@ def test_damage_is_refused_where_the_model_cannot_run_whole(
     model, tokens = tiny_model("llama3"), random_tokens()
     method = KDP(ratio=0.1, ranking="damage")
     method.check(model, tokens)
-    with collecting(model, build("llama3", seed=1)), pytest.raises(KDPruneError, match="whole on one device") as caught:
-        method.check(model, tokens)
+    with pytest.raises(KDPruneError, match="leave load_in out") as caught:
+        method.check_states_model()
     assert "\n" not in str(caught.value)
     streamed = load_streamed(bench.model, device="cpu")
     with pytest.raises(KDPruneError, match="read from disk"):

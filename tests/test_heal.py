@@ -20,7 +20,7 @@ from kdprune.model.losses import language_loss
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits
 from kdprune.report.results import Heal as HealRecord
 from kdprune.run.heal import Heal, budgeted, divergence, heal, linear_weights, make_heal, put_in
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama3", "gpt2", "gemma3", "opt", "gpt_neox", "phi3")
@@ -46,7 +46,7 @@ def healed(
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict]:
     settings = Heal(**{"tokens": 192, "batch": 4, "rank": 2, **options})  # type: ignore[arg-type]
     pruned = apply_edits(model, edits)
-    found, record = heal(pruned, model, edits, tokens(), settings, seed, Stages(), held=2)
+    found, record = heal(pruned, model, edits, tokens(), settings, Run(seed), held=2)
     return pruned, found, record
 
 

@@ -22,7 +22,7 @@ from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,9 +155,8 @@ def test_norm_decay_is_compensated() -> None:
 
 def run(model, tokens: TokenSet, seed: int = 0, **options) -> MethodResult:
     method = KDP(**{**QUICK, **options})
-    scores = score_layers(
-        model, tokens, protect=method.protect, seed=0, batch_size=4, stages=Stages())
-    return method(model, tokens, scores.tensors(), seed=seed, batch_size=4)
+    method.check(model, tokens)
+    return method(model, tokens, Run(seed, batch_size=4))
 
 
 @pytest.mark.parametrize("context", ["attention", "none"])
@@ -228,7 +227,7 @@ def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
          "attention_mask": torch.cat((torch.ones(8, 12), torch.zeros(8, 5)), 1)}, None, samples=None, length=17, seed=0)
     found = []
     for tokens in (plain, padded):
-        scores = score_layers(model, tokens, protect=0.1, seed=0, batch_size=4, stages=Stages())
+        scores = score_layers(model, tokens, Run(batch_size=4), protect=0.1)
         # Few short fits keep differences of rounding from growing.
         entry = run(model, tokens, blocks=((2, 4),), context=context, kernel_epochs=1, refine_epochs=1,
                     kernel_tokens=1000, kernel="fixed").fit[0]
@@ -324,9 +323,9 @@ def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:
 def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
     for name in set(CONFIGS) - {"opt-350m"}:  # which normalises after the sum
         model, tokens = tiny_model(name), random_tokens(rows=4)
-        states = collect_block_states(model, tokens, [range(1, 3)], held=1, path=PathRows(1, 1), batch_size=4)[0]
+        states = collect_block_states(model, tokens, [range(1, 3)], Run(batch_size=4), held=1, path=PathRows(1, 1))[0]
         stand_in = Shape(32, "fourier", 5, 0, residual=True, context=True).build(generator())
-        site = Site(model, states, stand_in, 1, torch.device("cpu"))
+        site = Site(model, states, stand_in, 1, Run())
         rows = torch.arange(4)
         probe = site.probe(rows)
         with torch.no_grad():

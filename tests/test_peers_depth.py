@@ -40,7 +40,7 @@ from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, final_norm
 from kdprune.model.losses import mean_loss
 from kdprune.model.surgery import Drop, Rewrite, apply_edits, layers_replaced
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEERS = ("shortgpt", "uidl", "sleb", "laco")
@@ -78,7 +78,7 @@ def brute_cosine(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def measured(model: PreTrainedModel, tokens: TokenSet, **options: Any) -> Distances:
-    return measure_distances(model, tokens, 3, Stages(), **options)
+    return measure_distances(model, tokens, Run(batch_size=3), **options)
 
 
 # ------------------------------------------------------------------------------------------ distances
@@ -189,7 +189,7 @@ def test_sleb_equals_greedy_search_over_pruned_copies(name: str) -> None:
         inner = [index for index in range(1, LAYERS - 1) if index not in gone]
         losses = {index: mean_loss(copied_without(model, (*gone, index)), tokens, 2) for index in inner}
         gone = (*gone, min(losses, key=lambda index: losses[index]))
-        found = SLEB(ratio=(count - 0.5) * layer)(model, tokens, None, batch_size=2)
+        found = SLEB(ratio=(count - 0.5) * layer)(model, tokens, Run(batch_size=2))
         assert found.blocks == runs(gone)
         assert found.tokens == tokens.tokens
 
@@ -378,7 +378,7 @@ def test_the_loop_is_the_papers(layers: int, interval: int) -> None:
             with pytest.raises(KDPruneError, match="expected one below"):
                 method(model, tokens, None)
             continue
-        result = method(model, tokens, None, batch_size=3)
+        result = method(model, tokens, Run(batch_size=3))
         assert result.blocks == runs(set(range(LAYERS)) - set(kept))
         assert result.tokens == tokens.tokens
 

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
-from kdprune.methods.common.analysis import score_layers
 from kdprune.methods.common.block_data import block_states
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.stand_in_fit import Site
-from kdprune.methods.peers.linear import Linear, fit_affine
+from kdprune.methods.peers.linear import fit_affine
 from kdprune.methods.peers.linearpatch import LinearPatch, channel_scales, hadamard, patch_matrix
 from kdprune.methods.peers.replaceme import ReplaceMe, folded_weights, interface, least_squares
 from kdprune.methods.peers.streamline import LayerSite, Streamline
@@ -27,7 +26,7 @@ from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypassed
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit
 
@@ -68,10 +67,9 @@ def method(case: str, **options: Any) -> DepthMethod:
 
 
 def prune(case: str, model: PreTrainedModel, tokens: TokenSet, seed: int = 0, **options: Any) -> MethodResult:
-    made, scores = method(case, **options), None
-    if isinstance(made, Linear) and made.blocks is None:
-        scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=8, stages=Stages()).tensors()
-    return made(model, tokens, scores, seed=seed, batch_size=3)
+    made = method(case, **options)
+    made.check(model, tokens)
+    return made(model, tokens, Run(seed, batch_size=3))
 
 
 def logits(model: PreTrainedModel, tokens: TokenSet | None = None) -> Tensor:
@@ -152,8 +150,8 @@ def test_streamlines_network_has_the_papers_form() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_streamlines_layer_is_the_models_own_and_sees_no_future_token(name: str) -> None:
     model, tokens = build(name), padded_tokens(0)
-    states, = block_states(model, tokens, [range(2, 5)], 0.2, 3, Stages())
-    site, rows = LayerSite(model, states, model.device), torch.tensor([1, 4, 2])
+    states, = block_states(model, tokens, [range(2, 5)], 0.2, Run(batch_size=3))
+    site, rows = LayerSite(model, states, Run()), torch.tensor([1, 4, 2])
     before = site.predict(rows).detach()
     _, after_one = endpoints(model, tokens.select(rows), range(2, 3))
     torch.testing.assert_close(before[tokens.mask[rows]], after_one, rtol=1e-4, atol=1e-4)
@@ -232,14 +230,14 @@ def test_replacemes_cosine_starts_from_dropping() -> None:
 def fitted_site(solve: Callable[..., Site]) -> tuple[Site, np.ndarray, np.ndarray]:
     """A site of the block [1, 4) and numpy's h_s and h_e of the rows it may be fitted on."""
     model, tokens = build("llama3"), padded_tokens(0)
-    states, = block_states(model, tokens, [range(1, 4)], 0.25, 3, Stages())
+    states, = block_states(model, tokens, [range(1, 4)], 0.25, Run(batch_size=3))
     pair = endpoints(model, tokens.select(slice(0, 6)), range(1, 4))
     return solve(model, states), *(state.double().numpy() for state in pair)
 
 
 def test_linear_is_numpys_ridge_regression() -> None:
     ridge = 0.01
-    site, before, after = fitted_site(lambda model, states: fit_affine(model, states, ridge, model.device))
+    site, before, after = fitted_site(lambda model, states: fit_affine(model, states, ridge, Run()))
     centred, update = before - before.mean(0), after - before
     penalty = np.sqrt(ridge * (centred**2).sum() / WIDTH) * np.eye(WIDTH)
     expected = np.linalg.lstsq(
@@ -272,7 +270,7 @@ def test_the_patch_is_symmetric_and_with_unit_scales_the_identity(size: int) -> 
 
 def test_the_scales_align_mean_magnitudes_in_the_rotated_basis() -> None:
     def unfitted(model: PreTrainedModel, states: Any) -> Site:
-        return Site(model, states, StandIn(WIDTH, kind="linear", features=0), None, model.device)
+        return Site(model, states, StandIn(WIDTH, kind="linear", features=0), None, Run())
 
     site, before, after = fitted_site(unfitted)
     rotation = hadamard(WIDTH).numpy()

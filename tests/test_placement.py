@@ -18,17 +18,17 @@ import kdprune
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.methods.common.analysis import score_layers
-from kdprune.methods.common.method import RankedMethod
 from kdprune.model.activations import layer_states
+from kdprune.model.block_states import boundary_states
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.edits import Drop, Edit, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.loading import load_model
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.placement import collecting, device_of, is_dispatched, work_device
+from kdprune.model.placement import check_states_model, device_of, input_device, is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits, context_layer
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION
 from kdprune.testing import logits_of as logits
 
@@ -140,11 +140,8 @@ def test_methods_fit_on_a_placed_model_as_on_a_plain_one(form: str, tmp_path: Pa
     plain = build("llama3")
     pruned = []
     for model in (plain, placed(tmp_path / "dense", plain, disk=False)):
-        method, tokens, scores = quick(form), CALIBRATION, None
-        if isinstance(method, RankedMethod):
-            scores = score_layers(
-                model, tokens, protect=method.protect, seed=0, batch_size=16, stages=Stages()).tensors()
-        pruned.append(apply_edits(model, method(model, tokens, scores, seed=0).edits))
+        method, tokens = quick(form), CALIBRATION
+        pruned.append(apply_edits(model, method(model, CALIBRATION, Run()).edits))
     assert torch.equal(logits(pruned[0]), logits(pruned[1]))
     assert perplexity(pruned[0], tokens) == perplexity(pruned[1], tokens)
 
@@ -195,24 +192,23 @@ def test_load_model_says_what_cannot_be_placed(tmp_path: Path) -> None:
 def test_states_come_from_the_collector_and_edits_from_the_model() -> None:
     model, other = build("llama3"), build("llama3", seed=1)
     tokens = CALIBRATION
-    with collecting(model, other):
-        found = [states[3].clone() for _, states in layer_states(model, tokens, [3], 4)]
-        scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages())
-        for form in ("slicegpt", "laco", "llm-pruner", "sleb"):
-            with pytest.raises(KDPruneError, match="needs more of the running model than states"):
-                quick(form).check(model, tokens)
-        kept = apply_edits(model, quick("shortgpt")(model, tokens, None).edits)
-    expected = layer_states(other, tokens, [3], 4)
-    assert all(torch.equal(state, states[3]) for state, (_, states) in zip(found, expected, strict=True))
-    again = score_layers(other, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages())
+    run = Run(states_model=other, batch_size=4)
+    found = boundary_states(run.running(model), tokens, [3], run, stage="states")[3]
+    scores = score_layers(model, tokens, run, protect=0.0)
+    for form in ("slicegpt", "laco", "llm-pruner", "sleb"):
+        with pytest.raises(KDPruneError, match="needs more of the running model than states"):
+            quick(form).check_states_model()
+    kept = apply_edits(model, quick("shortgpt")(model, tokens, run).edits)
+    expected = torch.cat([states[3] for _, states in layer_states(other, tokens, [3], 4)])
+    assert torch.equal(found[slice(0, len(tokens))], expected)
+    again = score_layers(other, tokens, Run(batch_size=4), protect=0.0)
     assert all((scores[name] == again[name]).all() for name in scores)
     own = {id(parameter) for parameter in model.parameters()}
     assert all(id(parameter) in own for parameter in kept.parameters())
     mine, fresh = (next(layer_states(m, tokens, [0], 4))[1][0] for m in (model, build("llama3")))
     assert torch.equal(mine, fresh)
-    with pytest.raises(KDPruneError, match="got a model to collect states from with model_type opt, expected llama"), \
-            collecting(model, build("opt-350m", seed=1)):
-        pass
+    with pytest.raises(KDPruneError, match="got a model to collect states from with model_type opt, expected llama"):
+        check_states_model(model, build("opt-350m", seed=1))
 
 
 @pytest.mark.gpu
@@ -226,7 +222,7 @@ def test_layers_on_an_accelerator_and_offloaded(kind: str, tmp_path: Path) -> No
     device_map = {"model.embed_tokens": 0, "model.norm": second, "lm_head": 0, "model.rotary_emb": 0}
     device_map |= {f"model.layers.{index}": place for index, place in enumerate(places)}
     model = load_model(tmp_path / "dense", device_map=device_map, offload_folder=tmp_path / "offloaded")
-    assert work_device(model) == device_of(decoder_layers(model)[0]) == torch.device(0)
+    assert input_device(model) == device_of(decoder_layers(model)[0]) == torch.device(0)
     tokens = CALIBRATION
     for (_, expected), (_, found) in zip(
             *(layer_states(m, tokens, range(LAYERS + 1), 4) for m in (plain, model)), strict=True):

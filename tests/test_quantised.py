@@ -16,15 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kdprune
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.analysis import score_layers
-from kdprune.methods.common.method import RankedMethod
 from kdprune.model import quantised
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
-from kdprune.model.placement import collecting
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised, quantised_share
 from kdprune.model.surgery import apply_edits
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,12 +109,8 @@ def test_what_stays_is_of_full_precision(form: str, load_in: str, wide: Path) ->
     model, collector = AutoModelForCausalLM.from_pretrained(wide).eval(), load_quantised(wide, *LOAD_IN[load_in])
     pruned = []
     for states in (model, collector):
-        with collecting(model, states):
-            method, tokens, scores = quick(form), CALIBRATION, None
-            if isinstance(method, RankedMethod):
-                scores = score_layers(
-                    model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()
-            pruned.append(apply_edits(model, method(model, tokens, scores, seed=0).edits))
+        method = quick(form)
+        pruned.append(apply_edits(model, method(model, CALIBRATION, Run(states_model=states)).edits))
     own = {id(parameter) for parameter in model.parameters()}
     kept = [parameter for parameter in pruned[1].parameters() if id(parameter) in own]
     assert len(kept) > len(own) / 3
@@ -167,8 +160,5 @@ def test_on_an_accelerator(load_in: str, wide: Path) -> None:
     needs(load_in)
     model, collector = AutoModelForCausalLM.from_pretrained(wide), load_quantised(wide, *LOAD_IN[load_in], "cuda")
     tokens = CALIBRATION
-    with collecting(model, collector):
-        method = quick("kdp")
-        scores = score_layers(model, tokens, protect=0.0, seed=0, batch_size=16, stages=Stages()).tensors()
-        pruned = apply_edits(model, method(model, tokens, scores, seed=0).edits)
+    pruned = apply_edits(model, quick("kdp")(model, tokens, Run(states_model=collector)).edits)
     assert {parameter.device.type for parameter in pruned.parameters()} == {"cpu"}

@@ -47,7 +47,7 @@ from kdprune.run.pipeline import PruneResult
 from kdprune.run.record import analysis_results, evaluate, pruning_results
 from kdprune.runtime.distributed import start_world
 from kdprune.runtime.machine import metered, reset_peak_memory
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 from kdprune.store.directories import staged_directory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,10 +260,10 @@ def test_speed_and_samples_of_a_streamed_model_are_not_measured(both: Both, benc
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     for model, pruned in (both("llama3", "dense")[:1] + both("llama3", "after")[:1],
                           both("llama3", "dense")[1:] + both("llama3", "after")[1:]):
-        found = evaluate(model, pruned, None if not is_streamed(model) else tokenizer, held_out(), Stages())
+        found = evaluate(model, pruned, None if not is_streamed(model) else tokenizer, held_out(), Run())
         assert (found.speed is None) == found.streamed == is_streamed(model)
         assert found.samples == []
-        base = analysis_results("tiny", model, {"seed": 0}, held_out(), None, Stages(), "kdp")
+        base = analysis_results("tiny", model, {"seed": 0}, held_out(), Run(), "kdp")
         assert summary.speed_setting(base) == ""  # nobody asked yet
         results = pruning_results(base, model, pruned, MethodResult([]), found)
         assert results.streamed == is_streamed(model)
@@ -300,7 +300,7 @@ def measured(checkpoint: str) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": perplexity(whole, held_out(), batch_size=2), "batches": sum(seen)}
     hook.remove()
     found["streamed"] = perplexity(streamed, held_out(), batch_size=2)
-    evaluation = evaluate(whole, whole, tokenizer, held_out(), Stages())
+    evaluation = evaluate(whole, whole, tokenizer, held_out(), Run())
     found["speed"], found["samples"] = evaluation.speed, evaluation.samples
     with torch.no_grad():
         whole.get_submodule("model.norm").weight[0] = float("nan")  # type: ignore[index]
