@@ -355,7 +355,7 @@ def test_the_command_prints_the_table_and_what_is_kept(
     (["--limit", "3"], "got --limit without --suite"),
     (["--dense", "x"], "got --dense without --suite"),
     (["--suite", "sciq", "--suite-data", "nowhere"], "no directory"),
-    (["--suite", "sciq", "--limit", "0"], "--limit"),
+    (["--suite", "sciq", "--limit", "0"], "got limit 0, expected a whole number of at least 1"),
 ])
 def test_the_command_refuses_in_one_line(options: list[str], message: str, bench: Bench) -> None:
     outcome = command("eval", bench.model, *options)

@@ -39,8 +39,8 @@ class Resources:
     device: str = option("auto", "where models run: auto, cpu, cuda, cuda:1", group="resources", recorded=False)
     work_dir: str | None = option(
         None, "directory that keeps finished stages, for the same command after a kill and for other ratios; none: "
-        "keep nothing (prune, analyze: a directory of the cache; others: none)", group="resources",
-        takes=str | Path | None, recorded=False, in_python="none where left out")
+        "keep nothing (a directory of the cache; of a comparison runs/ in its output)", group="resources",
+        takes=str | Path | None, recorded=False, in_python="nothing is kept where left out, but by a comparison")
     host_memory: str | None = option(
         None, "memory this process may take, 6GiB: what does not fit is read layer by layer and spilled to the work "
         "directory (most of what is free)", group="resources", takes=str | int | None)
