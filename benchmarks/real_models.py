@@ -17,8 +17,8 @@ import plan_checks
 from plan_checks import Check
 from rich.console import Console
 
-from kdprune import forecast
 from kdprune.cli.plan import print_plan
+from kdprune.planning import forecast
 from kdprune.planning.forecast import DEVICES
 from kdprune.planning.plan import PruningPlan, plan
 from kdprune.report.summary import count, duration

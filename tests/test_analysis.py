@@ -10,14 +10,13 @@ from families import build
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdprune import analysis
-from kdprune.runtime.run import Run
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
-from kdprune.methods.common.analysis import score_layers, some_rows
+from kdprune.methods.common import analysis
+from kdprune.methods.common.analysis import ENOUGH, score_layers, some_rows
 from kdprune.model.activations import layer_states
 from kdprune.runtime.distributed import start_world, world
-from kdprune.runtime.stages import Stages
+from kdprune.runtime.run import Run
 
 
 def random_tokens(rows: int, length: int = 24) -> TokenSet:
@@ -25,7 +24,7 @@ def random_tokens(rows: int, length: int = 24) -> TokenSet:
     ids = torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[::3, length // 2 :] = 0
-    return load_tokens({"input_ids": ids, "attention_mask": mask}, None, samples=None, length=length, Run())
+    return load_tokens({"input_ids": ids, "attention_mask": mask}, None, samples=None, length=length, seed=0)
 
 
 def scored(model: PreTrainedModel, tokens: TokenSet, **options: int) -> tuple[dict[str, Tensor], int]:

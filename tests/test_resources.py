@@ -10,10 +10,10 @@ from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdprune
-from kdprune import memory
 from kdprune.errors import KDPruneError
 from kdprune.run.recipe import check_options
 from kdprune.run.resources import Resources
+from kdprune.runtime import memory
 from kdprune.runtime.memory import Memory
 from kdprune.store.hashing import model_identity
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from tiny_checkpoint import QUICK, Bench, command, prune, pruned_well, random_ids, same_bits
 
 import kdprune
-from kdprune import memory
-from kdprune.methods import METHODS, blockwise
+from kdprune.methods import METHODS
+from kdprune.methods.kdp import fit_blocks as blockwise
 from kdprune.report.results import Results
+from kdprune.runtime import memory
 
 
 @pytest.fixture(autouse=True)

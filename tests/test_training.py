@@ -16,7 +16,6 @@ from families import build
 from pruned import stand_in
 from torch import Tensor, nn
 
-from kdprune import training
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.model.surgery import Substitute, apply_edits
@@ -24,6 +23,7 @@ from kdprune.run.heal import Heal, heal
 from kdprune.runtime.distributed import start_world, world
 from kdprune.runtime.stages import Stages
 from kdprune.store.checkpoints import Checkpoint
+from kdprune.train import loop as training
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit
 

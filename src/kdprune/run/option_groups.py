@@ -62,6 +62,9 @@ class DataOptions(TextOptions):
     heldout: Any = option(
         None, "text for perplexity (the bundled text)", group="data",
         in_python="or token ids; without a tokenizer the calibration rows kept out of every fit")
+    heldout_tokens: int | None = option(
+        None, "tokens of it that are scored (as many as cost one pass over the calibration rows; 4,096 to 65,536)",
+        group="data", least=32, rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)

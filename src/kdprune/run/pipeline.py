@@ -22,9 +22,11 @@ from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.options import options_of, recorded, taken, typed_options
+from kdprune.planning.estimate import expected_seconds
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
+from kdprune.report.summary import duration
 from kdprune.run.heal import Heal, make_heal
 from kdprune.run.heal import heal as heal_model
 from kdprune.run.option_groups import (
@@ -133,12 +135,14 @@ def prune(
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
-        text = session.heldout(data.heldout, tokens, settings.held)
+        text = session.heldout(data.heldout, tokens, settings.held, data.heldout_tokens)
         check_run(session, settings, tokens, healing)
         record = {
             **recorded(subject, name, data, draws, resources), **_sources(session, data),
             **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
         with session.run(tokens) as run:
+            if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
+                stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
             made = run_method(session.model, settings, tokens, run, healing)
             measured = evaluated(session, settings, healing, made.pruned, text, run)

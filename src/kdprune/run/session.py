@@ -33,7 +33,8 @@ from kdprune.store.cache import Cache
 from kdprune.store.files import tell
 from kdprune.store.hashing import Part, as_part, digest, model_identity
 
-HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default
+HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default, at most
+LEAST_HELD_OUT = 4_096  # … and at least
 
 
 class Session:
@@ -110,13 +111,21 @@ class Session:
                 samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
                 length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
-    def heldout(self, source: Any, tokens: TokenSet, share: float) -> TokenSet:
-        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit."""
+    def heldout(self, source: Any, tokens: TokenSet, share: float, limit: int | None = None) -> TokenSet:
+        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit.
+
+        Args:
+            source: text or token ids; None: the bundled text.
+            tokens: the calibration rows.
+            share: of them that no fit sees.
+            limit: tokens of text, at most; None: as many as are scored at the cost of one pass over the calibration
+                rows. Windows overlap by half and two models run, so that this is a quarter as many.
+        """
         if source is None and self.tokenizer is None:
             rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
             return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
         return load_stream(
-            bundled_heldout() if source is None else source, self.tokenizer, limit=HELD_OUT_TOKENS,
+            bundled_heldout() if source is None else source, self.tokenizer, limit=limit or affordable(tokens),
             vocabulary=vocabulary_size(self.model))
 
     def weights_identity(self) -> str:
@@ -151,6 +160,11 @@ class Session:
             "device": as_part(input_device(running).type),
             "states": as_part(self.resources.load_in or "full precision"),
         }
+
+
+def affordable(tokens: TokenSet) -> int:
+    """Held-out tokens whose scoring, with both models, costs no more than one pass over the calibration rows."""
+    return max(LEAST_HELD_OUT, min(HELD_OUT_TOKENS, tokens.tokens // 4))
 
 
 def plain_source(source: Any) -> Any:

@@ -1,0 +1,104 @@
+"""A model without weights, pruned as KDP would prune it, and the work that this is, by count."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError, one_line
+from kdprune.evaluation.flops import forward_flops
+from kdprune.methods.common.budget import Budget, layer_sizes, select_by_similarity, spare_features
+from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp.kdp import KDP
+from kdprune.model.edits import Substitute
+from kdprune.model.families import family_of
+from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
+from kdprune.model.surgery import apply_edits, context_layer
+from kdprune.planning.forecast import Job
+from kdprune.runtime.machine import generator, quiet_libraries
+
+FALL = 0.01  # of log similarity a layer: no data are seen, so that similarity is taken to fall evenly with distance
+
+
+def meta_model(model: str | Path | PreTrainedConfig, dtype: Any = None) -> PreTrainedModel:
+    """The model of a config, or of the one at this place, on the meta device: modules and shapes, no weights.
+
+    Raises:
+        KDPruneError: there is no config, it is damaged, or it describes no causal LM of a known family.
+    """
+    wanted = resolve_dtype(dtype)
+    config = model if isinstance(model, PreTrainedConfig) else _config(model)
+    found = getattr(config, "dtype", None)
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, dtype=wanted or resolve_dtype(found) or torch.float32)
+    except KDPruneError:
+        raise
+    except Exception as error:  # sizes that do not go together fail in many ways
+        raise KDPruneError(f"cannot build a model from {str(model)!r} ({one_line(error)}); expected the config of a "
+                           "causal LM, check its sizes") from error
+    family_of(made)
+    return made.eval()
+
+
+def _config(name: str | Path) -> PreTrainedConfig:
+    path = Path(name)
+    if not path.exists() and not HUB_ID.fullmatch(str(name)):
+        raise KDPruneError(f"got model {str(name)!r}, no such directory or file; expected a directory with "
+                           "config.json, that file, or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise KDPruneError(f"got {path} without config.json, expected one in it; check the path")
+    try:
+        with quiet_libraries():
+            return read_config(name, trust_remote_code=False)
+    except KDPruneError:
+        raise
+    except Exception as error:  # transformers and the hub client raise many kinds
+        kind = "cannot read the config" if path.exists() else "no such directory here, and the hub gave no config"
+        raise KDPruneError(f"got model {str(name)!r}: {kind} ({one_line(error)}); expected the config.json of a causal "
+                           "LM") from error
+
+
+def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
+    """Blocks and stand-ins as KDP itself chooses them."""
+    budget = method.budget(dense)
+    index = torch.arange(len(budget.layers) + 1.0)
+    blocks = select_by_similarity(method, (-FALL * (index[:, None] - index).abs()).exp(), budget)
+    return blocks, spare_features(budget.shape, budget, blocks) if method.fill else budget.shape
+
+
+def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:
+    """Parameters put in the place of every block."""
+    budget = Budget(dense, shape, method.ratio)
+    return [sum(budget.layers[index] for index in block) - budget.removal(block) for block in blocks]
+
+
+def prune_meta(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:
+    """The meta model with stand-ins in the place of the blocks."""
+    edits = []
+    for block in blocks:
+        with torch.device("meta"):
+            stand_in = shape.build(generator(0))
+        source = shape.source(block)
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(block, stand_in, context, source))
+    return apply_edits(dense, edits).eval()
+
+
+def job_of(
+    method: KDP, dense: PreTrainedModel, pruned: PreTrainedModel, blocks: list[range], shape: Shape, tokens: TokenSet,
+) -> Job:
+    """What the forecast counts from."""
+    rows, length = tokens.ids.shape
+    sizes, itemsize = layer_sizes(dense), dense.dtype.itemsize
+    stack, left = (forward_flops(model, 1, length, logits=0) / length for model in (dense, pruned))
+    layer, path = stack / len(sizes), method.path_rows(tokens, shape)
+    kept = len(sizes) - sum(map(len, blocks))
+    return Job(
+        width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
+        held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),
+        path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
+        site=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
+        outside=(dense.num_parameters() - sum(sizes)) * itemsize, added=max(added_parameters(method, dense, blocks, shape)))
