@@ -18,10 +18,12 @@ from typing import Any
 from cost import STEPS, by_step
 from random_checkpoint import shape_config
 
+from kdprune.methods.common.analysis import ENOUGH
 from kdprune.planning.plan import PruningPlan, plan
 
 HERE = Path(__file__).parent
 HARDWARE = "cpu1-amd-epyc_202611"
+SCORED = 131_072  # tokens that the analysis took, at most, when the records were made
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def of_cost(shape: str, found: dict[str, Any]) -> Iterator[Check]:
     forward = statistics.mean(found["forward_seconds"])
     yield Check(run, "one forward pass", made.forward_seconds, forward, "s")
     seconds = {stage.name: stage.seconds for stage in made.stages}
+    seconds["analyse"] *= min(found["tokens"], SCORED) / min(found["tokens"], ENOUGH)
     measured = by_step(found)
     for step in STEPS:
         if step in seconds and step in measured:

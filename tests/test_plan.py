@@ -19,7 +19,6 @@ from kdprune.methods.common.selection import candidate_blocks, open_layers
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.checkpoint import save_model
 from kdprune.model.edits import Substitute
-from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer
 from kdprune.planning.forecast import DEVICES, Work, device_of_name
 from kdprune.planning.plan import PruningPlan, plan
@@ -76,25 +75,20 @@ def test_configs_of_real_models_have_the_published_number_of_parameters(name: st
     assert 0.25 <= found.net_ratio < 0.2502  # fill leaves less than one feature a block
 
 
-FEWER = {"context_from": "last", "context_heads": 0.5}
-
-
 @pytest.mark.parametrize(("name", "options"), [
-    *((name, {}) for name in CONFIGS), *((name, FEWER) for name in CONFIGS),
+    *((name, {}) for name in CONFIGS),
     *((name, {"preset": "paper"}) for name in ("llama3.1", "opt", "opt-350m", "gpt2"))])
 def test_figures_equal_those_of_a_pruned_model(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     blocks = ((1, 3), (4, 6))
     found = planned(name, tmp_path, blocks=blocks, features=6, dtype="float32", **options)
     dense = build(name)
     shape = KDP(features=6, **options).shape(dense.config.hidden_size)
-    groups = key_value_heads(dense.config) // 2 if "context_heads" in options else None
-    assert found.groups == groups
     edits = []
     for start, end in blocks:
         stand_in = shape.build(generator(start))
-        source = (end - 1 if "context_from" in options else start) if shape.context else None
-        context = None if source is None else context_layer(dense, source, stand_in, groups)
-        edits.append(Substitute(range(start, end), stand_in, context, source, groups))
+        source = start if shape.context else None
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(range(start, end), stand_in, context, source))
     pruned = apply_edits(dense, edits)
     for side, model, folder in ((found.dense, dense, "dense"), (found.pruned, pruned, "pruned")):
         assert side.parameters == model.num_parameters()

@@ -1,6 +1,6 @@
 """The dense model in 8 or 4 bits: near enough to collect states from, and nothing that is pruned comes from it.
 
-Needs bitsandbytes (pip install kdprune[quantised]) and, for its own cases, torchao; cases of a missing one are skipped.
+Needs bitsandbytes (pip install kdprune[quantised]); skipped where it is missing.
 """
 
 import importlib.util
@@ -25,15 +25,14 @@ from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MISSING = {name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name) is None}
-HERE = ("8bit", "4bit", "8bit-torchao")  # what a CPU can do
+HERE = ("8bit", "4bit")
 # Root-mean-square error of a decoded weight matrix, relative to it: steps of max/127, and NF4's of 64 normal values.
 WEIGHT_ERROR = {8: 0.02, 4: 0.11}
 
 
 def needs(load_in: str) -> None:
-    if LOAD_IN[load_in][1] in MISSING:
-        pytest.skip(f"{LOAD_IN[load_in][1]} is not installed")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +63,9 @@ def decoded(module: Any) -> torch.Tensor:
 @pytest.mark.parametrize("load_in", HERE)
 def test_weights_stand_for_those_of_the_checkpoint(load_in: str, wide: Path) -> None:
     needs(load_in)
-    bits, backend = LOAD_IN[load_in]
+    bits = LOAD_IN[load_in]
     plain = AutoModelForCausalLM.from_pretrained(wide)
-    model = load_quantised(wide, bits, backend)
+    model = load_quantised(wide, bits)
     assert type(model) is type(plain)
     found, kept = {}, set()
     for (name, expected), (_, module) in zip(
@@ -84,17 +83,12 @@ def test_weights_stand_for_those_of_the_checkpoint(load_in: str, wide: Path) -> 
     assert torch.equal(model.model.norm.weight, plain.model.norm.weight)
 
 
-@pytest.mark.parametrize("load_in", ["8bit", "8bit-torchao"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_states_of_every_family(name: str, load_in: str, tmp_path: Path) -> None:
-    needs(load_in)
+def test_states_of_every_family(name: str, tmp_path: Path) -> None:
+    needs("8bit")
     plain = build(name)
     plain.save_pretrained(tmp_path)
-    if (name, load_in) == ("gpt2", "8bit-torchao"):
-        with pytest.raises(KDPruneError, match="torchao finds nothing to hold in 8 bits"):
-            load_quantised(tmp_path, *LOAD_IN[load_in])
-        return
-    model, tokens = load_quantised(tmp_path, *LOAD_IN[load_in]), CALIBRATION
+    model, tokens = load_quantised(tmp_path, 8), CALIBRATION
     for (batch, expected), (_, found) in zip(
             layer_states(plain, tokens, [0, 6], 16), layer_states(model, tokens, [0, 6], 16), strict=True):
         assert torch.equal(expected[0], found[0])
@@ -106,7 +100,7 @@ def test_states_of_every_family(name: str, load_in: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("form", ["kdp", "shortgpt", "linear", "linearpatch", "streamline-layer", "replaceme-closed"])
 def test_what_stays_is_of_full_precision(form: str, load_in: str, wide: Path) -> None:
     needs(load_in)
-    model, collector = AutoModelForCausalLM.from_pretrained(wide).eval(), load_quantised(wide, *LOAD_IN[load_in])
+    model, collector = AutoModelForCausalLM.from_pretrained(wide).eval(), load_quantised(wide, LOAD_IN[load_in])
     pruned = []
     for states in (model, collector):
         method = quick(form)
@@ -129,21 +123,15 @@ def test_one_call(bench: Any) -> None:
 
 
 def test_says_what_it_cannot(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(KDPruneError, match="got load_in '3bit', expected one of 8bit, 4bit, 8bit-torchao"):
+    with pytest.raises(KDPruneError, match=r"got load_in .3bit., expected one of 8bit, 4bit$"):
         check_load_in("3bit", wide)
     with pytest.raises(KDPruneError, match="got a loaded model to load in fewer bits"):
         load_quantised(build("llama3"), 8)
-    with pytest.raises(KDPruneError, match="got 3 bits by 'bitsandbytes', expected 8 or 4"):
+    with pytest.raises(KDPruneError, match="got 3 bits, expected 8 or 4"):
         load_quantised(wide, 3)
     monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(KDPruneError, match="8-bit states need bitsandbytes, which is not installed: pip install"):
         check_load_in("8bit", wide)
-
-
-def test_torchao_in_four_bits_needs_a_gpu(wide: Path) -> None:
-    needs("4bit-torchao")
-    with pytest.raises(KDPruneError, match="torchao's 4-bit weights need a CUDA device, got cpu"):
-        check_load_in("4bit-torchao", wide, "cpu")
 
 
 def test_four_bits_need_groups_of_64_inputs(tmp_path: Path) -> None:
@@ -158,7 +146,7 @@ def test_four_bits_need_groups_of_64_inputs(tmp_path: Path) -> None:
 def test_on_an_accelerator(load_in: str, wide: Path) -> None:
     """The quantised copy on the device, the full-precision model on the host."""
     needs(load_in)
-    model, collector = AutoModelForCausalLM.from_pretrained(wide), load_quantised(wide, *LOAD_IN[load_in], "cuda")
+    model, collector = AutoModelForCausalLM.from_pretrained(wide), load_quantised(wide, LOAD_IN[load_in], "cuda")
     tokens = CALIBRATION
     pruned = apply_edits(model, quick("kdp")(model, tokens, Run(states_model=collector)).edits)
     assert {parameter.device.type for parameter in pruned.parameters()} == {"cpu"}

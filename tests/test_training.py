@@ -391,7 +391,7 @@ def in_processes(case: str, folder: Path) -> Problem:
         return rows[rows % here.size == here.rank]
 
     curves = fit(problem.parameters, measure, problem.ROWS, FAST, problem.generator, name=case,
-                 on_epoch=problem.on_epoch, mine=mine, notify=problem.told.append)
+                 on_epoch=problem.on_epoch, local_rows=mine, notify=problem.told.append)
     torch.save({"bits": problem.bits(), "calls": problem.calls}, folder / f"{case}-{here.rank}-of-{here.size}.pt")
     (folder / f"{case}-{here.rank}-of-{here.size}.json").write_text(json.dumps([curves, problem.told]))
     return problem
