@@ -1,5 +1,6 @@
 """What several test files share: tiny random models of every family, and the bundled reference model."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers.utils import logging
 
 import kdprune
 from kdprune import pipeline
+from kdprune.evaluation import speed
+from kdprune.report import comparison_page
 
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,7 +69,23 @@ def no_pictures() -> Iterator[None]:
     """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "write_page", lambda results, path: Path(path).write_text("no pictures"))
+        patch.setattr(comparison_page, "pictures", lambda comparison: [])
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_speeds() -> Iterator[None]:
+    """Where a run measures speed, it writes few tokens: tests about speed say how many themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "NEW_TOKENS", 4)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _light_collections() -> None:
+    """What the libraries hold stays: no garbage collection, of which every measured stretch has one, walks it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

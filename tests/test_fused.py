@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from families import CONFIGS, build
-from pruned import PLACES, prune, stand_in
+from pruned import prune, stand_in
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdprune.evaluation.flops import forward_flops
 from kdprune.model.modeling_kdp import StandIn, cosines_and_sines
+from kdprune.testing import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -148,10 +149,11 @@ def test_lora_on_phase_and_readout_learns() -> None:
     assert all(float(p.grad.abs().max()) > 0 for n, p in wrapped.named_parameters() if n in learned)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "kinds"), [
+    *((name, ("mixed", "heads")) for name in CONFIGS if name != "llama3"), ("llama3", tuple(KINDS))])
 @torch.no_grad()
-def test_operations_are_counted_as_torch_counts_them(name: str) -> None:
-    for model in (build(name), *(prune(build(name), place) for place in PLACES)):
+def test_operations_are_counted_as_torch_counts_them(name: str, kinds: tuple[str, ...]) -> None:
+    for model in (build(name), *(prune(build(name), kind) for kind in kinds)):
         model.set_attn_implementation("eager")
         ids = torch.arange(3, 9).repeat(2, 1)
         with FlopCounterMode(display=False) as counter:

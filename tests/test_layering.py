@@ -1,6 +1,7 @@
 """Dependencies point one way. The ranks are data: a module imports only from its own room or from rooms above it."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
 def imports(path: Path) -> list[tuple[str, bool]]:
     """(absolute module name, whether it stands at the top level) of every import in a file."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -20,5 +20,6 @@ class TestMethods(MethodContract):
     models: ClassVar = {name: partial(build, name) for name in CONFIGS}
     refused: ClassVar = {form: REFUSED.get(name, {}) for form, (name, _) in FORMS.items()}
 
-    def test_its_class_is_the_one_its_page_names(self, case: MethodCase) -> None:
+    def test_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
+        super().test_it_is_finite_and_smaller_by_the_ratio(case)
         assert (type(case.pruned.model) is type(case.pruned.dense)) == (case.method in STOCK)

@@ -30,7 +30,8 @@ class Edited:
     """A dense model, the edits, and what the edits made of it. Shared by the checks of a case: none changes it."""
 
     dense: PreTrainedModel
-    before: Tensor  # logits of the dense model before it was edited
+    before: Tensor  # logits of the dense model before it was edited, …
+    config: dict[str, Any]  # … and its config
     edits: list[Edit]
     model: PreTrainedModel
     logits: Tensor
@@ -39,10 +40,10 @@ class Edited:
 @lru_cache(maxsize=1)  # a case's checks follow each other
 def _edited(build: Build, kind: str) -> Edited:
     dense = build()
-    before = logits_of(dense)
+    before, config = logits_of(dense), copy.deepcopy(dense.config.to_dict())
     edits = edits_of(dense, kind)
     model = apply_edits(dense, edits)
-    return Edited(dense, before, edits, model, logits_of(model))
+    return Edited(dense, before, config, edits, model, logits_of(model))
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,10 @@ class FamilyContract:
 
     def test_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
         """Its logits to the bit, its depth and its config."""
-        dense, fresh = case.edited.dense, case.build()
+        dense = case.edited.dense
         assert torch.equal(logits_of(dense), case.edited.before)
         assert len(decoder_layers(dense)) == dense.config.num_hidden_layers
-        assert dense.config.to_dict() == fresh.config.to_dict()
+        assert dense.config.to_dict() == case.edited.config
 
     def test_it_shares_the_dense_models_weights(self, case: FamilyCase) -> None:
         """All but stand-ins and what the edits bring."""
@@ -179,23 +180,24 @@ class FamilyContract:
             with torch.no_grad():
                 assert torch.equal(*(part(IDS).last_hidden_state for part in parts))
 
-    @classmethod
-    def elsewhere(cls) -> list[FamilyCase]:
-        """The cases whose checkpoints a process without kdprune loads."""
-        return [case for case in cls.cases() if case.kind in cls.kinds_elsewhere]
+    def checkpoints(self, directory: Path) -> dict[Path, Tensor]:
+        """What a process without kdprune is to load: checkpoints of different names, with the logits of ``IDS``."""
+        found = {}
+        for case in self.cases():
+            if case.kind in self.kinds_elsewhere:
+                model, path = case.fresh(), directory / f"{case.name}-{case.kind}"
+                model.save_pretrained(path)
+                found[path] = logits_of(model)
+        return found
 
     def test_it_loads_where_kdprune_is_not_installed(self, tmp_path: Path) -> None:
         """By the code beside the weights, if that is trusted; what it saves is whole again."""
-        expected = {}
-        for case in self.elsewhere():
-            model, name = case.fresh(), f"{case.name}-{case.kind}"
-            model.save_pretrained(tmp_path / name)
-            expected[name] = logits_of(model)
-        found = load_elsewhere([tmp_path / name for name in expected], tmp_path / "work")
-        for name, logits in expected.items():
-            assert torch.equal(found.logits[name], logits), name
-            assert found.notes[name]["base"], name
-            assert found.notes[name]["module"].startswith("transformers_modules."), name
+        expected = self.checkpoints(tmp_path)
+        found = load_elsewhere(list(expected), tmp_path / "work")
+        for path, logits in expected.items():
+            assert torch.equal(found.logits[path.name], logits), path.name
+            assert found.notes[path.name]["base"], path.name
+            assert found.notes[path.name]["module"].startswith("transformers_modules."), path.name
         assert found.notes["again"] is True
         assert "trust_remote_code" in found.notes["untrusted"]
         assert "does not recognize this architecture" in found.notes["bare"]
