@@ -1,17 +1,24 @@
 """Real faults for tests: disks that are full, files that are corrupted, processes that are killed at any moment."""
 
 import contextlib
+import functools
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import PartialState
+
+from kdprune.runtime.distributed import start_world
 
 
 @contextlib.contextmanager
@@ -81,6 +88,29 @@ def forked(work: Callable[[], None]) -> int:
         finally:
             os._exit(1)
     return child
+
+
+def in_two_processes(work: Callable[[], None]) -> None:
+    """Does this work in two processes that are launched as ``torchrun`` does it, and have to end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def one(rank: str) -> None:
+        torch.set_num_threads(1)
+        PartialState._reset_state()  # of a test before this one
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        try:
+            start_world("cpu")
+            work()
+            torch.distributed.destroy_process_group()
+        except BaseException:
+            traceback.print_exc()
+            raise
+        os._exit(0)
+
+    children = [forked(functools.partial(one, rank)) for rank in "01"]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
 
 
 def killed_with(child: int) -> int:

@@ -1,12 +1,12 @@
 """Scores of a model's layers: which tokens they are taken over, and by how many processes."""
 
-import os
-import socket
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from families import build
+from faults import in_two_processes
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ from kdprune.kernel.similarity import LayerSimilarity, median_distances
 from kdprune.methods.common import analysis
 from kdprune.methods.common.analysis import ENOUGH, score_layers, some_rows
 from kdprune.model.activations import layer_states
-from kdprune.runtime.distributed import start_world, world
+from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 
 
@@ -72,22 +72,14 @@ def test_fewer_rows_pass_at_once_where_states_are_wide(monkeypatch: pytest.Monke
 # ------------------------------------------------------------------------------------------ processes
 
 
-def process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    start_world("cpu")
+def process(folder: Path) -> None:
     model = build("llama3")
     found = {rows: scored(model, random_tokens(rows)) for rows in (3, 22)}  # of 3 rows the second process has none
     torch.save(found, folder / f"{world().rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_share_the_batches_and_find_the_same(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, tmp_path), nprocs=2)
+    in_two_processes(functools.partial(process, tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for rows in (3, 22):
         alone, tokens = scored(build("llama3"), random_tokens(rows))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import CONFIGS, build
 from pruned import prune
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdprune.model.families import normalises_behind
@@ -16,6 +17,7 @@ from kdprune.testing import IDS, FamilyContract, close, logits_of
 from kdprune.testing.family import FamilyCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 NORMS_BEHIND = ("gemma2", "gemma3", "opt-350m")  # no narrower stream goes through those
 # Families that differ in how they count heads, embed, norm or cut: loaded without the package in these kinds too.
 ELSEWHERE = {
@@ -34,9 +36,16 @@ class TestFamilies(FamilyContract):
     def cases(cls) -> list[FamilyCase]:
         return [case for case in super().cases() if case.kind != "stream" or case.name not in NORMS_BEHIND]
 
-    @classmethod
-    def elsewhere(cls) -> list[FamilyCase]:
-        return [case for case in cls.cases() if case.name in ELSEWHERE.get(case.kind, ()) or case.kind == "mixed"]
+    def checkpoints(self, directory: Path) -> dict[Path, Tensor]:
+        """Of every family; and one that was saved, with its code, by an earlier version."""
+        old = CHECKPOINTS / "llama-context-heads"
+        found = {old: logits_of(AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32))}
+        for case in self.cases():
+            if case.kind == "mixed" or case.name in ELSEWHERE.get(case.kind, ()):
+                model, path = case.fresh(), directory / f"{case.name}-{case.kind}"
+                model.save_pretrained(path)
+                found[path] = logits_of(model)
+        return found
 
 
 def test_the_installed_package_wins_over_the_code_beside_the_weights(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Checkpoints of every form, written before: they load and compute what they computed (tests/fixtures/README.md)."""
+"""Checkpoints of every form, written before: they load and compute what they computed (tests/fixtures/README.md).
+
+tests/test_contract.py loads the one with its code beside it where kdprune is not installed.
+"""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from kdprune.model.modeling_kdp import FAMILIES, KINDS, PLACES, PREFIX, generate
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
-WITH_CODE = "llama-context-heads"
 
 
 def record_of(name: str) -> dict:
@@ -45,26 +44,3 @@ def test_it_loads_and_computes_what_it_computed(name: str) -> None:
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.no_grad():
         torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
-
-
-REMOTE = """
-import sys
-sys.modules["kdprune"] = None  # the package is not installed here
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules")
-expected = load_file(sys.argv[1] + "/expected.safetensors")
-with torch.no_grad():
-    torch.testing.assert_close(model(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
-"""
-
-
-def test_the_code_beside_the_weights_still_loads_them(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", REMOTE, str(CHECKPOINTS / WITH_CODE)],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr

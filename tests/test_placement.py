@@ -34,8 +34,8 @@ from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPREAD = (
-    "kdp", "kdp-context", "linear", "linearpatch", "streamline", "streamline-layer", "replaceme-closed", "shortgpt",
-    "uidl", "sleb")
+    "kdp", "kdp-context", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-layer", "streamline-none",
+    "replaceme-closed", "shortgpt", "uidl", "sleb")
 
 
 def mixed(model: PreTrainedModel, disk: bool) -> dict[str, Any]:

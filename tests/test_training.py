@@ -1,9 +1,8 @@
 """The training loop: what it minimises, and that kills, NaN, little memory and other processes leave no trace."""
 
+import functools
 import json
 import math
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from faults import in_two_processes
 from pruned import stand_in
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.model.surgery import Substitute, apply_edits
 from kdprune.run.heal import Heal, heal
-from kdprune.runtime.distributed import start_world, world
+from kdprune.runtime.distributed import world
 from kdprune.runtime.stages import Stages
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train import loop as training
@@ -397,25 +397,17 @@ def in_processes(case: str, folder: Path) -> Problem:
     return problem
 
 
-def process(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def process(folder: Path) -> None:
     training.KEEP = 5
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    start_world("cpu")
     for case in CASES:
         in_processes(case, folder)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(process, (port, folder), nprocs=2)
+    in_two_processes(functools.partial(process, folder))
     return folder
 
 

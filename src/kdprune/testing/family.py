@@ -180,23 +180,24 @@ class FamilyContract:
             with torch.no_grad():
                 assert torch.equal(*(part(IDS).last_hidden_state for part in parts))
 
-    @classmethod
-    def elsewhere(cls) -> list[FamilyCase]:
-        """The cases whose checkpoints a process without kdprune loads."""
-        return [case for case in cls.cases() if case.kind in cls.kinds_elsewhere]
+    def checkpoints(self, directory: Path) -> dict[Path, Tensor]:
+        """What a process without kdprune is to load: checkpoints of different names, with the logits of ``IDS``."""
+        found = {}
+        for case in self.cases():
+            if case.kind in self.kinds_elsewhere:
+                model, path = case.fresh(), directory / f"{case.name}-{case.kind}"
+                model.save_pretrained(path)
+                found[path] = logits_of(model)
+        return found
 
     def test_it_loads_where_kdprune_is_not_installed(self, tmp_path: Path) -> None:
         """By the code beside the weights, if that is trusted; what it saves is whole again."""
-        expected = {}
-        for case in self.elsewhere():
-            model, name = case.fresh(), f"{case.name}-{case.kind}"
-            model.save_pretrained(tmp_path / name)
-            expected[name] = logits_of(model)
-        found = load_elsewhere([tmp_path / name for name in expected], tmp_path / "work")
-        for name, logits in expected.items():
-            assert torch.equal(found.logits[name], logits), name
-            assert found.notes[name]["base"], name
-            assert found.notes[name]["module"].startswith("transformers_modules."), name
+        expected = self.checkpoints(tmp_path)
+        found = load_elsewhere(list(expected), tmp_path / "work")
+        for path, logits in expected.items():
+            assert torch.equal(found.logits[path.name], logits), path.name
+            assert found.notes[path.name]["base"], path.name
+            assert found.notes[path.name]["module"].startswith("transformers_modules."), path.name
         assert found.notes["again"] is True
         assert "trust_remote_code" in found.notes["untrusted"]
         assert "does not recognize this architecture" in found.notes["bare"]
