@@ -26,9 +26,11 @@ from model_page import render
 from kdprune.data.tokens import bundled_calibration
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.tasks import check_suite, run_suite
+from kdprune.methods.common.analysis import score_layers
 from kdprune.report.results import encode, write_file
 from kdprune.run.record import software_versions
 from kdprune.run.session import Session
+from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
 
 ROOT = Path(__file__).parents[1]
@@ -62,7 +64,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
     scores = run_suite(
         run.model, run.tokenizer, SUITE, data=options.data, limit=options.limit, stages=run.stages)
     tokens = run.calibration(options.calibration, ALL, None)
-    analysis = run.score(tokens, PROTECT)
+    analysis = score_layers(run.model, tokens, Run(stages=run.stages), protect=PROTECT)
     return {
         "blimp": {"limit": options.limit, "scores": [_plain(dataclasses.asdict(score)) for score in scores]},
         "text": tokens.source, "manifold": analysis.record().model_dump(mode="json"),

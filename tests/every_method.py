@@ -17,7 +17,7 @@ from kdprune.runtime.distributed import world
 
 ROWS = 40  # batches hold 16 rows: both processes have some
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "kdp-options": ("kdp", {"share_kernel": True, "spectral_norm": 1.0, "context": "none", "hidden": 4}),
+    "kdp-options": ("kdp", {"without": ("alpha", "cosine_term"), "context": "none", "hidden": 4}),
     "healed": ("linear", {"heal": "lm", "heal_tokens": 400}),
 }
 

@@ -20,7 +20,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdp-folded": ("kdp", {"context": "none"}),
     "streamline-layer": ("streamline", {"stand_in": "layer"}),
     "streamline-none": ("streamline", {"stand_in": "none"}),
-    "kdp-context": ("kdp", {"context_from": "last", "context_heads": 0.5}),
+    "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "hidden": 4}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
     "laco-paper": ("laco", {"form": "paper", "merged": "all"}),
 }

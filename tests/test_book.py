@@ -12,7 +12,7 @@ import yaml
 from tiny_checkpoint import Bench
 
 import kdprune
-from kdprune import comparison
+from kdprune.comparison import compare as comparison
 from kdprune.comparison.variants import parse_variant
 from kdprune.report.comparison_records import Comparison
 

@@ -16,6 +16,7 @@ from kdprune.methods import METHODS
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
 from kdprune.report.comparison_table import render_markdown
+from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +33,7 @@ def options(bench: Bench) -> dict[str, Any]:
 
 def figures(result: Comparison) -> dict[str, Any]:
     """All that does not depend on the machine's speed."""
-    left_out = {"seconds", "analysis_seconds", "stages", "speed", "peak_memory_bytes"}
+    left_out = {"seconds", "analysis_seconds", "stages", "speed", "peak_memory_bytes", "resumed"}
     return {f"{unit.variant} {unit.seed}": unit.model_dump(exclude=left_out) for unit in result.units}
 
 
@@ -102,17 +103,17 @@ def test_files_are_made_from_the_record_alone(done: tuple[Comparison, Path], tmp
 def test_an_interrupted_comparison_continues(
     done: tuple[Comparison, Path], bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    measure = UnitBench.measure
+    measure = UnitBench._measure
     measured: list[tuple[str, int]] = []
 
-    def counted(self: UnitBench, variant: Any, seed: int, dense: Any) -> Any:
+    def counted(self: UnitBench, variant: Any, run: Run, dense: Any) -> Any:
         if interrupt and len(measured) == 1:
             raise KeyboardInterrupt
-        unit = measure(self, variant, seed, dense)
-        measured.append((variant.name, seed))
+        unit = measure(self, variant, run, dense)
+        measured.append((variant.name, run.seed))
         return unit
 
-    monkeypatch.setattr(UnitBench, "measure", counted)
+    monkeypatch.setattr(UnitBench, "_measure", counted)
     interrupt = True
     folder, arguments = tmp_path / "out", options(bench)
     with pytest.raises(KeyboardInterrupt):
@@ -123,7 +124,7 @@ def test_an_interrupted_comparison_continues(
     assert measured == [(LINEAR, 0), (KDP_FAST, 0), (LINEAR, 1), (KDP_FAST, 1)]
     assert figures(again) == figures(done[0])
     # Another ratio finds nothing to reuse; a damaged file is no finished unit.
-    for file in (folder / "runs").glob("kdp-seed1-*"):
+    for file in (folder / "runs").glob("stages/kdp-seed1-*/record.json"):
         file.write_text("{", encoding="utf-8")
     kdprune.compare(str(bench.model), [LINEAR], seeds=2, output_dir=folder, **arguments)
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=folder, **arguments)

@@ -67,7 +67,7 @@ def learned(path: torch.Tensor, anisotropic: bool) -> Step1:
     features = FourierFeatures(path.shape[-1], 24, 3, generator(), anisotropic=anisotropic)
     features.init_median(path.flatten(0, 1), generator())
     return fit_dynamics(
-        features, [path], torch.ones(path.shape[1]), Schedule(12, 64, 3e-2), generator(), ridge=1e-4, name="test")[0]
+        features, path, torch.ones(path.shape[1]), Schedule(12, 64, 3e-2), generator(), ridge=1e-4, name="test")
 
 
 def test_anisotropic_planted_kernel_is_learned_better_than_isotropic() -> None:
@@ -87,8 +87,8 @@ def test_operators_restart_at_least_squares_every_epoch_and_kernel_can_be_fixed(
     path, _ = translations(2, 300, 4)
     features = FourierFeatures(4, 8, 2, generator())
     before = features.frequencies().detach().clone()
-    [step1] = fit_dynamics(
-        features, [path], torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test",
+    step1 = fit_dynamics(
+        features, path, torch.ones(300), Schedule(3, 64, 1e-2), generator(), ridge=1e-6, name="test",
         learn_kernel=False)
     assert torch.equal(before, features.frequencies())
     assert len(step1.curves["loss"]) == 3
@@ -111,8 +111,8 @@ def test_position_weights_grow_to_one() -> None:
 def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
     path, _ = translations(3, 200, 10)
     features = FourierFeatures(10, 16, 3, generator())
-    [step1] = fit_dynamics(
-        features, [path], torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
+    step1 = fit_dynamics(
+        features, path, torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
     inverse = InverseNetwork(32, hidden, 10)
     with torch.no_grad():
         inverse.alpha.fill_(1.7)
@@ -137,8 +137,8 @@ def test_norm_decay_is_compensated() -> None:
         path = torch.cat((path, path[-1:] + 0.5 * torch.randn(1, 800, 6, generator=generator(seed + 1))))
     features = FourierFeatures(6, 16, 2, generator())
     features.init_median(path.flatten(0, 1), generator())
-    [step1] = fit_dynamics(
-        features, [path], torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
+    step1 = fit_dynamics(
+        features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
     with torch.no_grad():
         advanced, true = features(path[0, :600]) @ step1.dynamics.product().T, features(path[-1, :600])
     norms = norm_decay(step1, decay_compensation(advanced, true), path[:, :600], path[:, 600:], ridge=1e-4)
@@ -240,9 +240,10 @@ def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"kernel": "isotropic"},
+    {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"without": ("anisotropy",)},
     {"hidden": 8}, {"refine": False}, {"endpoints": "output"}, {"similarity": "cosine"}, {"block_length": 2},
-    {"context_from": "middle"}, {"context_heads": 0.5},
+    {"without": ("alpha", "cosine_term", "ols_start", "position_weights")}, {"without": ("operators",)},
+    {"preset": "thorough", "refine_epochs": 1},
 ])
 def test_every_option_by_name(options: dict, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens()
@@ -277,11 +278,10 @@ def test_paper_preset_has_the_papers_sizes() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
-    ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, paper"),
+    ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, thorough, paper"),
     ({"features": 0}, "features 0"), ({"kernel": "rbf"}, "expected one of learned"), ({"protect": 0.6}, "protect 0.6"),
-    ({"rate": -1.0}, "rate -1.0"), ({"context_heads": 0.0}, "context_heads 0.0"),
-    ({"context_heads": 1.5}, "context_heads 1.5, expected a number of at most 1"),
-    ({"context_from": "second"}, "expected one of first, middle, last"),
+    ({"rate": -1.0}, "rate -1.0"), ({"context": "second"}, "expected one of none, attention"),
+    ({"without": ("kernel",)}, "without 'kernel', expected one of alpha, anisotropy"),
 ])
 def test_bad_options_are_refused_in_one_line(options: dict, message: str) -> None:
     with pytest.raises(KDPruneError, match=message) as caught:

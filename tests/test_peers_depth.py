@@ -147,11 +147,11 @@ def test_shortgpt_takes_the_layers_of_least_influence() -> None:
     order = np.argsort(influence)
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters()) / model.num_parameters()
     for count in range(1, LAYERS):
-        result = ShortGPT(ratio=(count - 0.5) * layer)(model, tokens, None)
+        result = ShortGPT(ratio=(count - 0.5) * layer)(model, tokens)
         assert result.blocks == runs(order[:count].tolist())
-    assert ShortGPT(ratio=1.5 * layer)(model, tokens, None).blocks == [range(1, 2), range(4, 5)]
+    assert ShortGPT(ratio=1.5 * layer)(model, tokens).blocks == [range(1, 2), range(4, 5)]
     assert result.tokens == tokens.tokens
-    inner = ShortGPT(ratio=1.5 * layer, protect=0.3)(model, tokens, None)  # layers 2 and 3 alone are open
+    inner = ShortGPT(ratio=1.5 * layer, protect=0.3)(model, tokens)  # layers 2 and 3 alone are open
     assert inner.blocks == [range(2, 4)]
 
 
@@ -168,7 +168,7 @@ def test_uidl_takes_the_block_whose_ends_are_nearest_at_the_last_real_token(side
                     math.acos(brute_cosine(states[start, n, t], states[start + count, n, t])) / math.pi
                     for n, t in enumerate(np.flatnonzero(row)[-1] for row in tokens.mask.numpy())])
             start = min(angles, key=lambda key: angles[key])
-            found = UIDL(ratio=(count - 0.5) * layer)(model, tokens, None)
+            found = UIDL(ratio=(count - 0.5) * layer)(model, tokens)
             assert found.blocks == [range(start, start + count)]
     assert {len(block) for block in shortest_blocks(model, 2.5 * layer, range(LAYERS))} == {3}
 
@@ -238,7 +238,7 @@ def test_sleb_against_exhaustive_search() -> None:
     for count in (1, 2, 3):
         losses = {gone: loss_without(model, tokens, gone, 16)
                   for gone in itertools.combinations(range(1, LAYERS - 1), count)}
-        found = SLEB(ratio=(count - 0.5) * layer)(model, tokens, None)
+        found = SLEB(ratio=(count - 0.5) * layer)(model, tokens)
         chosen = tuple(index for block in found.blocks for index in block)
         assert losses[chosen] >= min(losses.values())
         assert losses[chosen] == min(loss for gone, loss in losses.items() if before <= set(gone))
@@ -249,9 +249,9 @@ def test_sleb_against_exhaustive_search() -> None:
 
 def test_sleb_looks_at_so_many_sequences_only() -> None:
     model, tokens = build("llama3"), padded_tokens(rows=7)
-    found = SLEB(ratio=0.2, sequences=3)(model, tokens, None)
+    found = SLEB(ratio=0.2, sequences=3)(model, tokens)
     assert found.tokens == 12 + 11 + 10
-    assert found.blocks == SLEB(ratio=0.2)(model, tokens.select(slice(0, 3)), None).blocks
+    assert found.blocks == SLEB(ratio=0.2)(model, tokens.select(slice(0, 3))).blocks
 
 
 # ------------------------------------------------------------------------------------------ LaCo: weights
@@ -301,7 +301,7 @@ def test_projections_are_the_matrices_of_attention_and_mlp_with_their_biases(nam
 def test_merging_all_parameters_in_the_codes_form_deletes_layers() -> None:
     model = build("llama3")
     ids = padded_tokens(rows=1).ids
-    merged = LaCo(form="code", merged="all", blocks=((2, 4),))(model, padded_tokens(), None)
+    merged = LaCo(form="code", merged="all", blocks=((2, 4),))(model, padded_tokens())
     assert merged.tokens == 0
     assert {edit.layer for edit in merged.edits if isinstance(edit, Rewrite)} == {1}
     assert merged.blocks == [range(2, 4)]
@@ -376,7 +376,7 @@ def test_the_loop_is_the_papers(layers: int, interval: int) -> None:
         method = LaCo(form="paper", merge_layers=layers, interval=interval, threshold=threshold)
         if len(kept) == LAYERS:
             with pytest.raises(KDPruneError, match="expected one below"):
-                method(model, tokens, None)
+                method(model, tokens)
             continue
         result = method(model, tokens, Run(batch_size=3))
         assert result.blocks == runs(set(range(LAYERS)) - set(kept))
@@ -426,7 +426,7 @@ def test_laco_meets_the_ratio_to_the_layer(count: int) -> None:
     model, tokens = build("llama3"), padded_tokens()
     layer = sum(p.numel() for p in decoder_layers(model)[0].parameters()) / model.num_parameters()
     for form in ("paper", "code"):
-        result = LaCo(ratio=(count - 0.5) * layer, form=form)(model, tokens, None)
+        result = LaCo(ratio=(count - 0.5) * layer, form=form)(model, tokens)
         assert sum(map(len, result.blocks)) == count
 
 
@@ -436,7 +436,7 @@ def test_laco_meets_the_ratio_to_the_layer(count: int) -> None:
 @pytest.mark.parametrize("method", PEERS)
 def test_given_blocks_are_taken_and_nothing_is_looked_at(method: str) -> None:
     model, tokens = build("llama3"), padded_tokens()
-    result = METHODS[method](blocks=((4, 5), (1, 3)))(model, tokens, None)
+    result = METHODS[method](blocks=((4, 5), (1, 3)))(model, tokens)
     assert result.blocks == [range(1, 3), range(4, 5)]
     assert result.tokens == 0
     rewritten = sorted(edit.layer for edit in result.edits if isinstance(edit, Rewrite))

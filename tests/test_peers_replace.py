@@ -279,7 +279,7 @@ def test_the_scales_align_mean_magnitudes_in_the_rotated_basis() -> None:
 
 
 def test_linearpatch_is_one_matrix() -> None:
-    edit = LinearPatch(blocks=((1, 4),))(build("llama3"), random_tokens(), None).edits[0]
+    edit = LinearPatch(blocks=((1, 4),))(build("llama3"), random_tokens()).edits[0]
     assert isinstance(edit, Substitute)
     x = torch.randn(5, WIDTH)
     torch.testing.assert_close(edit.stand_in(x), x @ edit.stand_in.readout.weight)

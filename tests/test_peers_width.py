@@ -34,6 +34,7 @@ from kdprune.model.surgery import Drop, Resize, apply_edits
 from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline
 from kdprune.runtime.machine import generator
+from kdprune.runtime.run import Run
 from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,7 +50,7 @@ def tokens(rows: int = 6, length: int = 24) -> TokenSet:
 
 
 def pruned(model: PreTrainedModel, method: Method, seed: int = 0) -> PreTrainedModel:
-    return apply_edits(model, method(model, tokens(), None, seed=seed).edits)
+    return apply_edits(model, method(model, tokens(), Run(seed)).edits)
 
 
 def removed(dense: PreTrainedModel, model: PreTrainedModel) -> float:
@@ -73,7 +74,7 @@ def test_the_bundled_model_meets_the_ratio_too(bundled: PreTrainedModel, method:
     if method == "slicegpt":
         left = StreamSize.of(bundled).parameters(settings.widths(bundled))
     else:
-        left = apply_edits(bundled, settings(bundled, tokens(), None).edits).num_parameters()
+        left = apply_edits(bundled, settings(bundled, tokens()).edits).num_parameters()
     assert 0.25 <= 1 - left / bundled.num_parameters() < 0.255
 
 
@@ -82,7 +83,7 @@ def test_padding_enters_nothing(method: str) -> None:
     dense, text = build("llama3"), tokens()
     other = TokenSet(text.ids.clone(), text.mask, text.source)  # type: ignore[arg-type]
     other.ids[~other.mask] = 7
-    first, second = (apply_edits(dense, METHODS[method]()(dense, rows, None).edits) for rows in (text, other))
+    first, second = (apply_edits(dense, METHODS[method]()(dense, rows).edits) for rows in (text, other))
     torch.testing.assert_close(logits(first), logits(second), rtol=1e-4, atol=1e-5)
 
 
@@ -125,7 +126,7 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path: Path, method: str) -> N
 
 def test_edits_that_make_no_model_are_refused() -> None:
     model = build("llama3")
-    edits = LLMPruner(ratio=0.2)(model, tokens(), None).edits
+    edits = LLMPruner(ratio=0.2)(model, tokens()).edits
     first = next(edit for edit in edits if isinstance(edit, Resize))
     wrong = {
         "beside edits": [*edits, Drop(range(1))],
@@ -236,7 +237,7 @@ def test_gradients_are_means_over_slices() -> None:
 def test_what_stays_has_the_largest_saliency(order: Any) -> None:
     model, method = build("llama3"), LLMPruner(ratio=0.25, order=order)
     plan = method.plan(model)
-    edits = method(model, tokens(), None, seed=2).edits
+    edits = method(model, tokens(), Run(2)).edits
     text = tokens()
     rows = random_slices(text.select(slice(len(text) - text.held_out(0.1))), 10, 64, generator(2, 1))
     saliency = method.saliencies(model, plan.layers, rows)[1]
@@ -296,7 +297,7 @@ def test_principal_components_are_numpys() -> None:
 
 def test_the_first_cut_is_the_pca_of_the_embeddings() -> None:
     model, text = build("llama2"), tokens()
-    edits = SliceGPT(sparsity=0.25)(model, text, None).edits
+    edits = SliceGPT(sparsity=0.25)(model, text).edits
     table = model.get_input_embeddings().weight.detach().double().numpy()
     rows = text.select(slice(len(text) - text.held_out(0.1)))
     x = table[rows.ids[rows.mask].numpy()]

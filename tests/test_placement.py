@@ -34,7 +34,7 @@ from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SPREAD = (
-    "kdp", "kdp-context", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-layer", "streamline-none",
+    "kdp", "kdp-without", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-layer", "streamline-none",
     "replaceme-closed", "shortgpt", "uidl", "sleb")
 
 

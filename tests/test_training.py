@@ -21,7 +21,9 @@ from kdprune.errors import KDPruneError
 from kdprune.model.surgery import Substitute, apply_edits
 from kdprune.run.heal import Heal, heal
 from kdprune.runtime.distributed import world
+from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
+from kdprune.store.cache import Cache
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train import loop as training
 from kdprune.train.gradients import Sums
@@ -232,19 +234,21 @@ def test_healing_goes_on_where_it_was_killed(what: Any, tmp_path: Path, monkeypa
     tokens = TokenSet(ids, torch.ones(8, 12, dtype=torch.bool), "test")
     settings = Heal(what=what, tokens=360, batch=3, rank=2, rate=3e-3)
 
-    def healed(at: float, checkpoint: Checkpoint | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        found, record = heal(pruned, model, edits, tokens, settings, 0, Killing(at), held=2, checkpoint=checkpoint)
+    def healed(at: float, cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        found, record = heal(
+            pruned, model, edits, tokens, settings, Run(stages=Killing(at), cache=cache), held=2)
         assert record["kept"]
         return found.state_dict(), record
 
-    weights, record = healed(math.inf, None)
+    monkeypatch.setattr(Cache, "checkpoint", functools.partialmethod(Cache.checkpoint, seconds=0))
+    weights, record = healed(math.inf, Cache(None))
     assert len(record["curve"]) == 10
     for at in (1, 10, 29):
-        checkpoint = Checkpoint(tmp_path / f"{at}" / "heal", seconds=0)
+        cache = Cache(tmp_path / f"{at}")
         with pytest.raises(KeyboardInterrupt):
-            healed(at, checkpoint)
-        for _ in range(2):
-            again, same_record = healed(math.inf, checkpoint)
+            healed(at, cache)
+        for _ in range(2):  # from the checkpoint, and from the finished stage
+            again, same_record = healed(math.inf, cache)
             assert same_record == record
             assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
 

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.methods.common.method import Method
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.model.activations import layer_states
-from kdprune.model.families import decoder_layers
+from kdprune.model.passes import run_layers
 from kdprune.model.placement import reads_weights
 from kdprune.planning.forecast import DEVICES
 from kdprune.planning.meta import job_of, layout, meta_model, prune_meta
@@ -35,14 +34,14 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
     return passes * _forward_seconds(run.running(model), tokens)
 
 
+@torch.no_grad()
 def _forward_seconds(model: PreTrainedModel, tokens: TokenSet) -> float:
     """Of one pass of the layer stack over these tokens, scaled up from a few rows."""
-    some, last = tokens.select(slice(0, ROWS)), len(decoder_layers(model))
+    some = tokens.select(slice(0, ROWS))
     start = 0.0
     for rows in (some.select(slice(0, 1)), some):
         start = time.perf_counter()
-        for _ in layer_states(model, rows, [last], ROWS):
-            pass
+        run_layers(model, rows)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
     return (time.perf_counter() - start) * tokens.ids.numel() / some.ids.numel()
