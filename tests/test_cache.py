@@ -19,7 +19,7 @@ from torch import Tensor
 from kdprune.errors import KDPruneError
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache, JsonCodec, TensorCodec, default_work_dir
-from kdprune.store.hashing import Part, digest, files_identity, part
+from kdprune.store.hashing import IdentityPart, digest, files_identity, part
 from kdprune.store.states import SpilledStates
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
@@ -61,7 +61,7 @@ def test_the_same_run_opens_it_again(place: Path) -> None:
     for _ in range(2):
         with Cache(place, IDENTITY):
             pass
-    with Cache(place, {"seed": "0", "model": Part("moved/tiny", IDENTITY["model"].hash)}):
+    with Cache(place, {"seed": "0", "model": IdentityPart("moved/tiny", IDENTITY["model"].hash)}):
         pass  # a model is its contents, wherever it stands
 
 

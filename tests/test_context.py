@@ -12,7 +12,7 @@ from kdprune.methods.common.budget import Budget
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
@@ -25,16 +25,16 @@ Build = Callable[..., PreTrainedModel]
 BLOCK = range(1, 4)
 
 
-def site_of(model: PreTrainedModel, source: int) -> Site:
+def site_of(model: PreTrainedModel, source: int) -> StandInFit:
     """An unfitted stand-in for BLOCK behind the attention of layer ``source``."""
     states = collect_block_states(model, random_tokens(rows=4), [BLOCK], Run(batch_size=4), held=1, path=PathRows(1, 1))
-    return Site(model, states[0], Shape(32, "fourier", 5, 0, True, True).build(generator()), source, Run())
+    return StandInFit(model, states[0], Shape(32, "fourier", 5, 0, True, True).build(generator()), source, Run())
 
 
-def in_the_model(model: PreTrainedModel, site: Site) -> torch.Tensor:
-    """What leaves the site's slot in the pruned model, (N, T, d)."""
-    pruned = apply_edits(model, [site.edit()])
-    found = layer_states(pruned, site.states.tokens, [BLOCK.start + 1], batch_size=4)
+def in_the_model(model: PreTrainedModel, fitting: StandInFit) -> torch.Tensor:
+    """What leaves the fitting's slot in the pruned model, (N, T, d)."""
+    pruned = apply_edits(model, [fitting.edit()])
+    found = layer_states(pruned, fitting.states.tokens, [BLOCK.start + 1], batch_size=4)
     return torch.cat([states[BLOCK.start + 1] for _, states in found])
 
 
@@ -47,12 +47,12 @@ def run(model: PreTrainedModel, **options: object) -> MethodResult:
 def test_a_fit_sees_what_the_pruned_model_computes(source: int, name: str, tiny_model: Build) -> None:
     """Masks, rotations and attention type of the layer that the context comes from, in the fit as in the model."""
     model = tiny_model(name)
-    site = site_of(model, source)
+    fitting = site_of(model, source)
     with torch.no_grad():
-        torch.testing.assert_close(site.predict(torch.arange(4)), in_the_model(model, site), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fitting.predict(torch.arange(4)), in_the_model(model, fitting), rtol=1e-4, atol=1e-4)
     norm = getattr(decoder_layers(model)[source], family_of(model).mlp_norm)
     states = torch.randn(3, 32, generator=generator())
-    assert torch.equal(site.to_kernel(states), norm(states))
+    assert torch.equal(fitting.to_kernel(states), norm(states))
 
 
 def test_the_context_is_started_from_the_first_layer_of_the_block(tiny_model: Build) -> None:

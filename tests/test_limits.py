@@ -13,7 +13,7 @@ from kdprune.errors import KDPruneError
 from kdprune.kernel.bounds import theorem1_bound
 from kdprune.kernel.features import FourierFeatures
 from kdprune.methods.common.budget import Budget, check_budget, select_by_similarity
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.diagnostics import theory
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, solve_operators
@@ -62,10 +62,11 @@ def test_theory_taken_in_chunks_is_theory_of_all_tokens(monkeypatch: pytest.Monk
     path, held = growing_path(3, 300), growing_path(3, 90, seed=4)
     step1 = learned(path)
     states = SimpleNamespace(path=path, path_held=held)
-    site = cast(Site, SimpleNamespace(states=states, device=torch.device("cpu"), to_kernel=lambda value: value))
+    fitting = cast(
+        StandInFit, SimpleNamespace(states=states, device=torch.device("cpu"), to_kernel=lambda value: value))
     for module in ("kdprune.methods.kdp.diagnostics.CHUNK", "kdprune.kernel.bounds._CHUNK"):
         monkeypatch.setattr(module, 64)
-    found = theory(site, step1)
+    found = theory(fitting, step1)
     with torch.no_grad():
         matrices, lifted, lifted_held = step1.dynamics.matrices(), step1.features(path), step1.features(held)
         one_step = float((lifted[:-1] @ matrices.mT - lifted[1:]).square().sum(-1).mean(-1).max())

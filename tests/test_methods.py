@@ -14,7 +14,7 @@ from kdprune.kernel.features import FourierFeatures
 from kdprune.methods.common.analysis import score_layers
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.diagnostics import norm_decay
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
@@ -325,9 +325,9 @@ def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
         model, tokens = tiny_model(name), random_tokens(rows=4)
         states = collect_block_states(model, tokens, [range(1, 3)], Run(batch_size=4), held=1, path=PathRows(1, 1))[0]
         stand_in = Shape(32, "fourier", 5, 0, residual=True, context=True).build(generator())
-        site = Site(model, states, stand_in, 1, Run())
+        fitting = StandInFit(model, states, stand_in, 1, Run())
         rows = torch.arange(4)
-        probe = site.probe(rows)
+        probe = fitting.probe(rows)
         with torch.no_grad():
             expected = probe.base + stand_in(probe.kernel_input)
-            torch.testing.assert_close(site.predict(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fitting.predict(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)

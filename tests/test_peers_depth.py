@@ -26,7 +26,7 @@ from kdprune.methods.peers.drop import (
     losses_without,
     runs,
 )
-from kdprune.methods.peers.laco import Course, Judge, LaCo
+from kdprune.methods.peers.laco import Judge, LaCo, MergeSchedule
 from kdprune.methods.peers.merging import (
     Merger,
     edits_of,
@@ -391,12 +391,12 @@ def test_the_search_sees_every_result_that_some_threshold_has() -> None:
     model, tokens = build("llama3", seed=2), padded_tokens("mixed", rows=4)
     judge = judge_of(model, tokens)
     for layers, interval in ((2, 1), (3, 1), (3, 2)):
-        course = Course(LAYERS, layers, LAYERS - 1 - layers, 0, interval, 0)
-        seen = {tuple(slot.index for slot in walk.slots) for walk in judge.walks([course])}
-        walks = [judge.walk(course, float(threshold)) for threshold in torch.linspace(-1.01, 1.01, 149)]
+        schedule = MergeSchedule(LAYERS, layers, LAYERS - 1 - layers, 0, interval, 0)
+        seen = {tuple(slot.index for slot in walk.slots) for walk in judge.walks([schedule])}
+        walks = [judge.walk(schedule, float(threshold)) for threshold in torch.linspace(-1.01, 1.01, 149)]
         grid = {tuple(slot.index for slot in walk.slots) for walk in walks}
         assert grid <= seen
-        assert {LAYERS - len(alive) for alive in seen} <= course.reachable()
+        assert {LAYERS - len(alive) for alive in seen} <= schedule.reachable()
         assert tuple(range(LAYERS)) in seen
 
 

@@ -17,11 +17,11 @@ from kdprune.methods import METHODS
 from kdprune.methods.common.block_data import block_states
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.peers.linear import fit_affine
 from kdprune.methods.peers.linearpatch import LinearPatch, channel_scales, hadamard, patch_matrix
 from kdprune.methods.peers.replaceme import ReplaceMe, folded_weights, interface, least_squares
-from kdprune.methods.peers.streamline import LayerSite, Streamline
+from kdprune.methods.peers.streamline import LayerFit, Streamline
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
@@ -151,14 +151,14 @@ def test_streamlines_network_has_the_papers_form() -> None:
 def test_streamlines_layer_is_the_models_own_and_sees_no_future_token(name: str) -> None:
     model, tokens = build(name), padded_tokens(0)
     states, = block_states(model, tokens, [range(2, 5)], 0.2, Run(batch_size=3))
-    site, rows = LayerSite(model, states, Run()), torch.tensor([1, 4, 2])
-    before = site.predict(rows).detach()
+    fitting, rows = LayerFit(model, states, Run()), torch.tensor([1, 4, 2])
+    before = fitting.predict(rows).detach()
     _, after_one = endpoints(model, tokens.select(rows), range(2, 3))
     torch.testing.assert_close(before[tokens.mask[rows]], after_one, rtol=1e-4, atol=1e-4)
     changed = states.inputs[torch.tensor([1])]
     changed[0, 7] += 1.0
     states.inputs.put(torch.tensor([1]), changed)
-    after = site.predict(rows).detach()
+    after = fitting.predict(rows).detach()
     assert torch.equal(after[0, :7], before[0, :7])
     assert not torch.allclose(after[0, 7:], before[0, 7:])
 
@@ -227,8 +227,8 @@ def test_replacemes_cosine_starts_from_dropping() -> None:
 # ------------------------------------------------------------------------------------------ linear maps
 
 
-def fitted_site(solve: Callable[..., Site]) -> tuple[Site, np.ndarray, np.ndarray]:
-    """A site of the block [1, 4) and numpy's h_s and h_e of the rows it may be fitted on."""
+def fitted_site(solve: Callable[..., StandInFit]) -> tuple[StandInFit, np.ndarray, np.ndarray]:
+    """A fitting of the block [1, 4) and numpy's h_s and h_e of the rows it may be fitted on."""
     model, tokens = build("llama3"), padded_tokens(0)
     states, = block_states(model, tokens, [range(1, 4)], 0.25, Run(batch_size=3))
     pair = endpoints(model, tokens.select(slice(0, 6)), range(1, 4))
@@ -237,17 +237,17 @@ def fitted_site(solve: Callable[..., Site]) -> tuple[Site, np.ndarray, np.ndarra
 
 def test_linear_is_numpys_ridge_regression() -> None:
     ridge = 0.01
-    site, before, after = fitted_site(lambda model, states: fit_affine(model, states, ridge, Run()))
+    fitting, before, after = fitted_site(lambda model, states: fit_affine(model, states, ridge, Run()))
     centred, update = before - before.mean(0), after - before
     penalty = np.sqrt(ridge * (centred**2).sum() / WIDTH) * np.eye(WIDTH)
     expected = np.linalg.lstsq(
         np.vstack((centred, penalty)), np.vstack((update - update.mean(0), np.zeros_like(penalty))), rcond=None)[0].T
-    readout = site.stand_in.readout
+    readout = fitting.stand_in.readout
     np.testing.assert_allclose(readout.weight.detach(), expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         readout.bias.detach(), update.mean(0) - expected @ before.mean(0), rtol=1e-4, atol=1e-4)
-    assert site.stand_in.residual
-    assert not site.stand_in.normalize
+    assert fitting.stand_in.residual
+    assert not fitting.stand_in.normalize
 
 
 @pytest.mark.parametrize("size", [1, 32, 96, 128, 33])
@@ -269,13 +269,13 @@ def test_the_patch_is_symmetric_and_with_unit_scales_the_identity(size: int) -> 
 
 
 def test_the_scales_align_mean_magnitudes_in_the_rotated_basis() -> None:
-    def unfitted(model: PreTrainedModel, states: Any) -> Site:
-        return Site(model, states, StandIn(WIDTH, kind="linear", features=0), None, Run())
+    def unfitted(model: PreTrainedModel, states: Any) -> StandInFit:
+        return StandInFit(model, states, StandIn(WIDTH, kind="linear", features=0), None, Run())
 
-    site, before, after = fitted_site(unfitted)
+    fitting, before, after = fitted_site(unfitted)
     rotation = hadamard(WIDTH).numpy()
     expected = np.abs(after @ rotation).mean(0) / np.abs(before @ rotation).mean(0)
-    np.testing.assert_allclose(channel_scales(site), expected, rtol=1e-6)
+    np.testing.assert_allclose(channel_scales(fitting), expected, rtol=1e-6)
 
 
 def test_linearpatch_is_one_matrix() -> None:

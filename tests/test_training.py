@@ -61,7 +61,7 @@ class Problem:
     def parameters(self) -> list[nn.Parameter]:
         return [self.u, self.v, self.unused]
 
-    def measure(self, rows: Tensor) -> Sums:
+    def loss_function(self, rows: Tensor) -> Sums:
         self.calls += 1
         if self.calls == self.stop_at:
             raise KeyboardInterrupt
@@ -77,7 +77,7 @@ class Problem:
 
     def fit(self, schedule: Schedule = SCHEDULE, **options: Any) -> Any:
         options = {"on_epoch": self.on_epoch, **options}
-        return fit(self.parameters, self.measure, self.ROWS, schedule, self.generator, name="block [2, 4)",
+        return fit(self.parameters, self.loss_function, self.ROWS, schedule, self.generator, name="block [2, 4)",
                    notify=self.told.append, **options)
 
     def bits(self) -> list[Tensor]:
@@ -92,11 +92,11 @@ def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
     weight = nn.Parameter(torch.zeros(()))
     seen: list[int] = []
 
-    def measure(rows: Tensor) -> Sums:
+    def loss_function(rows: Tensor) -> Sums:
         seen.extend(rows.tolist())
         return Sums({"loss": len(rows) * (weight - 2).square()}, len(rows))
 
-    curves = fit([weight], measure, 10, Schedule(20, 3, 0.3), generator(), name="test")
+    curves = fit([weight], loss_function, 10, Schedule(20, 3, 0.3), generator(), name="test")
     assert sorted(seen[:10]) == list(range(10))
     assert curves["loss"][-1] < 0.05 * curves["loss"][0]
     assert float(weight.detach()) == pytest.approx(2, abs=0.2)
@@ -111,7 +111,7 @@ def plain_loop(problem: Problem, schedule: Schedule, slower_from: int) -> list[f
         optimizer, schedule.rate, total_steps=total, pct_start=0.05, cycle_momentum=False, final_div_factor=1e4)
     losses = []
     for step, rows in enumerate(torch.randperm(problem.ROWS, generator=problem.generator).split(schedule.batch)):
-        seen = problem.measure(rows)
+        seen = problem.loss_function(rows)
         loss = seen.values["loss"] / seen.count
         losses.append(float(loss.detach()))
         optimizer.zero_grad()
@@ -143,8 +143,8 @@ def test_the_loop_is_adamw_with_one_cycle_and_its_curves_are_means_over_tokens()
 class Diverging(Problem):
     """A loss that is NaN where U became too large, which it does at the first rate and not at a quarter of it."""
 
-    def measure(self, rows: Tensor) -> Sums:
-        seen = super().measure(rows)
+    def loss_function(self, rows: Tensor) -> Sums:
+        seen = super().loss_function(rows)
         bad = self.u.detach().abs().max() > 2.2
         return Sums({**seen.values, "loss": seen.values["loss"] + (math.nan if bad else 0)}, seen.count)
 
@@ -260,11 +260,11 @@ def test_a_loss_that_is_nan_once_goes_on_from_the_last_good_step_at_half_the_rat
     schedule = Schedule(1, 1, 0.05, clip=0.5, weight_decay=0.01)
     fitted, plain = Problem(), Problem()
 
-    def measure(rows: Tensor) -> Sums:
-        seen = fitted.measure(rows)
+    def loss_function(rows: Tensor) -> Sums:
+        seen = fitted.loss_function(rows)
         return Sums({"loss": seen.values["loss"] * (math.nan if fitted.calls == 20 else 1)}, seen.count)
 
-    curves = fit(fitted.parameters, measure, fitted.ROWS, schedule, fitted.generator, name="block [2, 4)",
+    curves = fit(fitted.parameters, loss_function, fitted.ROWS, schedule, fitted.generator, name="block [2, 4)",
                  notify=fitted.told.append)
     losses = plain_loop(plain, schedule, slower_from=16)
     for one, other in zip(fitted.parameters, plain.parameters, strict=True):
@@ -336,14 +336,14 @@ def test_too_large_a_batch_is_halved_to_the_same_result(fails: Callable[[Tensor]
     schedule = Schedule(3, 8, 0.02, clip=0.5)
     sizes: list[int] = []
 
-    def measure(rows: Tensor) -> Sums:
-        seen = halved.measure(rows)
+    def loss_function(rows: Tensor) -> Sums:
+        seen = halved.loss_function(rows)
         sizes.append(len(rows))
         loss = fails(seen.values["loss"]) if len(rows) > 2 else seen.values["loss"]
         return Sums({**seen.values, "loss": loss}, seen.count)
 
     curves = whole.fit(schedule)
-    found = fit(halved.parameters, measure, halved.ROWS, schedule, halved.generator, name="block [2, 4)",
+    found = fit(halved.parameters, loss_function, halved.ROWS, schedule, halved.generator, name="block [2, 4)",
                 on_epoch=halved.on_epoch, notify=halved.told.append)
     for one, other in zip(halved.parameters, whole.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -359,10 +359,10 @@ def test_one_row_too_large_says_what_to_do_and_other_errors_pass() -> None:
     weight = nn.Parameter(torch.ones(()))
 
     def failing(error: Exception) -> None:
-        def measure(_: Tensor) -> Sums:
+        def loss_function(_: Tensor) -> Sums:
             raise error
 
-        fit([weight], measure, 4, Schedule(1, 2, 1e-3), generator(), name="block [2, 4)", notify=lambda _: None)
+        fit([weight], loss_function, 4, Schedule(1, 2, 1e-3), generator(), name="block [2, 4)", notify=lambda _: None)
 
     with pytest.raises(KDPruneError, match=r"one row while fitting block \[2, 4\), .*--length.*--device cpu"):
         failing(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
@@ -384,17 +384,17 @@ def in_processes(case: str, folder: Path) -> Problem:
         with torch.no_grad():
             problem.u.add_(1.0)
 
-    def measure(rows: Tensor) -> Sums:
+    def loss_function(rows: Tensor) -> Sums:
         if case == "halved" and here.rank == here.size - 1 and len(rows) > 1:
             raise torch.OutOfMemoryError("planted")
-        return problem.measure(rows)
+        return problem.loss_function(rows)
 
     def mine(rows: Tensor) -> Tensor:
         if case == "uneven":  # in some steps a process has no row, and the last the most tokens
             return rows[(rows % 5 > 0) == (here.rank == here.size - 1)] if here.size > 1 else rows
         return rows[rows % here.size == here.rank]
 
-    curves = fit(problem.parameters, measure, problem.ROWS, FAST, problem.generator, name=case,
+    curves = fit(problem.parameters, loss_function, problem.ROWS, FAST, problem.generator, name=case,
                  on_epoch=problem.on_epoch, local_rows=mine, notify=problem.told.append)
     torch.save({"bits": problem.bits(), "calls": problem.calls}, folder / f"{case}-{here.rank}-of-{here.size}.pt")
     (folder / f"{case}-{here.rank}-of-{here.size}.json").write_text(json.dumps([curves, problem.told]))

@@ -80,7 +80,7 @@ def _push(client: HfApi, directory: Path, repository: str) -> None:
 
 
 def analyze_command(**options: Any) -> None:
-    """Measure how similar the layers' states are; write results.json and report.html, prune nothing."""
+    """LossFunction how similar the layers' states are; write results.json and report.html, prune nothing."""
     options = {"output_dir": ANALYSIS, "work_dir": AUTO, **options}
     analyze(**options, progress=True)
     if world().first:

@@ -101,7 +101,7 @@ def parse_variant(name: str, ratio: float, common: Mapping[str, Any] | None = No
 
 
 @dataclass(frozen=True)
-class Part:
+class AblationPart:
     """One question of the ablation: the options that answer it, each with what it is called.
 
     sweep: name of the number that the options vary; empty for parts that are there or not.
@@ -113,7 +113,7 @@ class Part:
     sweep: str = ""
 
 
-def parts_of(width: int, layers: int, rows: int) -> list[Part]:
+def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
     """The parts of KDP, for a model of this width and depth calibrated on this many rows."""
     features = sorted({max(1, round(width * share)) for share in (0.25, 0.5, 1, 2)})
     ranks = [rank for rank in (0, 4, 16, 64) if rank <= width]
@@ -121,20 +121,20 @@ def parts_of(width: int, layers: int, rows: int) -> list[Part]:
     lengths = range(2, min(8, layers // 2) + 1)
     token_wise = "inverse=residual:context=none"
     return [
-        Part("kernel", "The kernel", {
+        AblationPart("kernel", "The kernel", {
             "kernel=linear": "without kernel: a linear map", "kernel=mlp": "a GELU layer instead",
             "kernel=fixed": "fixed as drawn", "without=anisotropy": "isotropic"}),
-        Part("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}),
-        Part("loss", "Loss of step 1", {
+        AblationPart("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}),
+        AblationPart("loss", "Loss of step 1", {
             "without=cosine_term": "without the cosine term", "without=position_weights": "without position weights"}),
-        Part("operators", "Operators", {"without=operators": "without operators"}),
-        Part("alpha", "α", {"without=alpha": "without α"}),
-        Part("inverse", "Inverse network, token by token", {
+        AblationPart("operators", "Operators", {"without=operators": "without operators"}),
+        AblationPart("alpha", "α", {"without=alpha": "without α"}),
+        AblationPart("inverse", "Inverse network, token by token", {
             token_wise: "residual, no attention", "inverse=direct": "direct, no attention"}),
-        Part("features", "Features m", {f"features={m}": f"m = {m}" for m in features}, "features m"),
-        Part("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r"),
-        Part("tokens", "Calibration rows", {f"samples={n}": f"{n} rows" for n in samples}, "calibration rows"),
-        Part("length", "Block length", {f"block_length={k}": f"k = {k}" for k in lengths}, "block length k"),
+        AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in features}, "features m"),
+        AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r"),
+        AblationPart("tokens", "Calibration rows", {f"samples={n}": f"{n} rows" for n in samples}, "calibration rows"),
+        AblationPart("length", "Block length", {f"block_length={k}": f"k = {k}" for k in lengths}, "block length k"),
     ]
 
 
@@ -147,7 +147,8 @@ def ablation_variants(
     """The base, and the base with one part changed at a time.
 
     Args:
-        base: a variant of KDP. only: names of parts; all when empty.
+        base: a variant of KDP.
+        only: names of parts; all when empty.
     """
     found = [parse_variant(base, ratio, group="Base", label="the base")]
     for part in parts_of(width, layers, rows):

@@ -94,14 +94,14 @@ def run_suite(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal",
             batch_size=batch_size or (CPU_BATCH if input_device(model).type == "cpu" else BATCH),
             softmax_dtype="float32")
-    with (stages or Stages()).stage("tasks", total=len(rows)) as advance:
+    with (stages or Stages()).stage("tasks", total=len(rows)) as progress:
         for row in rows:
             if isinstance(row, Text):
                 scores.append(_text_score(row, model, tokenizer, _paths(data), limit))
             else:
                 with evaluating(model):
                     scores += _row_scores(row, wrapped, _tasks(row, _paths(data)), limit)
-            advance(1)
+            progress(1)
     return scores
 
 

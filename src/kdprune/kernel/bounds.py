@@ -26,7 +26,10 @@ def theorem1_bound(
         empirical_risk: L_ERM, mean ‖A φ(h) − φ(h')‖² of one step on the n fitted tokens.
         spectral_norm: B_A = max_i ‖A_i‖₂.
         feature_norm: R_φ = max ‖φ‖ (1 for these features).
-        features: m. samples: n. steps: k. delta: 1 − confidence.
+        features: m.
+        samples: n.
+        steps: k.
+        delta: 1 − confidence.
         constant: the theorem's unnamed C; the paper gives no value, so 1 is used and stated.
 
     Returns:
@@ -47,7 +50,8 @@ def relative_risk(
     dividing by Σ‖y − mean‖² makes the two spaces, which have different units, comparable.
 
     Args:
-        train, test: pairs (x, y) of shapes (n, p), (n, q).
+        train: the pair (x, y) that is fitted, shapes (n, p), (n, q).
+        test: the held-out pair.
         lift: applied to both, chunk by chunk, so that what it makes of all tokens is never there at once.
     """
     fit, held = _moments(train, lift), _moments(test, lift)
@@ -71,7 +75,8 @@ def k_step_errors(matrices: Tensor, features: Tensor) -> list[float]:
     """Root mean square of ‖A_j ⋯ A_1 φ(h_s) − φ(h_{s+j})‖ over tokens, for j = 1 … k.
 
     Args:
-        matrices: A, shape (k, D, D). features: φ of the block's k+1 states, shape (k+1, n, D).
+        matrices: A, shape (k, D, D).
+        features: φ of the block's k+1 states, shape (k+1, n, D).
     """
     state, errors = features[0], []
     for matrix, target in zip(matrices, features[1:], strict=True):

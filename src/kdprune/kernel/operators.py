@@ -15,7 +15,8 @@ class Moments:
     cannot afford.
 
     Args:
-        inputs: p, outputs: q; device: where the sums live.
+        inputs: p, outputs: q.
+        device: where the sums live.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu"):

@@ -15,7 +15,9 @@ def u_centre(grams: Tensor) -> Tensor:
     costs two of float32's digits, and such tokens are the rule.
 
     Args:
-        grams: symmetric, shape (…, n, n), n ≥ 4. Sources: Székely & Rizzo 2014; Song et al. 2012 (the estimator).
+        grams: symmetric, shape (…, n, n), n ≥ 4.
+
+    Sources: Székely & Rizzo 2014; Song et al. 2012 (the estimator).
     """
     n = grams.shape[-1]
     diagonals = grams.diagonal(dim1=-2, dim2=-1)
@@ -62,7 +64,8 @@ class LayerSimilarity:
         width: of each layer's RBF kernel exp(−‖x − y‖²/(2 width)), shape (S,): the median distance of some chunk.
 
     Attributes:
-        sums: by name, over tokens (cosine, update, norm) or chunks (linear, rbf: HSIC). tokens: how many.
+        sums: by name, over tokens (cosine, update, norm) or chunks (linear, rbf: HSIC).
+        tokens: how many.
 
     Source: KDP, section 1.
     """

@@ -25,7 +25,8 @@ class BlockStates:
     Attributes:
         block: the layers replaced.
         tokens: the rows, (N, T); the last ``held`` of them are kept out of every fit.
-        inputs, outputs: h_s and h_e, shape (N, T, d), in the model's dtype; ``states[rows]`` reads rows.
+        inputs: h_s, shape (N, T, d), in the model's dtype; ``states[rows]`` reads rows.
+        outputs: h_e, likewise.
         path: all k+1 states h_s … h_e of the tokens of a few rows (step 1), shape (k+1, n, d), float32.
         path_position: position of those tokens in their row, shape (n,).
         path_held: the same states for tokens of held-out rows, shape (k+1, n', d).
@@ -116,7 +117,8 @@ def states_between(boundaries: Mapping[int, States], block: range, tokens: Token
     For a run of one process, which has the states of all rows.
 
     Args:
-        boundaries: from :func:`boundary_states`, those inside the block too if a path is wanted. tokens: their rows.
+        boundaries: from :func:`boundary_states`, those inside the block too if a path is wanted.
+        tokens: their rows.
         path: how many rows at the beginning show their inner states.
     """
     rows, mask = torch.arange(path), tokens.mask[:path]

@@ -64,7 +64,7 @@ def is_dispatched(model: nn.Module) -> bool:
     return any(_hook(module) is not None for module in model.modules())
 
 
-def is_outline(module: nn.Module) -> bool:
+def is_meta_model(module: nn.Module) -> bool:
     """Whether ``module`` has no weights anywhere: made on the meta device, neither streamed nor offloaded."""
     found = list(module.parameters())
     return bool(found) and not is_dispatched(module) and all(

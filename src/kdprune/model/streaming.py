@@ -53,8 +53,8 @@ class Scratch:
     """Where the states of a streamed model are between two layers.
 
     Attributes:
-        folder: where they go, in files, when they take more than ``host_bytes``. None: only as many batches as fit
-            pass together, and the layers are read again for the next ones.
+        folder: where they go, in files, when they take more than ``host_bytes``.
+        None: only as many batches as fit pass together, and the layers are read again for the next ones.
         host_bytes: the most that they take in memory.
     """
 

@@ -41,7 +41,7 @@ from .modeling_kdp import (
     place_stand_in,
     thin_attention,
 )
-from .placement import device_of, follow, free, hooks_of, is_outline, release, renumber, unhooked
+from .placement import device_of, follow, free, hooks_of, is_meta_model, release, renumber, unhooked
 from .streaming import resident
 from .widths import resize_layers, rewrite
 
@@ -188,7 +188,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def plain_copy(module: Module, memo: dict[int, Any] | None = None) -> Module:
     """A copy of ``module`` with real weights of its own, streamed or offloaded ones read, on the device it computes
     on, without accelerate's hooks; of an outline another outline. What ``memo`` holds by id is shared."""
-    if is_outline(module):
+    if is_meta_model(module):
         return copy.deepcopy(module, memo)
     with resident(module):
         return free(copy.deepcopy(module, {**(memo or {}), **hooks_of(module)}))
@@ -289,7 +289,7 @@ def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> No
 def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Module:
     """A copy of ``module`` in the dtype and mode of ``model``, on the device of layer ``beside``."""
     result = copy.deepcopy(module, {id(model.config): model.config})
-    device = torch.device("meta") if is_outline(beside) else device_of(beside)
+    device = torch.device("meta") if is_meta_model(beside) else device_of(beside)
     return result.to(device=device, dtype=model.dtype).train(model.training)
 
 

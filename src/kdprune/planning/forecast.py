@@ -38,8 +38,12 @@ class Device:
     """What a processor is rated at, and the share of it that is expected.
 
     Attributes:
-        half, single, double: peak operations a second in bfloat16 (dense), float32 and float64. bandwidth: bytes a
-            second of its memory, memory: bytes of it; None: unknown. utilisation: share of all peaks.
+        half: peak operations a second in bfloat16, dense.
+        single: the same in float32.
+        double: the same in float64.
+        bandwidth: bytes a second of its memory; None: unknown.
+        memory: bytes of it; None: unknown.
+        utilisation: share of all peaks.
         source: of the peaks.
     """
 
@@ -123,11 +127,22 @@ class Job:
     """What is pruned and how, in numbers.
 
     Attributes:
-        width: d. layers: L. itemsize: bytes a weight. rows, length: of the calibration set; held: rows no fit sees.
-        blocks, shape: what is put where. settings: of the fits. path: rows step 1 sees, to fit on and held out.
-        sequential: whether later blocks see corrected states. layer, site: operations a token of one decoder layer,
-            and of one stand-in with what stands before it. weights, outside: bytes of the model, of what is not in
-            its layers. added: parameters of one stand-in with what stands before it.
+        width: d.
+        layers: L.
+        itemsize: bytes a weight.
+        rows: rows of the calibration set.
+        length: tokens a row.
+        held: rows no fit sees.
+        blocks: what is replaced.
+        shape: of the stand-ins.
+        settings: of the fits.
+        path: rows step 1 sees, to fit on and held out.
+        sequential: whether later blocks see corrected states.
+        layer: operations a token of one decoder layer.
+        site: operations a token of one stand-in with what stands before it.
+        weights: bytes of the model.
+        outside: bytes of what is not in its layers.
+        added: parameters of one stand-in with what stands before it.
     """
 
     width: int

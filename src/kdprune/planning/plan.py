@@ -29,8 +29,10 @@ class Side:
     """The dense or the pruned model.
 
     Attributes:
-        disk_bytes: of the safetensors. kv_bytes: of keys and values a token. prefill_flops, decode_flops: operations
-            a token, reading a row and writing one token behind it (head included).
+        disk_bytes: of the safetensors.
+        kv_bytes: of keys and values a token.
+        prefill_flops: operations a token in reading a row, head included.
+        decode_flops: operations in writing one token behind it.
     """
 
     layers: int
@@ -46,8 +48,8 @@ class Need:
     """Memory of one way to run: whole or streamed; ``device_bytes`` is None where the host computes.
 
     Attributes:
-        analysis_bytes: of the host while layers are scored. taken: by ``prune``, as the device and the host's budget
-            have it; None where neither is known.
+        analysis_bytes: of the host while layers are scored.
+        taken: by ``prune``, as the device and the host's budget have it; None where neither is known.
     """
 
     streamed: bool
@@ -71,10 +73,16 @@ class PruningPlan:
     """What :func:`plan` finds.
 
     Attributes:
-        ratio: asked for; net_ratio: what these blocks and stand-ins give. given: whether the blocks were named.
-        kind, features, hidden, context: of the stand-ins.
+        ratio: asked for.
+        net_ratio: what these blocks and stand-ins give.
+        given: whether the blocks were named.
+        kind: feature map of the stand-ins.
+        features: m of each.
+        hidden: width of the inverse's hidden layer.
+        context: whether an attention sublayer stands before them.
         added: parameters of each with what stands before it.
-        states_bytes: on disk, or in memory without a work directory. scratch_bytes: of a streamed model's analysis.
+        states_bytes: on disk, or in memory without a work directory.
+        scratch_bytes: of a streamed model's analysis.
         forward_seconds: of one pass of the layer stack over the calibration set.
     """
 
@@ -116,8 +124,14 @@ def plan(
 
     Args:
         model: directory with config.json, that file, or hub id; None: the bundled reference model.
-        ratio, dtype, samples, length, host_memory: as of :func:`kdprune.prune`. device: a name in
-            ``forecast.DEVICES``; tflops: its bfloat16 peak instead; utilisation: share of the peaks.
+        ratio: as of :func:`kdprune.prune`, like the following four.
+        dtype: of the model.
+        samples: rows of calibration text.
+        length: tokens a row.
+        host_memory: that prune may take.
+        device: a name in ``forecast.DEVICES``.
+        tflops: its bfloat16 peak instead.
+        utilisation: share of the peaks.
         options: fields of KDP. Without ``blocks`` these are the lengths its own selection takes when similarity falls
             evenly with distance: the least net removal at or above the ratio; data would say where they lie.
 

@@ -48,7 +48,8 @@ def paired_bootstrap(
 
     Args:
         differences: one array of items a stratum, shape (n,): what one method scored less what the other did.
-        weights: of each stratum's mean. seed: of the draws.
+        weights: of each stratum's mean.
+        seed: of the draws.
 
     Raises:
         KDPruneError: no strata, an empty one, or not as many weights.

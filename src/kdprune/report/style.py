@@ -69,7 +69,8 @@ class Canvas:
 
     Args:
         title: what the picture shows, read out by screen readers; unique on a page, as ids are made from it.
-        width, height: inches; a column of the page shows 5.2 inches at its natural size.
+        width: inches; a column of the page shows 5.2 inches at its natural size.
+        height: inches.
     """
 
     def __init__(self, title: str, width: float = 5.2, height: float = 3.1):

@@ -231,7 +231,7 @@ class _Training:
     progress: Advance
     checkpoint: Checkpoint
 
-    def measure(self, numbers: Tensor) -> Sums:
+    def loss_function(self, numbers: Tensor) -> Sums:
         """The summed loss of these rows."""
         total, count = self.objective(self.model, self.rows.select(numbers))
         self.progress(len(numbers) * world().size)
@@ -242,7 +242,7 @@ class _Training:
         steps = -(-len(self.rows) // settings.batch)
         schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP, stretch=-(-steps // _POINTS))
         curves = fit(
-            parameters, self.measure, len(self.rows), schedule, run.generator(_PURPOSE), name="healing",
+            parameters, self.loss_function, len(self.rows), schedule, run.generator(_PURPOSE), name="healing",
             local_rows=lambda rows: rows[world().share(len(rows))], checkpoint=self.checkpoint)
         return curves["loss"]
 

@@ -62,7 +62,8 @@ class PruneResult:
 
     Attributes:
         model: the pruned model; plain ``save_pretrained`` and ``from_pretrained`` work on it.
-        results: the content of ``results.json``. tokenizer: the dense model's, or None.
+        results: the content of ``results.json``.
+        tokenizer: the dense model's, or None.
         probe: token ids (1, T) on which a saved copy is compared with ``model``.
     """
 

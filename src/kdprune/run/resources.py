@@ -22,7 +22,7 @@ from kdprune.runtime.machine import resolve_device
 from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
 from kdprune.store.files import tell
-from kdprune.store.hashing import Part, code_identity, digest, files_identity, model_identity
+from kdprune.store.hashing import IdentityPart, code_identity, digest, files_identity, model_identity
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
 BOUNDARIES = 4               # whose states are held at once: two blocks' ends
@@ -125,7 +125,7 @@ class Resources:
 
     @contextlib.contextmanager
     def cache(
-        self, about: Mapping[str, Part], model: PreTrainedModel, memory: Memory, states_bytes: int,
+        self, about: Mapping[str, IdentityPart], model: PreTrainedModel, memory: Memory, states_bytes: int,
         own: Path | None = None,
     ) -> Iterator[Cache]:
         """The cache of a run about these things; without a work directory, files of this run alone if need be.
@@ -149,7 +149,7 @@ class Resources:
                 set_scratch(model, Scratch(scratch, int(SCRATCH_SHARE * memory.room())))
             yield cache
 
-    def _cache(self, about: Mapping[str, Part]) -> Cache:
+    def _cache(self, about: Mapping[str, IdentityPart]) -> Cache:
         if self.work_dir in (None, NONE):
             return Cache(None)
         if self.work_dir != AUTO:
@@ -166,12 +166,12 @@ class Resources:
             return Cache(None)
 
 
-def open_cache(directory: Path, about: Mapping[str, Part]) -> Cache:
+def open_cache(directory: Path, about: Mapping[str, IdentityPart]) -> Cache:
     """The cache in this directory, for all processes of the run."""
     return Cache(directory, about, first=world().first, agree=world().agree)
 
 
-def run_key(about: Mapping[str, Part]) -> str:
+def run_key(about: Mapping[str, IdentityPart]) -> str:
     """The hash of all that a run's stages follow from: code, libraries, and these parts."""
     libraries = [version(name) for name in ("torch", "transformers")]
     return digest([code_identity(), libraries, {name: part.hash for name, part in about.items()}])
@@ -183,7 +183,7 @@ def make_resources(given: Mapping[str, Any]) -> Resources:
         name: str(given[name]) for name in options_of(Resources) if given.get(name) is not None})
 
 
-def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, name: str) -> Part:
+def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, name: str) -> IdentityPart:
     """The model as part of a run's identity: its files by content, or the weights in memory.
 
     Raises:
@@ -193,6 +193,6 @@ def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, nam
         if any(parameter.is_meta for parameter in loaded.parameters()):
             raise KDPruneError("got a loaded model with offloaded weights and a work directory, expected the name of "
                                "its checkpoint: what is kept is found again by the checkpoint's files")
-        return Part(name, model_identity(loaded))
+        return IdentityPart(name, model_identity(loaded))
     folder = Path(model) if Path(model).is_dir() else Path(str(cached_file(model, CONFIG_NAME))).parent
-    return Part(name, files_identity(folder, cache_dir() / "files.json"))
+    return IdentityPart(name, files_identity(folder, cache_dir() / "files.json"))

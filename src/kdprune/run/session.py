@@ -31,7 +31,7 @@ from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
 from kdprune.store.cache import Cache
 from kdprune.store.files import tell
-from kdprune.store.hashing import Part, as_part, digest, model_identity
+from kdprune.store.hashing import IdentityPart, as_part, digest, model_identity
 
 HELD_OUT_TOKENS = 65_536  # of held-out text that are scored by default, at most
 LEAST_HELD_OUT = 4_096  # … and at least
@@ -142,19 +142,19 @@ class Session:
             yield Run(self.seed, stages=self.stages, cache=cache, about=run_key(about), states_model=self.states_model)
 
     def cache(
-        self, tokens: TokenSet, own: Path | None = None, about: Mapping[str, Part] | None = None,
+        self, tokens: TokenSet, own: Path | None = None, about: Mapping[str, IdentityPart] | None = None,
     ) -> AbstractContextManager[Cache]:
         """The cache that the resources name, for runs on as many tokens; arguments as of :meth:`Resources.cache`."""
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
         return self.resources.cache(about or {}, self.model, self.memory, BOUNDARIES * states, own)
 
-    def _about(self, tokens: TokenSet) -> dict[str, Part]:
+    def _about(self, tokens: TokenSet) -> dict[str, IdentityPart]:
         """What all stages of a run on these tokens follow from."""
         running = self.model if self.states_model is None else self.states_model
         return {
             "model": world().broadcast(
-                model_part(self._source, self.model, self.name) if world().first else Part(self.name, "")),
-            "calibration": Part(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
+                model_part(self._source, self.model, self.name) if world().first else IdentityPart(self.name, "")),
+            "calibration": IdentityPart(f"{tokens.source}, {len(tokens)} rows of {tokens.ids.shape[1]}",
                                 tokens.identity()),
             "dtype": as_part(str(self.model.dtype).removeprefix("torch.")), "seed": as_part(str(self.seed)),
             "device": as_part(input_device(running).type),

@@ -36,7 +36,8 @@ class Memory:
     """What a run may take, in bytes.
 
     Attributes:
-        host: resident set of this process. device: allocations on the accelerator; None without one.
+        host: resident set of this process.
+        device: allocations on the accelerator; None without one.
         given: which of the two a person named; the others are most of what was free.
     """
 

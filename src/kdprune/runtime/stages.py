@@ -27,7 +27,7 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """``with stages.stage("analyse", total=10) as advance: advance(1)``."""
+        """``with stages.stage("analyse", total=10) as progress: progress(1)``."""
         columns = (
             SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -28,7 +28,7 @@ from kdprune.errors import DiskError, KDPruneError
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.store.directories import staged_directory
 from kdprune.store.files import PARTIAL, crc32, tell, whole_file
-from kdprune.store.hashing import Part, as_part, differences, digest
+from kdprune.store.hashing import IdentityPart, as_part, differences, digest
 from kdprune.store.tensors import read_parts, write_parts
 
 FORMAT = 1
@@ -76,7 +76,7 @@ class TensorCodec:
         return tensors
 
 
-def default_work_dir(identity: Mapping[str, str | Part]) -> Path:
+def default_work_dir(identity: Mapping[str, str | IdentityPart]) -> Path:
     """A directory named by the hash of the identity, in :func:`cache_dir`."""
     hashes = {name: as_part(value).hash for name, value in identity.items()}
     return cache_dir() / digest([FORMAT, version("kdprune"), hashes])[:16]
@@ -106,7 +106,7 @@ class Cache:
 
     Args:
         directory: made if it is not there.
-        identity: what the run is about, name → text (which decides by itself) or :class:`Part`.
+        identity: what the run is about, name → text (which decides by itself) or :class:`IdentityPart`.
         first: whether this process writes.
         agree: True only if every process says True (all wait for each other in it).
         notify: told what was found broken, one line each.
@@ -117,8 +117,8 @@ class Cache:
     """
 
     def __init__(
-        self, directory: str | Path | None, identity: Mapping[str, str | Part] | None = None, *, first: bool = True,
-        agree: Callable[[bool], bool] = bool, notify: Callable[[str], None] = tell,
+        self, directory: str | Path | None, identity: Mapping[str, str | IdentityPart] | None = None, *,
+        first: bool = True, agree: Callable[[bool], bool] = bool, notify: Callable[[str], None] = tell,
     ):
         self.directory = None if directory is None else Path(directory).absolute()
         self.identity = {name: as_part(value) for name, value in (identity or {}).items()}
@@ -304,7 +304,7 @@ class Cache:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             there = {"format": str(content["format"]), "kdprune": str(content["kdprune"])}
-            parts = {name: Part(**value) for name, value in content["identity"].items()}
+            parts = {name: IdentityPart(**value) for name, value in content["identity"].items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise KDPruneError(
                 f"got work directory {path.parent}, whose {MANIFEST} cannot be read ({error}); {ELSEWHERE}") from error

@@ -17,7 +17,8 @@ class Checkpoint:
     With several processes the first writes, and it counts as there only if every process can read it.
 
     Args:
-        path: its place and the first part of its name; None keeps nothing. stage: for messages.
+        path: its place and the first part of its name; None keeps nothing.
+        stage: for messages.
         seconds: least time between two saves.
     """
 

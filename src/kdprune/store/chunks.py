@@ -29,8 +29,11 @@ class Chunk:
 
     Attributes:
         path: its name starts with its number in the order of writing.
-        rows: row numbers (b,) in order. shape, dtype: of one row.
-        checksum: CRC-32 of states and row numbers. offset: byte at which the states start.
+        rows: row numbers (b,) in order.
+        shape: shape of one row.
+        dtype: dtype of the states.
+        checksum: CRC-32 of states and row numbers.
+        offset: byte at which the states start.
         verified: whether this process has found the checksum to hold.
     """
 

@@ -22,24 +22,24 @@ SHOWS = ("cli", "report", "planning", "testing", "__init__.py", "__main__.py")
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # what a checkpoint directory's model is read from
 
 
-class Part(NamedTuple):
+class IdentityPart(NamedTuple):
     """One named part of a run's identity: a text to read, and the hash that decides."""
 
     text: str
     hash: str
 
 
-def part(text: str, data: Any) -> Part:
+def part(text: str, data: Any) -> IdentityPart:
     """A part whose hash is that of plain data, a ready hash among them."""
-    return Part(text, digest(data))
+    return IdentityPart(text, digest(data))
 
 
-def as_part(value: str | Part) -> Part:
+def as_part(value: str | IdentityPart) -> IdentityPart:
     """A text decides by itself."""
-    return value if isinstance(value, Part) else part(value, value)
+    return value if isinstance(value, IdentityPart) else part(value, value)
 
 
-def differences(there: Mapping[str, Part], here: Mapping[str, Part]) -> list[str]:
+def differences(there: Mapping[str, IdentityPart], here: Mapping[str, IdentityPart]) -> list[str]:
     """What to say of every part whose hash is not the same, or which is given on one side alone."""
     found = []
     for name in dict.fromkeys([*here, *there]):

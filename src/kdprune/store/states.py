@@ -33,7 +33,9 @@ class States(ABC):
     """States (N, T, d), written batch by batch in any order, read by global row number.
 
     Attributes:
-        shape, dtype: of the whole. name: for messages, "the states entering layer 5".
+        shape: (N, T, d).
+        dtype: of all rows.
+        name: for messages, "the states entering layer 5".
         recompute: row numbers (b,) → states (b, T, d); asked for rows that are missing or corrupted when they are read.
     """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdprune.methods.peers.saliency import Part, attention_parts, mlp_parts
+from kdprune.methods.peers.saliency import StructurePart, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, key_value_heads, narrow
@@ -88,7 +88,7 @@ def context_edit(
     return Substitute(block, inner, context, source, groups)
 
 
-def _selected(layer: Any, parts: list[Part], kept: Tensor) -> dict[str, Tensor]:
+def _selected(layer: Any, parts: list[StructurePart], kept: Tensor) -> dict[str, Tensor]:
     return {name: weight for part in parts for name, weight in part.select(layer, kept).items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.methods.peers.saliency import Part, attention_parts, mlp_parts
+from kdprune.methods.peers.saliency import StructurePart, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.testing.kinds import kept_channels, kept_heads
@@ -68,7 +68,7 @@ def _in_context(model: PreTrainedModel, layer: nn.Module, edit: Substitute) -> N
         _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
 
 
-def _silence(layer: nn.Module, out: Part, kept: Tensor) -> None:
+def _silence(layer: nn.Module, out: StructurePart, kept: Tensor) -> None:
     """Sets the columns of a projection that read structures other than ``kept`` to zero."""
     module = layer.get_submodule(out.path)
     with torch.no_grad():

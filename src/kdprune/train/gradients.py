@@ -29,7 +29,7 @@ class Sums:
                      for name in (*self.values, *other.values)}, self.count + other.count)
 
 
-Measure = Callable[[Tensor], Sums]
+LossFunction = Callable[[Tensor], Sums]
 
 
 class Gradients:
@@ -39,15 +39,19 @@ class Gradients:
     the parts add up, so that the result is the same to rounding. Processes talk when all have done their parts.
 
     Args:
-        parameters, measure, local_rows, name, notify: as of :func:`kdprune.train.loop.fit`.
+        parameters: what is trained.
+        loss_function: as of :func:`kdprune.train.loop.fit`, like the following.
+        local_rows: rows of a mini-batch that this process works on.
+        name: what is being fitted, for messages.
+        notify: is told in one line what was mended.
         part: most rows that are measured at once; it only ever falls.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], measure: Measure, local_rows: Callable[[Tensor], Tensor], part: int,
-        name: str, notify: Notify,
+        self, parameters: Sequence[nn.Parameter], loss_function: LossFunction,
+        local_rows: Callable[[Tensor], Tensor], part: int, name: str, notify: Notify,
     ):
-        self.parameters, self.measure, self.local_rows, self.part = parameters, measure, local_rows, part
+        self.parameters, self.loss_function, self.local_rows, self.part = parameters, loss_function, local_rows, part
         self.name, self.notify = name, notify
         self._names: list[str] = []  # of the sums, the same in every process
 
@@ -99,7 +103,7 @@ class Gradients:
     def _piece(self, rows: Tensor) -> tuple[Sums, tuple[Tensor | None, ...]] | None:
         """Sums and gradients of some rows; None where memory does not hold what that takes."""
         try:
-            seen = self.measure(rows)
+            seen = self.loss_function(rows)
             gradients = torch.autograd.grad(seen.values["loss"], self.parameters, allow_unused=True)
             return Sums({key: value.detach() for key, value in seen.values.items()}, seen.count), gradients
         except RuntimeError as error:

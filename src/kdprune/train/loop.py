@@ -12,7 +12,7 @@ from kdprune.errors import Diverged
 from kdprune.runtime.distributed import world
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.store.files import Notify, tell
-from kdprune.train.gradients import Gradients, Measure, Sums
+from kdprune.train.gradients import Gradients, LossFunction, Sums
 
 KEEP = 8  # steps from one good state kept to the next
 HALVINGS = 3  # of the rate, before a fit gives up
@@ -22,9 +22,9 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of AdamW's group; the annea
 OnEpoch = Callable[[int], Mapping[str, float] | None]
 
 
-def advancing(advance: Callable[[int], None]) -> Callable[[int], None]:
+def advancing(progress: Callable[[int], None]) -> Callable[[int], None]:
     """An ``on_epoch`` that moves a progress bar by one epoch."""
-    return lambda _: advance(1)
+    return lambda _: progress(1)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Schedule:
     """How long and how fast to train.
 
     Args:
-        epochs: passes over the rows. batch: rows a step. rate: peak learning rate of AdamW, reached after ``warmup``
+        epochs: passes over the rows.
+        batch: rows a step.
+        rate: peak learning rate of AdamW, reached after ``warmup``
         of the steps and annealed to zero by a cosine.
         clip: largest norm of a step's gradient, all parameters together; None: as it comes.
         weight_decay: share, times the rate, by which a step shrinks the weights.
@@ -50,7 +52,7 @@ class Schedule:
 
 def fit(
     parameters: Iterable[torch.nn.Parameter],
-    measure: Measure,
+    loss_function: LossFunction,
     rows: int,
     schedule: Schedule,
     generator: torch.Generator,
@@ -61,15 +63,15 @@ def fit(
     checkpoint: Checkpoint | None = None,
     notify: Notify = tell,
 ) -> dict[str, list[float]]:
-    """Minimises the mean of ``measure(rows)``'s ``"loss"`` over mini-batches of row numbers.
+    """Minimises the mean of ``loss_function(rows)``'s ``"loss"`` over mini-batches of row numbers.
 
     A loss or gradient that is not finite sends the fit back to the last good state kept, and halves the rate from there
     on. A mini-batch too large for the memory is worked off in halves, to the same result up to rounding.
 
     Args:
         parameters: what is trained; gradients of nothing else are touched.
-        measure: row numbers (b,) → sums over their tokens, ``"loss"`` among them; the others are only recorded. Calls
-            for rows that could not be used are repeated: the curves are right, what it counts itself may not be.
+        loss_function: row numbers (b,) → sums over their tokens, ``"loss"`` among them; the others are only recorded.
+            Calls for rows that could not be used are repeated: the curves are right, what it counts itself may not be.
         rows: N, how many rows there are; every epoch visits each once in an order drawn from ``generator``.
         name: what is being fitted, for messages.
         on_epoch: called with the epoch's number before it starts; what it returns is put into the curves. It may change
@@ -86,69 +88,70 @@ def fit(
         Diverged: the loss stayed NaN or infinite (says where and what to try).
         KDPruneError: one row alone is too large.
     """
-    gradients = Gradients(list(parameters), measure, local_rows, schedule.batch, name, notify)
-    course = _Course(gradients, rows, schedule, generator)
+    gradients = Gradients(list(parameters), loss_function, local_rows, schedule.batch, name, notify)
+    fit_state = _FitState(gradients, rows, schedule, generator)
     checkpoint = checkpoint or Checkpoint(None)
-    _resume(course, checkpoint)
-    if course.finished:
-        return course.place.curves
-    course.keep()
-    while not course.finished:
-        if not course.place.begun:
-            course.begin(on_epoch)
-        if course.place.step < course.steps:
-            _step(course, checkpoint)
+    _resume(fit_state, checkpoint)
+    if fit_state.finished:
+        return fit_state.place.curves
+    fit_state.keep()
+    while not fit_state.finished:
+        if not fit_state.place.begun:
+            fit_state.begin(on_epoch)
+        if fit_state.place.step < fit_state.steps:
+            _step(fit_state, checkpoint)
         else:
-            course.end()
-    checkpoint.save(course.state(), force=True)
-    return course.place.curves
+            fit_state.end()
+    checkpoint.save(fit_state.state(), force=True)
+    return fit_state.place.curves
 
 
-def _step(course: "_Course", checkpoint: Checkpoint) -> None:
+def _step(fit_state: "_FitState", checkpoint: Checkpoint) -> None:
     """One step forwards, or back to the last state kept."""
-    seen = course.gradients(course.chosen())
-    norm = course.gradients.norm()
+    seen = fit_state.gradients(fit_state.chosen())
+    norm = fit_state.gradients.norm()
     if not (math.isfinite(seen.means()["loss"]) and math.isfinite(norm)):
-        _go_back(course, seen.means()["loss"], norm)
+        _go_back(fit_state, seen.means()["loss"], norm)
         return
     # The parameters are known to be good now, before the step and not after it.
-    if course.annealing.last_epoch % KEEP == 0:  # which is the number of steps made
-        course.keep()
-        checkpoint.save(course.kept)
-    course.update(seen, norm)
+    if fit_state.annealing.last_epoch % KEEP == 0:  # which is the number of steps made
+        fit_state.keep()
+        checkpoint.save(fit_state.kept)
+    fit_state.update(seen, norm)
 
 
-def _go_back(course: "_Course", loss: float, norm: float) -> None:
+def _go_back(fit_state: "_FitState", loss: float, norm: float) -> None:
     """To the state kept last, with half its rate.
 
     Raises:
         Diverged: that was done ``HALVINGS`` times already.
     """
-    place, rate, gradients = course.place, course.schedule.rate, course.gradients
+    place, rate, gradients = fit_state.place, fit_state.schedule.rate, fit_state.gradients
     what = f"{norm} gradient" if math.isfinite(loss) else f"{loss} loss"
     where = (f"got a {what} while fitting {gradients.name} in epoch {place.epoch + 1}, step {place.step + 1} of "
-             f"{course.steps}")
-    if course.halvings == HALVINGS:
+             f"{fit_state.steps}")
+    if fit_state.halvings == HALVINGS:
         raise Diverged(
             f"{where}; expected a finite one, if not at once then at half the rate, which was tried {HALVINGS} times "
             f"(down to {rate / 2**HALVINGS:g}): lower the learning rate (now {rate:g}), or look for NaN and infinite "
             "values in what is fitted")
-    course.restart_slower()
+    fit_state.restart_slower()
     if world().first:
         gradients.notify(
-            f"{where}; going on from epoch {course.place.epoch + 1}, step {course.place.step + 1} at half the rate "
-            f"(peak {rate / 2**course.halvings:g})")
+            f"{where}; going on from epoch {fit_state.place.epoch + 1}, step {fit_state.place.step + 1} at half the "
+            f"rate (peak {rate / 2**fit_state.halvings:g})")
 
 
-def _resume(course: "_Course", checkpoint: Checkpoint) -> None:
+def _resume(fit_state: "_FitState", checkpoint: Checkpoint) -> None:
     """Puts every process where the first one's checkpoint says, or at the first one's parameters."""
     state = world().broadcast(checkpoint.load())
-    if state is not None and state["of"] == course.identity:
-        course.restore(state)
+    if state is not None and state["of"] == fit_state.identity:
+        fit_state.restore(state)
         return
     if state is not None and world().first:
-        course.gradients.notify(f"the checkpoint of {course.gradients.name} has another schedule or size: left unread")
-    course.align()
+        fit_state.gradients.notify(
+            f"the checkpoint of {fit_state.gradients.name} has another schedule or size: left unread")
+    fit_state.align()
 
 
 @dataclass
@@ -164,7 +167,7 @@ class _Place:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
 
-class _Course:
+class _FitState:
     """What is trained, how fast, and how far it has come. ``state`` is all that the rest of the fit follows from."""
 
     def __init__(self, gradients: Gradients, rows: int, schedule: Schedule, generator: torch.Generator):

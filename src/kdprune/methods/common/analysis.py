@@ -33,7 +33,9 @@ class Scores(Mapping[str, np.ndarray]):
     layers s and e, ``relative_update`` (L,), ``state_norm`` (S,).
 
     Attributes:
-        arrays: the arrays. tokens: how many tokens they were taken over. protected: layers kept at either end.
+        arrays: the arrays.
+        tokens: how many tokens they were taken over.
+        protected: layers kept at either end.
     """
 
     arrays: Mapping[str, np.ndarray]

@@ -12,7 +12,7 @@ from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.held_out import held_out
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.selection import open_layers
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Site, average
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit, average
 from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime.run import Run
@@ -22,7 +22,8 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, firs
     """The explicit blocks; without them every shortest run of layers that meets the ratio, of which one is to be taken.
 
     Args:
-        cost: parameters put in the block's place. first: the first layer that may go, whatever ``protect`` says.
+        cost: parameters put in the block's place.
+        first: the first layer that may go, whatever ``protect`` says.
 
     Raises:
         KDPruneError: impossible blocks, or a ratio out of reach (says the largest possible).
@@ -64,21 +65,22 @@ def block_states(
     return collect_block_states(model, tokens, blocks, run, held=tokens.held_out(held), path=PathRows(0, 0))
 
 
-def fit_record(site: Site, energy: float, curves: dict[str, list[float]]) -> dict[str, Any]:
+def fit_record(fitting: StandInFit, energy: float, curves: dict[str, list[float]]) -> dict[str, Any]:
     """The entry of ``results.json``'s ``fit`` for a stand-in without a kernel, errors on the held-out rows.
 
     Args:
-        energy: mean ‖h_e − h_s‖² over the fitted tokens, the unit of errors. curves: of the fit, by epoch.
+        energy: mean ‖h_e − h_s‖² over the fitted tokens, the unit of errors.
+        curves: of the fit, by epoch.
     """
-    block, stand_in = site.states.block, site.stand_in
+    block, stand_in = fitting.states.block, fitting.stand_in
     return {
         "block": (block.start, block.stop), "place": "before" if block.start == 0 else "after",
         "kind": stand_in.kind, "features": stand_in.features, "hidden": stand_in.hidden, "context": "none",
         "parameters": sum(parameter.numel() for parameter in stand_in.parameters()), "step2": curves,
-        **held_out(site, energy, PASS_ROWS),
+        **held_out(fitting, energy, PASS_ROWS),
     }
 
 
-def fitted_error(site: Site, energy: float) -> dict[str, list[float]]:
+def fitted_error(fitting: StandInFit, energy: float) -> dict[str, list[float]]:
     """Loss and cosine over all fitted rows as curves of one value: what a closed form reaches at once."""
-    return average(site.state_measure(energy), site)
+    return average(fitting.state_loss(energy), fitting)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.runtime.distributed import world
 
 _OUTLIERS = 3  # outlier dimensions shown
@@ -14,24 +14,24 @@ _POINTS = 300  # points of the outlier fit, per group
 
 
 @torch.no_grad()
-def held_out(site: Site, energy: float, batch: int) -> dict[str, Any]:
+def held_out(fitting: StandInFit, energy: float, batch: int) -> dict[str, Any]:
     """Held-out error of the finished stand-in, of dropping the block and of a linear map, and the outlier fit.
 
     Errors are Σ‖· − h_e‖² over held-out tokens in units of the fitted tokens' mean ‖h_e − h_s‖².
     """
-    linear = Moments(site.states.inputs.shape[-1], site.states.inputs.shape[-1], site.device)
-    for rows in site.row_batches(batch):
-        target, mask = site.target(rows)
-        inputs = site.states.inputs[rows].to(site.device).float()[mask]
+    linear = Moments(fitting.states.inputs.shape[-1], fitting.states.inputs.shape[-1], fitting.device)
+    for rows in fitting.row_batches(batch):
+        target, mask = fitting.target(rows)
+        inputs = fitting.states.inputs[rows].to(fitting.device).float()[mask]
         linear.update(inputs, target[mask] - inputs)
     matrix, offset = (value.float() for value in linear.add_processes().solve_affine(1e-6))
-    shown = _shown_tokens(site)
+    shown = _shown_tokens(fitting)
     sums, squares = torch.zeros(4, dtype=torch.float64), torch.zeros(len(offset), dtype=torch.float64)
     seen: list[tuple[int, Tensor, Tensor]] = []
-    for rows in site.row_batches(batch, held=True):
-        target, mask = site.target(rows)
-        inputs = site.states.inputs[rows].to(site.device).float()[mask]
-        target, predicted = target[mask], site.predict(rows)[mask]
+    for rows in fitting.row_batches(batch, held=True):
+        target, mask = fitting.target(rows)
+        inputs = fitting.states.inputs[rows].to(fitting.device).float()[mask]
+        target, predicted = target[mask], fitting.predict(rows)[mask]
         guesses = (predicted, inputs, inputs + inputs @ matrix.T + offset)
         sums[:3] += torch.stack([(guess - target).double().square().sum().cpu() for guess in guesses])
         sums[3] += len(target)
@@ -56,10 +56,10 @@ def _tokens(rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return rows[row], column
 
 
-def _shown_tokens(site: Site) -> dict[tuple[int, int], int]:
+def _shown_tokens(fitting: StandInFit) -> dict[tuple[int, int], int]:
     """The held-out tokens the outlier fit shows, evenly spread: (row, position) → their order."""
-    held = torch.arange(site.fit_rows, site.fit_rows + site.states.held)
-    row, column = _tokens(held, site.states.tokens.mask[held])
+    held = torch.arange(fitting.fit_rows, fitting.fit_rows + fitting.states.held)
+    row, column = _tokens(held, fitting.states.tokens.mask[held])
     chosen = torch.linspace(0, len(row) - 1, min(_POINTS, len(row))).long()
     return {(int(row[index]), int(column[index])): order for order, index in enumerate(chosen)}
 

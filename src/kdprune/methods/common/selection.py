@@ -38,7 +38,9 @@ def reachable(candidates: Sequence[range], score: Callable[[range], float], remo
     respectively ends a block; a block may start only where ``kept`` holds.
 
     Args:
-        candidates: blocks to choose from. score: value of a block; removal: net parameters it removes.
+        candidates: blocks to choose from.
+        score: value of a block.
+        removal: net parameters it removes.
     """
     last = max((block.stop for block in candidates), default=0)
     kept: list[_Table] = [{} for _ in range(last + 1)]
@@ -79,9 +81,11 @@ def select_blocks(
 
     Args:
         similarity: score of a block [s, e) at entry [s, e], shape (L+1, L+1), in (0, 1].
-        candidates: blocks to choose from. removal: net parameters removed by a block (layers minus stand-in).
-        target: parameters to remove. total: parameters of the dense model, for the message. slack: parameters that
-            may go beyond the target; of sets that are level the one that removes least is taken.
+        candidates: blocks to choose from.
+        removal: net parameters removed by a block (layers minus stand-in).
+        target: parameters to remove.
+        total: parameters of the dense model, for the message.
+        slack: parameters that may go beyond the target; of sets that are level the one that removes least is taken.
 
     Raises:
         KDPruneError: no set of blocks removes that much (says the largest ratio that can be reached).

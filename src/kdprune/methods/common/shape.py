@@ -13,8 +13,12 @@ class Shape:
     """Size and form of a stand-in.
 
     Attributes:
-        width: d. kind: "fourier", "mlp" or "linear". features: m. hidden: h, 0 = none.
-        residual: the stand-in adds to its input, which it normalises. context: it sits in a layer's MLP place.
+        width: d.
+        kind: "fourier", "mlp" or "linear".
+        features: m.
+        hidden: h, 0 = none.
+        residual: the stand-in adds to its input, which it normalises.
+        context: it sits in a layer's MLP place.
     """
 
     width: int

@@ -19,19 +19,19 @@ from kdprune.model.placement import input_device
 from kdprune.model.surgery import Substitute, context_layer, plain_copy
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
-from kdprune.train.gradients import Measure, Sums
+from kdprune.train.gradients import LossFunction, Sums
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a batch of rows shows of a site whose stand-in is silent; padding removed.
+    """What a batch of rows shows of a place whose stand-in is silent; padding removed.
 
     Attributes:
         kernel_input: what the kernel map is applied to, shape (n, d).
         readout_input: what the silent stand-in's read-out sees, shape (n, 2m | m | d | hidden).
-        base: the site's output without the stand-in, shape (n, d): h_s, h_s + attention, or 0 (direct inverse).
+        base: the output without the stand-in, shape (n, d): h_s, h_s + attention, or 0 (direct inverse).
         target: h_e, shape (n, d).
     """
 
@@ -41,7 +41,7 @@ class Probe:
     target: Tensor
 
 
-class Site:
+class StandInFit:
     """A block's stand-in in its place, with the block's states; everything in float32, as fits need it.
 
     Args:
@@ -81,7 +81,7 @@ class Site:
         return rms_normalize(states) if self.stand_in.normalize else states
 
     def predict(self, rows: Tensor) -> Tensor:
-        """The site's estimate of h_e for some rows: (b,) row numbers → (b, T, d), with gradients."""
+        """The fitting's estimate of h_e for some rows: (b,) row numbers → (b, T, d), with gradients."""
         hidden = self.states.inputs[rows].to(self.device).float()
         if self.context is None:
             return self.module(hidden)
@@ -138,19 +138,19 @@ class Site:
         total, tokens = world().total([total, count])
         return max(total / tokens, 1e-30)
 
-    def state_measure(self, energy: float) -> Measure:
+    def state_loss(self, energy: float) -> LossFunction:
         """Loss of steps 2 and 3: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens only."""
 
-        def measure(rows: Tensor) -> Sums:
+        def loss_function(rows: Tensor) -> Sums:
             predicted = self.predict(rows)
             target, mask = self.target(rows)
             predicted, target = predicted[mask], target[mask]
             return state_errors(predicted, target, energy)
 
-        return measure
+        return loss_function
 
     def edit(self) -> Substitute:
-        """The architecture change this site stands for."""
+        """The architecture change this fitting stands for."""
         if self.context is None:
             return Substitute(self.states.block, self.stand_in)
         return Substitute(self.states.block, self.stand_in, self.module, self.context)
@@ -177,12 +177,12 @@ def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
 
 
 @torch.no_grad()
-def average(measure: Measure, site: Site, held: bool = False) -> dict[str, list[float]]:
+def average(loss_function: LossFunction, fitting: StandInFit, held: bool = False) -> dict[str, list[float]]:
     """A measure over all fitted (or held-out) rows, as a curve of one value: what a closed form reaches at once."""
     sums: dict[str, float] = {}
     count = 0
-    for rows in site.row_batches(PASS_ROWS, held):
-        seen = measure(rows)
+    for rows in fitting.row_batches(PASS_ROWS, held):
+        seen = loss_function(rows)
         for key, value in seen.values.items():
             sums[key] = sums.get(key, 0.0) + float(value)
         count += seen.count

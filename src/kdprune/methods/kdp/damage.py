@@ -33,8 +33,10 @@ class Trial:
     """What is put in the place of every candidate, one at a time.
 
     Attributes:
-        shape: of the stand-in. settings: ridge, kernel and parts of its fit; schedules are not looked at.
-        held: share of the calibration rows that no fit sees. path: rows that the operators are solved from, at most.
+        shape: of the stand-in.
+        settings: ridge, kernel and parts of its fit; schedules are not looked at.
+        held: share of the calibration rows that no fit sees.
+        path: rows that the operators are solved from, at most.
     """
 
     shape: Shape
@@ -101,7 +103,7 @@ def _measure(
             states = states_between(boundaries, block, rows, path)
             this = Fit.of(model, states, trial.shape, trial.settings, 0, run)  # with the draws of a single block
             fit_closed_form(this)
-            with layers_replaced(model, layers_with(model, this.site.edit())):
+            with layers_replaced(model, layers_with(model, this.fitting.edit())):
                 loss = mean_loss(model, scored, run.batch_size)
             found.append(loss - dense if math.isfinite(loss) else math.inf)
             progress(1)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.stand_in_fit import Site
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.step1_dynamics import CHUNK, Step1, endpoint_statistics
 
 
 @torch.no_grad()
-def theory(site: Site, step1: Step1) -> dict[str, Any]:
+def theory(fitting: StandInFit, step1: Step1) -> dict[str, Any]:
     """Theorem 1's figures and bound, measured k-step errors, Theorem 2's two risks, of the kernel as step 1 left it.
 
     L_ERM, R_φ and the effective rank are those of the fitted tokens, everything else is taken on held-out ones.
@@ -21,13 +21,13 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
         The fields of the same names in ``results.json``'s ``fit``.
     """
     features, matrices = step1.features, step1.dynamics.matrices()
-    fit_path, held_path = site.states.path, site.states.path_held
+    fit_path, held_path = fitting.states.path, fitting.states.path_held
 
     def mapped(states: Tensor) -> Tensor:
-        return features(site.to_kernel(states.to(site.device)))
+        return features(fitting.to_kernel(states.to(fitting.device)))
 
     # In chunks of tokens: φ of the whole path would take several times the path's memory.
-    squared, feature_norm = torch.zeros(len(matrices), dtype=torch.float64, device=site.device), 0.0
+    squared, feature_norm = torch.zeros(len(matrices), dtype=torch.float64, device=fitting.device), 0.0
     for chunk in fit_path.split(CHUNK, dim=1):
         lifted = mapped(chunk)
         squared += (lifted[:-1] @ matrices.mT - lifted[1:]).square().sum(-1).sum(-1, dtype=torch.float64)
@@ -37,8 +37,8 @@ def theory(site: Site, step1: Step1) -> dict[str, Any]:
     steps = range(1, len(matrices) + 1)
     kernel, original = ([
         relative_risk((fit_path[0], fit_path[step]), (held_path[0], held_path[step]), lift=lift) for step in steps
-    ] for lift in (mapped, lambda states: states.to(site.device)))
-    held = endpoint_statistics(features, step1.dynamics.product(), site.to_kernel(held_path.to(site.device)))
+    ] for lift in (mapped, lambda states: states.to(fitting.device)))
+    held = endpoint_statistics(features, step1.dynamics.product(), fitting.to_kernel(held_path.to(fitting.device)))
     return {
         "effective_rank": step1.effective_rank,
         "explained_variance": 1 - held["unexplained"],
@@ -66,7 +66,8 @@ def norm_decay(step1: Step1, alpha: float, fit_path: Tensor, held_path: Tensor, 
     advanced features, as step 2 does, takes α into its weights.)
 
     Args:
-        fit_path, held_path: paths as the kernel map sees them, shapes (k+1, n, d), (k+1, n', d).
+        fit_path: fitted states as the kernel map sees them, shape (k+1, n, d).
+        held_path: held-out ones, shape (k+1, n', d).
     """
     features = step1.features
     true = features(fit_path[-1])

@@ -13,14 +13,14 @@ from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.methods.common.held_out import held_out
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Probe, Site, average, state_errors
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, Probe, StandInFit, average, state_errors
 from kdprune.methods.kdp.diagnostics import norm_decay, theory
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.model.block_states import BlockStates
 from kdprune.model.surgery import Edit
 from kdprune.runtime.run import Run
-from kdprune.train.gradients import Measure, Sums
+from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
 
 
@@ -47,7 +47,7 @@ class Fit:
         follows_from: what, with the run, decides the fit: the key of its checkpoints.
     """
 
-    site: Site
+    fitting: StandInFit
     shape: Shape
     settings: FitSettings
     draw: torch.Generator
@@ -61,23 +61,23 @@ class Fit:
     ) -> "Fit":
         """The fit of block ``number`` of a run, with an unfitted stand-in of this shape."""
         draw = run.generator(number + 1)
-        site = Site(model, states, shape.build(draw), shape.source(states.block), run)
-        return Fit(site, shape, settings, draw, run, follows_from)
+        fitting = StandInFit(model, states, shape.build(draw), shape.source(states.block), run)
+        return Fit(fitting, shape, settings, draw, run, follows_from)
 
     @property
     def name(self) -> str:
         """For messages and progress."""
-        block = self.site.states.block
+        block = self.fitting.states.block
         return f"block [{block.start}, {block.stop})"
 
     def train(
-        self, step: str, parameters: Iterable[nn.Parameter], measure: Measure, schedule: Schedule
+        self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule
     ) -> dict[str, list[float]]:
         """Trains over the fitted rows, as the stage and from the checkpoint of this name; returns the curves."""
         with self.run.stage(f"{step} {self.name}", schedule.epochs) as progress:
             return fit(
-                parameters, measure, self.site.fit_rows, schedule, self.draw, name=self.name,
-                on_epoch=advancing(progress), local_rows=self.site.states.local_rows,
+                parameters, loss_function, self.fitting.fit_rows, schedule, self.draw, name=self.name,
+                on_epoch=advancing(progress), local_rows=self.fitting.states.local_rows,
                 checkpoint=self.run.checkpoint(step, self.follows_from))
 
 
@@ -100,27 +100,27 @@ def fit_block(
         The edit, and the block's entry of ``results.json``'s ``fit``.
     """
     this = Fit.of(model, states, shape, settings, number, run, follows_from)
-    site, block = this.site, states.block
-    energy = site.update_energy(PASS_ROWS)
+    fitting, block = this.fitting, states.block
+    energy = fitting.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if shape.kind == "fourier":
         step1 = _step1(this)
         record["step1"] = step1.curves
         record |= _step2(this, step1, energy)
-        record |= theory(site, step1)
+        record |= theory(fitting, step1)
     else:
-        _solve_plain(site, settings.ridge)
-        record["step2"] = average(site.state_measure(energy), site)
+        _solve_plain(fitting, settings.ridge)
+        record["step2"] = average(fitting.state_loss(energy), fitting)
     if settings.refine and (shape.kind != "linear" or shape.context):
         record["step3"], record["refined"] = _step3(this, energy)
-    record |= held_out(site, energy, PASS_ROWS)
-    edit = site.edit()
+    record |= held_out(fitting, energy, PASS_ROWS)
+    edit = fitting.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
     added = edit.context if edit.context is not None else edit.stand_in
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "hidden": shape.hidden, "rank": _rank(shape, settings),
-        "context": "attention" if shape.context else "none", "context_layer": site.context,
+        "context": "attention" if shape.context else "none", "context_layer": fitting.context,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 
@@ -132,29 +132,29 @@ def _rank(shape: Shape, settings: FitSettings) -> int:
 
 @torch.no_grad()
 def fit_closed_form(this: Fit) -> None:
-    """Fits a site by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
+    """Fits a stand-in by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
 
     Without a hidden layer that is what :func:`fit_block` gives, up to rounding, with kernel "fixed", no refinement and
     the same generator; a hidden layer stays as drawn.
     """
-    site, shape, ridge = this.site, this.shape, this.settings.ridge
+    fitting, shape, ridge = this.fitting, this.shape, this.settings.ridge
     if shape.kind != "fourier":
-        _solve_plain(site, ridge)
+        _solve_plain(fitting, ridge)
         return
     features, path = _draw_kernel(this)
-    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features).to(site.device)
+    dynamics = LinearDynamics(len(path) - 1, 2 * shape.features).to(fitting.device)
     if "operators" not in this.settings.without:
         dynamics.start(solve_operators(features, path, ridge), trained=False)
     product = dynamics.product()
-    inverse = _new_inverse(shape, site.device, this.draw)
-    _solve_inverse(site, inverse, lambda probe: features(probe.kernel_input) @ product.T, ridge)
-    alone = site.stand_in
-    site.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+    inverse = _new_inverse(shape, fitting.device, this.draw)
+    _solve_inverse(fitting, inverse, lambda probe: features(probe.kernel_input) @ product.T, ridge)
+    alone = fitting.stand_in
+    fitting.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
 
 
 def _step1(this: Fit) -> Step1:
     features, path = _draw_kernel(this)
-    settings, states = this.settings, this.site.states
+    settings, states = this.settings, this.fitting.states
     weights = position_weights(states.path_position, states.tokens.ids.shape[1])
     if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
@@ -167,11 +167,11 @@ def _step1(this: Fit) -> Step1:
 
 def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
     """The kernel that step 1 starts from, and the states on the block's path as it sees them, (k+1, n, d)."""
-    site, shape, settings = this.site, this.shape, this.settings
-    path = site.to_kernel(site.states.path.to(site.device))
+    fitting, shape, settings = this.fitting, this.shape, this.settings
+    path = fitting.to_kernel(fitting.states.path.to(fitting.device))
     features = FourierFeatures(
         shape.width, shape.features, settings.rank, this.draw, anisotropic="anisotropy" not in settings.without)
-    features.to(site.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth)
+    features.to(fitting.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth)
     return features, path
 
 
@@ -186,27 +186,29 @@ def _new_inverse(shape: Shape, device: torch.device, generator: torch.Generator)
 
 
 @torch.no_grad()
-def _solve_inverse(site: Site, inverse: InverseNetwork, mapped: Callable[[Probe], Tensor], ridge: float) -> None:
-    """The inverse network's read-out by ridge regression of what the site lacks on ``mapped`` features (n, 2m)."""
-    moments = Moments(inverse.readout.in_features, inverse.readout.out_features, site.device)
-    for rows in site.row_batches(PASS_ROWS):
-        probe = site.probe(rows)
+def _solve_inverse(
+    fitting: StandInFit, inverse: InverseNetwork, mapped: Callable[[Probe], Tensor], ridge: float
+) -> None:
+    """The inverse network's read-out by ridge regression of what is lacking on ``mapped`` features (n, 2m)."""
+    moments = Moments(inverse.readout.in_features, inverse.readout.out_features, fitting.device)
+    for rows in fitting.row_batches(PASS_ROWS):
+        probe = fitting.probe(rows)
         moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
     solve_readout(inverse, moments.add_processes(), ridge)
 
 
 def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
-    """Fits the inverse network on frozen features, folds it into the site; returns its part of the record."""
-    site, settings = this.site, this.settings
+    """Fits the inverse network on frozen features, folds it into the stand-in; returns its part of the record."""
+    fitting, settings = this.fitting, this.settings
     product = step1.dynamics.product().detach()
-    inverse = _new_inverse(this.shape, site.device, this.draw)
+    inverse = _new_inverse(this.shape, fitting.device, this.draw)
 
     @torch.no_grad()
     def mapped(probe: Probe) -> Tensor:
         return step1.features(probe.kernel_input) @ product.T
 
-    kernel_path = site.to_kernel(site.states.path.to(site.device))
-    held_path = site.to_kernel(site.states.path_held.to(site.device))
+    kernel_path = fitting.to_kernel(fitting.states.path.to(fitting.device))
+    held_path = fitting.to_kernel(fitting.states.path_held.to(fitting.device))
     with torch.no_grad():
         predicted, true = step1.features(kernel_path[0]) @ product.T, step1.features(kernel_path[-1])
         alpha = decay_compensation(predicted, true)
@@ -215,46 +217,46 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
             inverse.alpha.fill_(alpha)
         else:
             inverse.alpha.requires_grad_(False)
-    _solve_inverse(site, inverse, mapped, settings.ridge)
+    _solve_inverse(fitting, inverse, mapped, settings.ridge)
 
-    def measure(rows: Tensor) -> Sums:
-        probe = site.probe(rows)
+    def loss_function(rows: Tensor) -> Sums:
+        probe = fitting.probe(rows)
         return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
 
     if this.shape.hidden:
         trained = [parameter for parameter in inverse.parameters() if parameter.requires_grad]
-        curves = this.train("inverse", trained, measure, settings.step2)
+        curves = this.train("inverse", trained, loss_function, settings.step2)
     else:
-        curves = average(measure, site)
-    alone = site.stand_in
-    site.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+        curves = average(loss_function, fitting)
+    alone = fitting.stand_in
+    fitting.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 
 def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
-    """Trains everything in the site together; undone if held-out rows say that it did harm (few tokens, high rate).
+    """Trains stand-in and context together; undone if held-out rows say that it did harm (few tokens, high rate).
 
     Returns:
         The curves, and whether the result was kept.
     """
-    site, measure = this.site, this.site.state_measure(energy)
-    before, start = average(measure, site, held=True), copy.deepcopy(site.module.state_dict())
-    trained = [parameter for parameter in site.module.parameters() if parameter.requires_grad]
-    curves = this.train("refine", trained, measure, this.settings.step3)
-    after = average(measure, site, held=True)
+    fitting, loss_function = this.fitting, this.fitting.state_loss(energy)
+    before, start = average(loss_function, fitting, held=True), copy.deepcopy(fitting.module.state_dict())
+    trained = [parameter for parameter in fitting.module.parameters() if parameter.requires_grad]
+    curves = this.train("refine", trained, loss_function, this.settings.step3)
+    after = average(loss_function, fitting, held=True)
     better = after["loss"] <= before["loss"]
     if not better:
-        site.module.load_state_dict(start)
+        fitting.module.load_state_dict(start)
     return curves, better
 
 
 @torch.no_grad()
-def _solve_plain(site: Site, ridge: float) -> None:
+def _solve_plain(fitting: StandInFit, ridge: float) -> None:
     """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
-    stand_in = site.stand_in
-    moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, site.device)
-    for rows in site.row_batches(PASS_ROWS):
-        probe = site.probe(rows)
+    stand_in = fitting.stand_in
+    moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, fitting.device)
+    for rows in fitting.row_batches(PASS_ROWS):
+        probe = fitting.probe(rows)
         moments.update(probe.readout_input, probe.target - probe.base)
     matrix, offset = moments.add_processes().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)

@@ -121,7 +121,7 @@ def fit_dynamics(
         progress(1)
         return restart()
 
-    def measure(chosen: Tensor) -> Sums:
+    def loss_function(chosen: Tensor) -> Sums:
         squared, cosine = _step_errors(features, dynamics, path[:, chosen.to(path.device)])
         loss = squared if "cosine_term" in without else squared + 1 - weights[chosen].to(path.device) * cosine
         # Means over the operators, sums over the tokens.
@@ -130,10 +130,10 @@ def fit_dynamics(
     tokens = path.shape[1]
     if "operators" in without:
         with torch.no_grad():
-            curves = {key: [value] for key, value in measure(torch.arange(tokens)).means().items()}
+            curves = {key: [value] for key, value in loss_function(torch.arange(tokens)).means().items()}
     else:
         trained = [*(features.parameters() if learn_kernel else []), *dynamics.parameters()]
-        curves = fit(trained, measure, tokens, schedule, generator, name=name, on_epoch=on_epoch,
+        curves = fit(trained, loss_function, tokens, schedule, generator, name=name, on_epoch=on_epoch,
                      local_rows=lambda chosen: chosen[world().share(len(chosen))], checkpoint=checkpoint)
     for key, value in restart().items():
         curves.setdefault(key, []).append(value)

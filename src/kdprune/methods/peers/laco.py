@@ -88,7 +88,7 @@ class LaCo(DepthMethod):
             return
         if self.highest is not None and self.highest >= len(shapes):
             raise KDPruneError(f"got highest {self.highest}, expected at most {len(shapes) - 1}, the last layer")
-        reach = max(max(course.reachable()) for course in self.courses(model))
+        reach = max(max(schedule.reachable()) for schedule in self.schedules(model))
         if not reach:
             raise KDPruneError("got bounds between which no layer can be merged, expected lowest ≤ highest − "
                                "merge_layers: raise highest, or lower merge_layers, lowest or protect")
@@ -99,7 +99,7 @@ class LaCo(DepthMethod):
         """How many layers have to go to meet the ratio."""
         return max(1, -(-round(self.ratio * model.num_parameters()) // layer_sizes(model)[0]))
 
-    def courses(self, model: PreTrainedModel) -> list["Course"]:
+    def schedules(self, model: PreTrainedModel) -> list["MergeSchedule"]:
         """The numbers C that may be taken, those that can come nearest the ratio in front."""
         layers, wanted = len(decoder_layers(model)), self.wanted(model)
         opened = open_layers(layers, self.protect)
@@ -109,8 +109,9 @@ class LaCo(DepthMethod):
             counts = [self.merge_layers or PAPER_LAYERS]
         else:
             counts = list(range(2, wanted + 2))
-        courses = [Course(layers, count, top - count, lowest, self.interval, layers - opened.stop) for count in counts]
-        return sorted(courses, key=lambda course: course.excess(wanted))
+        schedules = [
+            MergeSchedule(layers, count, top - count, lowest, self.interval, layers - opened.stop) for count in counts]
+        return sorted(schedules, key=lambda schedule: schedule.excess(wanted))
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Merges and returns the edits. Nothing is drawn at random."""
@@ -132,16 +133,16 @@ class LaCo(DepthMethod):
         Raises:
             KDPruneError: the threshold lets no merge pass, or none meets the ratio (says the largest reached).
         """
-        courses, wanted = self.courses(model), self.wanted(model)
+        schedules, wanted = self.schedules(model), self.wanted(model)
         if self.threshold is not None:
-            walk = judge.walk(courses[0], self.threshold)
+            walk = judge.walk(schedules[0], self.threshold)
             if not walk.removed:
                 raise KDPruneError(f"got threshold {self.threshold}, expected one below {walk.rejected:.4g}, the "
                                    f"similarity of the best single merge")
             return walk
         best: Walk | None = None
         largest, over = 0, math.inf
-        for least, group in itertools.groupby(courses, key=lambda course: course.excess(wanted)):
+        for least, group in itertools.groupby(schedules, key=lambda schedule: schedule.excess(wanted)):
             if over <= least:
                 break
             for found in judge.walks(list(group)):
@@ -157,7 +158,7 @@ class LaCo(DepthMethod):
 
 
 @dataclass(frozen=True)
-class Course:
+class MergeSchedule:
     """Where merges are tried: from position ``start`` down to ``lowest``, of a model of ``layers`` layers.
 
     ``merge_layers`` is C, ``interval`` I; the last ``kept`` layers are never merged.
@@ -214,25 +215,25 @@ class Judge:
         self.known: dict[tuple[tuple[int, int], ...], float] = {}
         self.dense = final_states(model, rows, batch_size)
 
-    def walks(self, courses: Sequence[Course]) -> Iterator[Walk]:
+    def walks(self, schedules: Sequence[MergeSchedule]) -> Iterator[Walk]:
         """Every different run of the loop, from the strictest threshold, which rejects all, to the one below all.
 
         A run stays the same while T is at least the largest similarity it rejected, so the next is just below that.
         """
-        waiting = dict.fromkeys(courses, math.inf)
+        waiting = dict.fromkeys(schedules, math.inf)
         while waiting:
-            course = max(waiting, key=waiting.__getitem__)
-            walk = self.walk(course, waiting.pop(course))
+            schedule = max(waiting, key=waiting.__getitem__)
+            walk = self.walk(schedule, waiting.pop(schedule))
             if walk.rejected > -math.inf:
-                waiting[course] = math.nextafter(walk.rejected, -math.inf)
+                waiting[schedule] = math.nextafter(walk.rejected, -math.inf)
             yield walk
 
-    def walk(self, course: Course, threshold: float) -> Walk:
+    def walk(self, schedule: MergeSchedule, threshold: float) -> Walk:
         """The loop of the paper at one threshold."""
-        slots, position, rejected = self.merger.dense(), course.start, -math.inf
+        slots, position, rejected = self.merger.dense(), schedule.start, -math.inf
         history: tuple[tuple[int, int], ...] = ()
-        while position >= course.lowest:
-            count = course.count(position, course.layers - len(slots))
+        while position >= schedule.lowest:
+            count = schedule.count(position, schedule.layers - len(slots))
             if count < 1:
                 position -= 1
                 continue
@@ -240,11 +241,11 @@ class Judge:
             similarity = self.similarity(slots, tried)
             if similarity > threshold:
                 slots, history = self.merger.merge(slots, position, count), tried
-                position -= course.interval
+                position -= schedule.interval
             else:
                 rejected = max(rejected, similarity)
                 position -= 1
-        return Walk(slots, course.layers - len(slots), rejected)
+        return Walk(slots, schedule.layers - len(slots), rejected)
 
     def similarity(self, slots: Sequence[Slot], history: tuple[tuple[int, int], ...]) -> float:
         """s of ``slots`` after the last merge of ``history``; −∞ where it is not a number."""

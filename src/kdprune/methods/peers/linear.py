@@ -13,7 +13,7 @@ from kdprune.methods.common.budget import Budget, check_budget, choose_blocks
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Site
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
 from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
@@ -61,26 +61,26 @@ class Linear(RankedMethod):
         records = []
         for states in block_states(model, tokens, blocks, self.held, run):
             with run.stage("least squares", 1) as progress:
-                site = fit_affine(model, states, self.ridge, run)
-                energy = site.update_energy(PASS_ROWS)
-                records.append(fit_record(site, energy, fitted_error(site, energy)))
+                fitting = fit_affine(model, states, self.ridge, run)
+                energy = fitting.update_energy(PASS_ROWS)
+                records.append(fit_record(fitting, energy, fitted_error(fitting, energy)))
                 progress(1)
-            edits.append(site.edit())
+            edits.append(fitting.edit())
         return MethodResult(edits, records)
 
 
 @torch.no_grad()
-def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, run: Run) -> Site:
-    """The block's site with the affine least-squares map of h_e − h_s on h_s in its stand-in."""
+def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, run: Run) -> StandInFit:
+    """The block's fitting with the affine least-squares map of h_e − h_s on h_s in its stand-in."""
     width = states.inputs.shape[-1]
     stand_in = StandIn(width, kind="linear", features=0, residual=True, normalize=False)
-    site = Site(model, states, stand_in, None, run)
-    moments = Moments(width, width, site.device)
-    for rows in site.row_batches(PASS_ROWS):
-        target, mask = site.target(rows)
-        inputs = states.inputs[rows].to(site.device).float()[mask]
+    fitting = StandInFit(model, states, stand_in, None, run)
+    moments = Moments(width, width, fitting.device)
+    for rows in fitting.row_batches(PASS_ROWS):
+        target, mask = fitting.target(rows)
+        inputs = states.inputs[rows].to(fitting.device).float()[mask]
         moments.update(inputs, target[mask] - inputs)
     matrix, offset = moments.add_processes().solve_affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
-    return site
+    return fitting

@@ -11,7 +11,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.methods.common.block_data import block_states, candidates, check_rows, choose, fit_record, fitted_error
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Site
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
 from kdprune.runtime.distributed import world
@@ -58,13 +58,13 @@ class LinearPatch(DepthMethod):
         for states in block_states(model, tokens, blocks, self.held, run):
             stand_in = StandIn(
                 model.config.hidden_size, kind="linear", features=0, residual=False, normalize=False)
-            site = Site(model, states, stand_in, None, run)
+            fitting = StandInFit(model, states, stand_in, None, run)
             with torch.no_grad():
-                stand_in.readout.weight.copy_(patch_matrix(channel_scales(site)))
+                stand_in.readout.weight.copy_(patch_matrix(channel_scales(fitting)))
                 stand_in.readout.bias.zero_()
-            energy = site.update_energy(PASS_ROWS)
-            edits.append(site.edit())
-            records.append(fit_record(site, energy, fitted_error(site, energy)))
+            energy = fitting.update_energy(PASS_ROWS)
+            edits.append(fitting.edit())
+            records.append(fit_record(fitting, energy, fitted_error(fitting, energy)))
         return MethodResult(edits, records)
 
 
@@ -88,13 +88,13 @@ def patch_matrix(scales: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def channel_scales(site: Site) -> Tensor:
+def channel_scales(fitting: StandInFit) -> Tensor:
     """D_i, shape (d,), float64: mean |rotated channel| of h_e over that of h_s, fitted rows, real tokens."""
-    rotation = hadamard(site.states.inputs.shape[-1]).to(site.device)
-    before, after = torch.zeros(2, len(rotation), dtype=torch.float64, device=site.device)
-    for rows in site.row_batches(PASS_ROWS):
-        target, mask = site.target(rows)
-        inputs = site.states.inputs[rows].to(site.device)
+    rotation = hadamard(fitting.states.inputs.shape[-1]).to(fitting.device)
+    before, after = torch.zeros(2, len(rotation), dtype=torch.float64, device=fitting.device)
+    for rows in fitting.row_batches(PASS_ROWS):
+        target, mask = fitting.target(rows)
+        inputs = fitting.states.inputs[rows].to(fitting.device)
         before += (inputs[mask].double() @ rotation).abs().sum(0)
         after += (target[mask].double() @ rotation).abs().sum(0)
     world().sum(before, after)

@@ -13,7 +13,7 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.peers.saliency import (
-    Part,
+    StructurePart,
     attention_parts,
     loss_gradients,
     mlp_parts,
@@ -27,7 +27,7 @@ from kdprune.runtime.run import Run
 
 
 @dataclass(frozen=True)
-class Plan:
+class Widths:
     """How much of which layers stays: ``groups`` key-value heads each, and ``channels`` MLP channels by layer."""
 
     layers: range
@@ -70,7 +70,7 @@ class LLMPruner(Method):
         if not (tokens.fitted(self.held).mask.sum(1) > 1).any():
             raise KDPruneError(f"got no row of two tokens or more from {tokens.source}, expected one: give more text")
 
-    def plan(self, model: PreTrainedModel) -> Plan:
+    def plan(self, model: PreTrainedModel) -> Widths:
         """What stays of every layer; raises KDPruneError for a ratio out of reach (says the largest)."""
         layers = decoder_layers(model)
         depth, total = len(layers), model.num_parameters()
@@ -99,7 +99,7 @@ class LLMPruner(Method):
                 f"got ratio {self.ratio:.4g}, expected at most {largest:.4g}, the largest that layers {pruned.start} "
                 f"to {pruned.stop - 1} allow; lower the ratio or keep fewer layers whole (keep_first=…, keep_last=…)")
         each, more = divmod(spare, len(pruned))
-        return Plan(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
+        return Widths(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Ranks the structures of every layer and returns the narrower layers."""
@@ -136,7 +136,7 @@ class LLMPruner(Method):
         return found
 
 
-def _cost(model: PreTrainedModel, index: int, parts: list[Part]) -> tuple[int, int]:
+def _cost(model: PreTrainedModel, index: int, parts: list[StructurePart]) -> tuple[int, int]:
     """How many structures of a kind a layer has, and the parameters of one."""
     layer = decoder_layers(model)[index]
     return len(parts[0].members), sum(part.size(layer) for part in parts)

@@ -105,12 +105,12 @@ class ReplaceMe(DepthMethod):
         schedule = Schedule(self.epochs, self.batch, self.rate or 1e-4 * 4096 / width)
         matrix = nn.Parameter(torch.eye(width, device=input_device(model)))
         with interface(model, block) as states, run.stage(f"cosine {name}", self.epochs) as progress:
-            def measure(rows: Tensor) -> Sums:
+            def loss_function(rows: Tensor) -> Sums:
                 output, rest, target = states(tokens.select(rows))
                 distance = 1 - cosine_similarity(rest + output @ matrix.T, target, dim=-1)
                 return Sums({"loss": distance.sum()}, len(target))
 
-            fit([matrix], measure, len(tokens), schedule, draw, name=name, on_epoch=advancing(progress),
+            fit([matrix], loss_function, len(tokens), schedule, draw, name=name, on_epoch=advancing(progress),
                 checkpoint=run.checkpoint("replaceme", dataclasses.asdict(self), name))
         return matrix.detach()
 

@@ -17,7 +17,7 @@ Order: TypeAlias = Literal["first", "second", "mixed"]
 
 
 @dataclass(frozen=True)
-class Part:
+class StructurePart:
     """What the structures of one kind have in one projection.
 
     ``path`` of the projection within its layer; ``inputs``: its columns, else its rows and their biases;
@@ -70,7 +70,7 @@ def _axis(module: nn.Module, inputs: bool) -> int:
     return int(inputs) if isinstance(module, nn.Linear) else int(not inputs)
 
 
-def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[Part]:
+def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
     """Key-value heads with all their queries: rows of the projections for q, k and v, columns of the one out of it."""
     family, config = family_of(model), model.config
     groups, queries = key_value_heads(config), config.num_attention_heads
@@ -79,15 +79,15 @@ def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[Part]:
     width = columns // queries
     query, key = torch.arange(columns).view(groups, -1), torch.arange(groups * width).view(groups, -1)
     if len(family.qkv) > 1:
-        parts = [Part(path, False, rows) for path, rows in zip(family.qkv, (query, key, key), strict=True)]
+        parts = [StructurePart(path, False, rows) for path, rows in zip(family.qkv, (query, key, key), strict=True)]
     else:
         blocks = torch.cat((query, columns + key, columns + key.numel() + key), dim=1)
         heads = torch.arange(3 * columns).view(groups, -1)  # each head's query, key and value in turn
-        parts = [Part(family.qkv[0], False, heads if family.fused == "heads" else blocks)]
-    return [*parts, Part(family.attention_out, True, query)]
+        parts = [StructurePart(family.qkv[0], False, heads if family.fused == "heads" else blocks)]
+    return [*parts, StructurePart(family.attention_out, True, query)]
 
 
-def mlp_parts(model: PreTrainedModel, layer: nn.Module) -> list[Part]:
+def mlp_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
     """MLP channels: rows of the projections into the MLP (gate and up, fused or not), columns of the one out of it."""
     family = family_of(model)
     out = layer.get_submodule(family.mlp_out)
@@ -96,8 +96,8 @@ def mlp_parts(model: PreTrainedModel, layer: nn.Module) -> list[Part]:
     for path in family.mlp_in:
         module = layer.get_submodule(path)
         rows = _weight(module).shape[_axis(module, inputs=False)]
-        parts.append(Part(path, False, torch.arange(rows).view(-1, channels).T))
-    return [*parts, Part(family.mlp_out, True, torch.arange(channels)[:, None])]
+        parts.append(StructurePart(path, False, torch.arange(rows).view(-1, channels).T))
+    return [*parts, StructurePart(family.mlp_out, True, torch.arange(channels)[:, None])]
 
 
 def random_slices(tokens: TokenSet, count: int, length: int, generator: torch.Generator) -> list[TokenSet]:

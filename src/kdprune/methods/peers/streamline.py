@@ -13,7 +13,7 @@ from kdprune.methods.common.block_data import block_states, candidates, check_ro
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Site
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
@@ -107,35 +107,35 @@ class Streamline(DepthMethod):
     def _fit_ffn(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
     ) -> tuple[Edit, dict[str, Any]]:
-        site = Site(model, states, new_ffn(model.config.hidden_size, draw), None, run)
-        energy = site.update_energy(PASS_ROWS)
-        curves = self._train(site, energy, draw, run)
-        return site.edit(), fit_record(site, energy, curves)
+        fitting = StandInFit(model, states, new_ffn(model.config.hidden_size, draw), None, run)
+        energy = fitting.update_energy(PASS_ROWS)
+        curves = self._train(fitting, energy, draw, run)
+        return fitting.edit(), fit_record(fitting, energy, curves)
 
     def _fit_layer(
         self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
     ) -> list[Edit]:
-        site, block = LayerSite(model, states, run), states.block
-        self._train(site, site.update_energy(PASS_ROWS), draw, run)
-        weights = {name: weight.detach() for name, weight in site.module.named_parameters()}
+        fitting, block = LayerFit(model, states, run), states.block
+        self._train(fitting, fitting.update_energy(PASS_ROWS), draw, run)
+        weights = {name: weight.detach() for name, weight in fitting.module.named_parameters()}
         return [Rewrite(block.start, weights), Drop(range(block.start + 1, block.stop))]
 
-    def _train(self, site: Site, energy: float, draw: torch.Generator, run: Run) -> dict[str, list[float]]:
-        """Trains the module of the site; returns its curves."""
+    def _train(self, fitting: StandInFit, energy: float, draw: torch.Generator, run: Run) -> dict[str, list[float]]:
+        """Trains the stand-in in its place; returns its curves."""
         full = 1e-3 if self.stand_in == "ffn" else 2e-4
-        rate = self.rate or full * 4096 / site.states.inputs.shape[-1]
-        name = f"block [{site.states.block.start}, {site.states.block.stop})"
+        rate = self.rate or full * 4096 / fitting.states.inputs.shape[-1]
+        name = f"block [{fitting.states.block.start}, {fitting.states.block.stop})"
         schedule = Schedule(self.epochs, self.batch, rate, clip=self.clip, weight_decay=self.weight_decay)
         stage = f"{self.stand_in} {name}"
         with run.stage(stage, self.epochs) as progress:
             return fit(
-                site.module.parameters(), site.state_measure(energy), site.fit_rows, schedule, draw, name=name,
-                on_epoch=advancing(progress), local_rows=site.states.local_rows,
+                fitting.module.parameters(), fitting.state_loss(energy), fitting.fit_rows, schedule, draw, name=name,
+                on_epoch=advancing(progress), local_rows=fitting.states.local_rows,
                 checkpoint=run.checkpoint("streamline", dataclasses.asdict(self), stage))
 
 
-class LayerSite(Site):
-    """A site whose whole decoder layer, a float32 copy of the block's first, is the stand-in."""
+class LayerFit(StandInFit):
+    """A fitting whose whole decoder layer, a float32 copy of the block's first, is the stand-in."""
 
     def __init__(self, model: PreTrainedModel, states: BlockStates, run: Run):
         super().__init__(model, states, StandIn(1, kind="linear", features=0), None, run)
