@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 from kdprune.errors import KDPruneError
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache, JsonCodec, TensorCodec, default_work_dir
-from kdprune.store.hashing import IdentityPart, digest, files_identity, part
+from kdprune.store.hashing import PACKAGE, IdentityPart, code_identity, digest, files_identity, part
 from kdprune.store.states import SpilledStates
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
@@ -521,3 +522,19 @@ def test_the_default_place_follows_the_identity(monkeypatch: pytest.MonkeyPatch,
     assert default_work_dir(IDENTITY).parent == Path.home() / ".cache" / "kdprune"
     monkeypatch.setenv("KDPRUNE_CACHE", str(tmp_path / "own"))
     assert default_work_dir(IDENTITY) == tmp_path / "own" / place.name
+
+
+def test_what_only_shows_figures_keeps_the_cache_and_a_changed_solve_does_not(tmp_path: Path) -> None:
+    root = tmp_path / "kdprune"
+    shutil.copytree(PACKAGE, root, ignore=shutil.ignore_patterns("bundled", "__pycache__"))
+    before = code_identity(root)
+    assert before == code_identity()
+    for shown in ("report/plots.py", "cli/prune.py", "planning/forecast.py", "testing/method.py", "__init__.py"):
+        with (root / shown).open("a", encoding="utf-8") as file:
+            file.write("# another colour\n")
+        assert code_identity(root) == before, shown
+    for computed in ("kernel/operators.py", "methods/kdp/kdp.py", "evaluation/perplexity.py", "options.py"):
+        with (root / computed).open("a", encoding="utf-8") as file:
+            file.write("# another solve\n")
+        assert code_identity(root) != before, computed
+        before = code_identity(root)

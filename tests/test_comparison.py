@@ -13,6 +13,7 @@ from kdprune.comparison.units import Bench as UnitBench
 from kdprune.comparison.variants import ablation_variants, parse_variant, split_methods
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
+from kdprune.methods.kdp import fit_blocks
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
 from kdprune.report.comparison_table import render_markdown
@@ -219,3 +220,48 @@ def test_every_predefined_variant_is_one() -> None:
     names = [variant.name for variant in ablation_variants("kdp:refine=no", 0.25, 128, 16, 256)]
     assert len(names) == len(set(names)) > 25
     assert all(name.startswith("kdp:refine=no") for name in names)
+
+
+def test_a_unit_goes_on_inside_and_leaves_only_its_record(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    two_blocks = f"{KDP_FAST}:blocks=1-3,4-6"
+    fitted: list[int] = []
+    fit_block = fit_blocks.fit_block
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        states = folder / "runs" / "states"
+        assert list(states.rglob("*.safetensors"))  # hidden states are spilled, as a single run does
+        if interrupt and fitted:
+            raise KeyboardInterrupt
+        fitted.append(len(fitted))
+        return fit_block(*arguments, **options)
+
+    monkeypatch.setattr(fit_blocks, "fit_block", counted)
+    folder, interrupt = tmp_path / "out", True
+    with pytest.raises(KeyboardInterrupt):
+        kdprune.compare(str(bench.model), [two_blocks], seeds=1, output_dir=folder, **options(bench))
+    assert fitted == [0]
+    interrupt = False
+    [unit] = kdprune.compare(str(bench.model), [two_blocks], seeds=1, output_dir=folder, **options(bench)).units
+    assert fitted == [0, 1]
+    assert unit.resumed
+    kept = {path.name.rpartition("-")[0] for path in (folder / "runs" / "stages").iterdir()}
+    assert kept == {"dense", "kdp-seed0"}
+    assert not (folder / "runs" / "states").exists()
+    monkeypatch.undo()
+    [alone] = kdprune.compare(str(bench.model), [two_blocks], seeds=1, **options(bench)).units
+    assert not alone.resumed
+    assert (alone.perplexity, alone.blocks) == (unit.perplexity, unit.blocks)
+
+
+def test_what_a_method_fails_with_is_kept_beside_its_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise ZeroDivisionError("halfway")
+
+    monkeypatch.setattr(fit_blocks, "fit_block", broken)
+    result = kdprune.compare(str(bench.model), [KDP_FAST, TOO_LONG], seeds=1, **options(bench))
+    first, second = result.failures
+    assert first.reason == "ZeroDivisionError: halfway"
+    assert 'in broken' in first.traceback
+    assert second.traceback == ""  # a refusal says it all

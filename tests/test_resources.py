@@ -101,3 +101,14 @@ def test_a_comparison_of_a_streamed_model(
     kept = {path.name.rpartition("-")[0] for path in (tmp_path / "out" / "runs" / "stages").iterdir()}
     units = {"dense", "shortgpt-seed0"} | (set() if streamed else {"sleb-seed0"})
     assert {name for name in kept if name == "dense" or "-seed" in name} == units
+
+
+def test_what_was_enforced_on_the_device_is_lifted_whatever_happens(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(memory.Memory, "enforce", lambda self, place: seen.append("enforced"))
+    monkeypatch.setattr(memory.Memory, "lift", lambda self, place: seen.append("lifted"))
+    with pytest.raises(KDPruneError, match="expected at least"):  # read after the model, before any stage
+        kdprune.prune(str(bench.model), calibration=random_ids(), heldout=torch.zeros(1, 4, dtype=torch.long))
+    assert seen == ["enforced", "lifted"]
