@@ -237,7 +237,7 @@ def constants() -> list[str]:
              "SYSTEM")
     shown = ", ".join(f"{name} {getattr(forecast, name):,}" for name in names)
     return [*table(["device", "", "bfloat16", "float32", "float64", "TB/s", "share", "source"], rates, 2), RATES,
-            f"Constants of `src/kdprune/forecast.py`, each explained there: {shown}.", ""]
+            f"Constants of `src/kdprune/planning/forecast.py`, each explained there: {shown}.", ""]
 
 
 def page(record: dict[str, Any]) -> str:
