@@ -99,7 +99,8 @@ def in_two_processes(work: Callable[[], None]) -> None:
     def one(rank: str) -> None:
         torch.set_num_threads(1)
         PartialState._reset_state()  # of a test before this one
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                          OMP_NUM_THREADS="1")  # accelerate warns where it is not set
         try:
             start_world("cpu")
             work()

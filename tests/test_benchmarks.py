@@ -22,6 +22,8 @@ import random_checkpoint  # noqa: E402
 import speed  # noqa: E402
 import speed_page  # noqa: E402
 
+from kdprune.methods.common.analysis import ENOUGH  # noqa: E402
+
 TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -91,7 +93,7 @@ def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
         "stages": {name: {"seconds": 4.0} for name in ("analyse", "layer states", "kernel a", "kernel b", "refine a")},
     }
     passes = cost.projected(found)
-    assert passes["analyse"] == pytest.approx(2 * 131072 / 2**20)
+    assert passes["analyse"] == pytest.approx(2 * ENOUGH / 2**20)
     assert passes["layer states"] == pytest.approx(2)
     assert passes["refine"] == pytest.approx(2 * 15)  # epochs
     # 8 s for one epoch over 512 tokens; ten over 8 · 2048, against 2 s a 1024 tokens.

@@ -99,6 +99,8 @@ def opened(name: str, wanted: EvalOptions, resources: Resources) -> Iterator[tup
     options: dict[str, Any] = {
         "device": resources.device, "dtype": wanted.dtype, "trust_remote_code": wanted.trust_remote_code}
     try:
+        if resources.widens(name, memory, **options) is not None:
+            options["dtype"] = "float32"
         model = resources.states_model(name, **options) or resources.load(name, memory, known_family=False, **options)
         yield model, load_tokenizer(name, trust_remote_code=wanted.trust_remote_code)
     finally:

@@ -153,7 +153,7 @@ class Bench:
 
     def _measured(self, run: Run, made: RunOutcome, dense: Dense) -> dict[str, Any]:
         """The pruned model's part of a unit."""
-        pruned = made.pruned
+        pruned = self.session.rounded(made.pruned)
         with run.stage("evaluate", 2) as progress:
             loss = perplexity(pruned, self.protocol.heldout)
             progress(1)

@@ -26,6 +26,7 @@ from kdprune.runtime.distributed import World, world
 from kdprune.store.hashing import feed
 
 __all__ = [
+    "BUNDLED_SAMPLES",
     "DEFAULT_SAMPLES",
     "TokenSet",
     "bundled_calibration",
@@ -35,7 +36,8 @@ __all__ = [
     "parse_weighted",
 ]
 
-DEFAULT_SAMPLES = 4000  # rows kept for real models; the bundled one takes what its text gives
+DEFAULT_SAMPLES = 4000  # rows kept for real models
+BUNDLED_SAMPLES = 64  # … and for the bundled one, which is there for a first try; its text has 240
 LONGEST_ROW = 512  # tokens a row of calibration text, unless the model's context is shorter
 MINIMUM_TOKENS = 256  # fewer tokens of text than this are no calibration set
 MINIMUM_GIVEN = 32  # fewer given token ids than this, or of held-out text, say nothing

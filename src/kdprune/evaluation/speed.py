@@ -60,7 +60,7 @@ def speed(
     prompt: int | None = None,
     new_tokens: int | None = None,
     *,
-    repeats: int = 5,
+    repeats: int = 3,
     seed: int = 0,
 ) -> Speed:
     """Median speed of one model over `repeats` runs after a warm-up, on random token ids.
@@ -79,7 +79,7 @@ def compare_speed(
     prompt: int | None = None,
     new_tokens: int | None = None,
     *,
-    repeats: int = 5,
+    repeats: int = 3,
     seed: int = 0,
 ) -> SpeedComparison:
     """Median speeds of two models that take turns: the ratio compares runs of the same minute.

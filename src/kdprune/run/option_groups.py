@@ -29,7 +29,8 @@ class ModelOptions:
         None, "of the text, where a loaded model is given: a tokenizer, directory or hub id (the model's)",
         group="model", places=("python", "recipe"), recorded=False)
     dtype: str | None = option(
-        None, "of the loaded model: float32, bfloat16, … (the checkpoint's)", group="model",
+        None, "to load the model in: float32, bfloat16, … (the checkpoint's; a CPU that lacks its arithmetic computes "
+        "in float32 and saves in the checkpoint's)", group="model",
         in_python="a loaded model keeps its own")
     trust_remote_code: bool = option(
         False, "run code that comes with the checkpoint", group="model", rare=True, recorded=False)
@@ -51,7 +52,7 @@ class TextOptions:
         "mixture (the bundled text)", group="data", several=True, parse=parse_weighted,
         in_python="or a list of strings, {source: weight}, token ids (N, T)")
     samples: int | None = option(
-        None, "rows of calibration text (4000; all of the bundled text)", group="data", least=1)
+        None, "rows of calibration text (4000; 64 of the bundled text)", group="data", least=1)
     length: int | None = option(None, "tokens a row (the model's context, at most 512)", group="data", least=2)
 
 
@@ -63,7 +64,7 @@ class DataOptions(TextOptions):
         None, "text for perplexity (the bundled text)", group="data",
         in_python="or token ids; without a tokenizer the calibration rows kept out of every fit")
     heldout_tokens: int | None = option(
-        None, "tokens of it that are scored (as many as cost one pass over the calibration rows; 4,096 to 65,536)",
+        None, "tokens of it that are scored (an eighth of the calibration tokens; 4,096 to 65,536)",
         group="data", least=32, rare=True)
 
 

@@ -146,10 +146,11 @@ def prune(
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
             made = run_method(session.model, settings, tokens, run, healing)
-            measured = evaluated(session, settings, healing, made.pruned, text, run)
+            measured = evaluated(session, settings, healing, session.rounded(made.pruned), text, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
-            result = PruneResult(made.pruned, results, session.tokenizer, tokens.ids[:1, :VERIFIED_TOKENS])
+            probe = tokens.ids[:1, :VERIFIED_TOKENS]
+            result = PruneResult(session.as_stored(made.pruned), results, session.tokenizer, probe)
             if output.output_dir is not None:
                 with stages.stage("save and verify"):
                     if here.first:

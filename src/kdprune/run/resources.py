@@ -8,17 +8,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate.utils import get_max_memory
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from kdprune.errors import KDPruneError
-from kdprune.model.loading import load_model
+from kdprune.model.loading import checkpoint_errors, load_model, read_config
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
 from kdprune.options import check_values, option, options_of, taken
 from kdprune.runtime.distributed import world
-from kdprune.runtime.machine import resolve_device
+from kdprune.runtime.machine import computes_in, resolve_device
 from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
 from kdprune.store.files import tell
@@ -92,6 +93,22 @@ class Resources:
         if self._streams(model, memory, device, dtype):
             return load_streamed(model, **options)
         return load_model(model, known_family=known_family, **options)
+
+    def widens(
+        self, model: str | Path | PreTrainedModel, memory: Memory, *, device: str, dtype: str | None,
+        trust_remote_code: bool,
+    ) -> torch.dtype | None:
+        """The checkpoint's dtype, if the model is better computed in float32: no dtype was asked for, the CPU has no
+        arithmetic of the checkpoint's, and twice the bytes fit. Arguments as of :meth:`load`; else None.
+        """
+        place = resolve_device(device)
+        if dtype is not None or self.device_map is not None or isinstance(model, PreTrainedModel):
+            return None
+        if place.type != "cpu" or self._streams(model, memory, device, "float32"):
+            return None
+        with checkpoint_errors(model, trust_remote_code):
+            found = read_config(model, trust_remote_code).dtype
+        return found if isinstance(found, torch.dtype) and not computes_in(found, place) else None
 
     def _streams(self, model: str | Path, memory: Memory, device: str, dtype: str | None) -> bool:
         """Whether the model's layers stay in the checkpoint: it is too large, or a quantised copy has the device."""

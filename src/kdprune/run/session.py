@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.sources import BUNDLED_MODEL
 from kdprune.data.tokens import (
+    BUNDLED_SAMPLES,
     DEFAULT_SAMPLES,
     LONGEST_ROW,
     TokenSet,
@@ -52,6 +53,7 @@ class Session:
         stages: of the run.
         resources: what it may use.
         memory: the budgets in bytes.
+        stored: the checkpoint's dtype where the model is computed in float32 instead, or None.
     """
 
     def __init__(
@@ -67,6 +69,9 @@ class Session:
         self.memory.enforce(self._place)
         stages.watch = self._watch
         with stages.stage("load model"):
+            self.stored = resources.widens(
+                model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            dtype = dtype if self.stored is None else "float32"
             self.model = resources.load(
                 model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             self.states_model = resources.states_model(
@@ -104,12 +109,12 @@ class Session:
 
     def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
         """Calibration tokens; the bundled text when no source is given."""
+        rows = (BUNDLED_SAMPLES if self.bundled else DEFAULT_SAMPLES) if samples is None else samples
         row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
         with self.stages.stage("calibration text"):
             return load_tokens(
                 bundled_calibration() if source is None else source, self.tokenizer,
-                samples=DEFAULT_SAMPLES if samples is None and not self.bundled else samples,
-                length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
+                samples=rows, length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
     def heldout(self, source: Any, tokens: TokenSet, share: float, limit: int | None = None) -> TokenSet:
         """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit.
@@ -118,8 +123,8 @@ class Session:
             source: text or token ids; None: the bundled text.
             tokens: the calibration rows.
             share: of them that no fit sees.
-            limit: tokens of text, at most; None: as many as are scored at the cost of one pass over the calibration
-                rows. Windows overlap by half and two models run, so that this is a quarter as many.
+            limit: tokens of text, at most; None: as many as are scored at the cost of half a pass over the
+                calibration rows. Windows overlap by half and two models run, so that this is an eighth as many.
         """
         if source is None and self.tokenizer is None:
             rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
@@ -127,6 +132,23 @@ class Session:
         return load_stream(
             bundled_heldout() if source is None else source, self.tokenizer, limit=limit or affordable(tokens),
             vocabulary=vocabulary_size(self.model))
+
+    def rounded(self, pruned: PreTrainedModel) -> PreTrainedModel:
+        """The pruned model with weights as they are saved: what is measured of it holds for the checkpoint."""
+        if self.stored is not None:
+            for parameter in pruned.parameters():
+                parameter.data = parameter.data.to(self.stored).to(parameter.dtype)
+        return pruned
+
+    def as_stored(self, pruned: PreTrainedModel) -> PreTrainedModel:
+        """The pruned model in the checkpoint's dtype. The dense one, which shares weights with it, follows.
+
+        Buffers stay: tables of a rotary embedding are float32 in every checkpoint.
+        """
+        if self.stored is not None:
+            for parameter in pruned.parameters():
+                parameter.data = parameter.data.to(self.stored)
+        return pruned
 
     def weights_identity(self) -> str:
         """A hash of the model: of its weights, or of its files and dtype where it is not in memory whole."""
@@ -163,8 +185,8 @@ class Session:
 
 
 def affordable(tokens: TokenSet) -> int:
-    """Held-out tokens whose scoring, with both models, costs no more than one pass over the calibration rows."""
-    return max(LEAST_HELD_OUT, min(HELD_OUT_TOKENS, tokens.tokens // 4))
+    """Held-out tokens whose scoring, with both models, costs no more than half a pass over the calibration rows."""
+    return max(LEAST_HELD_OUT, min(HELD_OUT_TOKENS, tokens.tokens // 8))
 
 
 def plain_source(source: Any) -> Any:

@@ -23,24 +23,26 @@ from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
-# measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md).
+# measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md), trained for as long
+# as a first try may take; "thorough" is the same, trained as the results book's is.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 2, "sequential": True, "slack": 0.5,
+        "batch": 4, "refine_epochs": 5,
     },
     "thorough": {
         "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5,
+        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5, "batch": 8,
     },
     "paper": {
         "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
-        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False, "slack": 0.0,
+        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False, "slack": 0.0, "batch": 8,
     },
 }
 
-# Step 3 lasts so many epochs: the least, or where the rows are few as many as make LEAST_STEPS, up to the most
-# (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
+# Where no preset says it, step 3 lasts so many epochs: the least, or where rows are few as many as make LEAST_STEPS, up
+# to the most (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
 REFINE_EPOCHS = (15, 60)
 LEAST_STEPS = 1200
 
@@ -63,7 +65,8 @@ class KDP(RankedMethod):
     spreads: ClassVar[bool] = True
 
     preset: Literal["default", "thorough", "paper"] = option(
-        "default", "fills options not given: the best form measured in a short or a long run, or the method as printed")
+        "default", "fills options not given: the best form measured, trained for a short or a long time, or the method "
+        "as printed")
     endpoints: Literal["input", "output"] | None = option(
         None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
         group="size", rare=True)
@@ -105,9 +108,12 @@ class KDP(RankedMethod):
         None, "peak learning rate of step 1 (0.384 / the width)", above=0, rare=True)
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1, rare=True)
     refine_epochs: int | None = option(
-        None, "epochs of step 3 (15; where the rows are few as many as make 1,200 steps, at most 60)", least=1)
-    rate: float | None = option(None, "peak learning rate of steps 2 and 3 (4 / the width)", above=0, rare=True)
-    batch: int = option(8, "rows (sequences) a step in steps 2 and 3", least=1, rare=True)
+        None, "epochs of step 3 (5; thorough: 15, or where the rows are few as many as make 1,200 steps, at most 60)",
+        least=1)
+    rate: float | None = option(
+        None, "peak learning rate of steps 2 and 3 (half the batch / the width)", above=0, rare=True)
+    batch: int | None = option(
+        None, "rows (sequences) a step in steps 2 and 3 (4; thorough: 8)", least=1, rare=True)
     without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
         option((), "parts of the method left out, to see what they bring: alpha (1 instead), anisotropy (one width for "
                "all dimensions), cosine_term and position_weights of step 1's loss, ols_start (operators start at I), "
@@ -190,21 +196,23 @@ class KDP(RankedMethod):
 
     def settings(self, shape: Shape, tokens: TokenSet) -> FitSettings:
         """How blocks are fitted with stand-ins of this shape, on these tokens."""
-        # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows.
-        rate = self.rate or 4 / shape.width
+        # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows, and a step's
+        # noise as its rows grow in number.
+        batch = self.batch or 1
+        rate = self.rate or batch / 2 / shape.width
         return FitSettings(
             kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
-            step2=Schedule(self.inverse_epochs, self.batch, rate),
-            step3=Schedule(self._refine_epochs(tokens), self.batch, rate),
+            step2=Schedule(self.inverse_epochs, batch, rate),
+            step3=Schedule(self._refine_epochs(tokens, batch), batch, rate),
             without=frozenset(self.without),
         )
 
-    def _refine_epochs(self, tokens: TokenSet) -> int:
-        """Epochs of step 3 on these rows, less those held out."""
+    def _refine_epochs(self, tokens: TokenSet, batch: int) -> int:
+        """Epochs of step 3 on these rows, less those held out, so many a step."""
         if self.refine_epochs is not None:
             return self.refine_epochs
         least, most = REFINE_EPOCHS
-        steps = -(-len(tokens.fitted(self.held)) // self.batch)
+        steps = -(-len(tokens.fitted(self.held)) // batch)
         return min(most, max(least, -(-LEAST_STEPS // steps)))
