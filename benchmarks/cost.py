@@ -29,7 +29,7 @@ from speed import SHAPES
 
 from kdprune.data.sources import BUNDLED_MODEL
 from kdprune.methods.common.analysis import ENOUGH
-from kdprune.methods.kdp.kdp import PRESETS, REFINE_EPOCHS
+from kdprune.methods.kdp.kdp import PRESETS
 from kdprune.runtime.machine import resolve_device
 from kdprune.store.files import readable_bytes
 
@@ -105,7 +105,7 @@ def projected(found: dict[str, Any]) -> dict[str, float]:
         scale = default["kernel_epochs"] / ran["kernel_epochs"] * wanted / had
         passes["kernel"] = seconds["kernel"] * scale / (forward * MILLION)
     if "refine" in seconds:
-        passes["refine"] = seconds["refine"] / each * REFINE_EPOCHS[0] / ran["refine_epochs"]
+        passes["refine"] = seconds["refine"] / each * default["refine_epochs"] / ran["refine_epochs"]
     return passes
 
 

@@ -57,9 +57,10 @@ def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
 
 def planned_run(shape: str, found: dict[str, Any]) -> PruningPlan:
     """The plan of a run of cost.py: its tokens and options, its blocks if it got so far. Later blocks were not
-    corrected when it was made, and few rows not refined on for longer."""
+    corrected when it was made, few rows not refined on for longer, and the default was what `thorough` is."""
     job = found["job"]
-    options = {**job["options"], "sequential": False, "refine_epochs": found["method"]["refine_epochs"]}
+    options = {"preset": "thorough", **job["options"], "sequential": False,
+               "refine_epochs": found["method"]["refine_epochs"]}
     if found["blocks"]:
         options |= {"blocks": found["blocks"]}
     return plan_of(shape, found["dtype"], samples=found["tokens"] // job["length"], length=job["length"],

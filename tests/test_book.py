@@ -192,14 +192,14 @@ def test_gains_are_differences_seed_by_seed() -> None:
 
 def test_a_lead_is_the_difference_of_what_the_rows_say() -> None:
     found = Comparison.load(ROOT / "docs" / "results" / "main-llama.json")
-    peer = "linearpatch"
-    said, kept, above = book_leads._compared(found, "kdp", peer)
-    ours, other = found.row("kdp"), found.row(peer)
+    mine, peer = "kdp:preset=thorough", "linearpatch"
+    said, kept, above = book_leads._compared(found, mine, peer)
+    ours, other = found.row(mine), found.row(peer)
     assert kept.difference == pytest.approx(ours.retained.mean - other.retained.mean, abs=1e-4)
     assert above.difference == pytest.approx(ours.above_chance.mean - other.above_chance.mean, abs=1e-4)
     assert kept.low < kept.difference < kept.high
     losses = [{unit.seed: unit.perplexity.excess_loss for unit in found.units if unit.variant == name}
-              for name in ("kdp", peer)]
+              for name in (mine, peer)]
     gaps = [losses[0][seed] - losses[1][seed] for seed in (0, 1, 2)]
     assert said.startswith(f"{statistics.fmean(gaps):+.3f}")
     assert f"less for {sum(gap < 0 for gap in gaps)} of 3 seeds" in said

@@ -264,7 +264,7 @@ def test_every_option_by_name(options: dict, tiny_model) -> None:
     (4, {"refine_epochs": 3}, 3),
 ])
 def test_few_rows_are_refined_on_for_longer(rows: int, options: dict[str, float], epochs: int) -> None:
-    method = KDP(**options)  # type: ignore[arg-type]
+    method = KDP(preset="thorough", **options)  # type: ignore[arg-type]
     assert method.settings(method.shape(32), random_tokens(rows)).step3.epochs == epochs
 
 

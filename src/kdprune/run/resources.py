@@ -102,7 +102,7 @@ class Resources:
         arithmetic of the checkpoint's, and twice the bytes fit. Arguments as of :meth:`load`; else None.
         """
         place = resolve_device(device)
-        if dtype is not None or self.device_map is not None or isinstance(model, PreTrainedModel):
+        if dtype is not None or self.device_map is not None or not isinstance(model, str | Path):
             return None
         if place.type != "cpu" or self._streams(model, memory, device, "float32"):
             return None
