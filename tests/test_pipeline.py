@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import kdprune
 from kdprune.errors import KDPruneError
 from kdprune.report.results import Results
+from kdprune.run import pipeline, resources
+from kdprune.run.record import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,6 +172,30 @@ def test_same_seed_same_bits() -> None:
 def test_a_loaded_model_keeps_its_dtype() -> None:
     model = tiny_llama()
     assert kdprune.prune(model, dtype="bfloat16", **IDS).model.dtype == model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_cpu_without_the_arithmetic_computes_in_float32_and_saves_as_it_was(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "computes_in", lambda dtype, device: fast)
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(pipeline, "evaluate", lambda dense, *rest: seen.append(dense.dtype) or evaluate(dense, *rest))
+    tiny_llama(8).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    result = kdprune.prune(
+        tmp_path / "dense", tmp_path / "out", calibration=random_ids(8, 32), progress=False, **QUICK)
+    assert seen == [torch.bfloat16 if fast else torch.float32]
+    dense, saved = weights(tmp_path / "dense"), weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16} == {result.model.dtype}
+    kept = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(dense[kept], saved[kept])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint in one file."""
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def test_held_out_text_as_given() -> None:
