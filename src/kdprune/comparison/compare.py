@@ -14,7 +14,6 @@ from rich.text import Text
 
 from kdprune.comparison.units import PARTS, Bench, Protocol, Texts
 from kdprune.comparison.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
-from kdprune.data.sources import check_source
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.tasks import check_suite
 from kdprune.methods import METHODS
@@ -39,10 +38,10 @@ from kdprune.run.option_groups import (
     given,
     spelled_out,
 )
-from kdprune.run.pipeline import open_session
+from kdprune.run.pipeline import check_texts, open_session, text_sources
 from kdprune.run.record import software_versions
 from kdprune.run.resources import make_resources
-from kdprune.run.session import Session, plain_source
+from kdprune.run.session import Session
 from kdprune.runtime.stages import Stages
 from kdprune.store.directories import check_output
 
@@ -115,8 +114,7 @@ def _run(
     data, output, suite = taken(DataOptions, chosen), taken(OutputOptions, chosen), taken(SuiteOptions, chosen)
     subject, resources, seeds = taken(ModelOptions, chosen), make_resources(chosen), wanted.seed_list()
     _check_suite(suite)
-    check_source(data.calibration)
-    check_source(data.heldout)
+    check_texts(data)
     if output.output_dir is not None:
         resources.check_apart(output.output_dir)
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
@@ -140,7 +138,7 @@ def _run(
             family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
             recipe=_recipe({
                 **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
-                "calibration": plain_source(data.calibration), "heldout": plain_source(data.heldout)}),
+                **text_sources(data)}),
             calibration=Calibration(
                 source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
             device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],

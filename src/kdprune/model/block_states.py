@@ -43,6 +43,11 @@ class BlockStates:
     path_held: Tensor
     local: BoolTensor
 
+    @property
+    def name(self) -> str:
+        """The block, for messages and progress."""
+        return f"block [{self.block.start}, {self.block.stop})"
+
     def local_rows(self, rows: Tensor) -> LongTensor:
         """Those of ``rows`` whose states this process holds."""
         return rows[self.local[rows]]  # type: ignore[return-value]

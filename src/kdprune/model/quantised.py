@@ -1,7 +1,7 @@
 """The dense model in 8 or 4 bits, to collect layer states where it does not fit whole.
 
 Only the weights of linear maps inside decoder layers are quantised. What is pruned, fitted in and saved stays the
-full-precision model: a quantised one is a :func:`kdprune.model.placement.collecting` model for it and nothing else.
+full-precision model: a quantised one is its run's ``states_model`` and nothing else.
 """
 
 import contextlib

@@ -139,7 +139,7 @@ class Job:
         path: rows step 1 sees, to fit on and held out.
         sequential: whether later blocks see corrected states.
         layer: operations a token of one decoder layer.
-        site: operations a token of one stand-in with what stands before it.
+        replacement: operations a token of one stand-in with what stands before it.
         weights: bytes of the model.
         outside: bytes of what is not in its layers.
         added: parameters of one stand-in with what stands before it.
@@ -157,7 +157,7 @@ class Job:
     path: tuple[int, int]
     sequential: bool
     layer: float
-    site: float
+    replacement: float
     weights: int
     outside: int
     added: int
@@ -203,7 +203,7 @@ class Job:
     def _fit(self, block: range) -> dict[str, Work]:
         """Operations of one block's steps, and of what no stage counts."""
         steps, size, fitted = len(block), self.size, (self.rows - self.held) * self.length
-        found = {"rest": Work(single=PASSES * self.tokens * self.site)}
+        found = {"rest": Work(single=PASSES * self.tokens * self.replacement)}
         if self.shape.kind == "fourier":
             path, epochs = self.path[0] * self.length, self.settings.step1.epochs
             restarts = epochs + 1
@@ -220,7 +220,7 @@ class Job:
                     single=REFINE * 3 * self.settings.step2.epochs * fitted * 2 * self.shape.hidden
                     * (size + self.width))
         if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
-            found["refine"] = Work(single=REFINE * 3 * self.settings.step3.epochs * fitted * self.site)
+            found["refine"] = Work(single=REFINE * 3 * self.settings.step3.epochs * fitted * self.replacement)
         return found
 
     # ------------------------------------------------------------------------------------------------ bytes

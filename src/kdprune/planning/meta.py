@@ -100,6 +100,6 @@ def job_of(
         width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
         held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),
         path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
-        site=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
+        replacement=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
         outside=(dense.num_parameters() - sum(sizes)) * itemsize,
         added=max(added_parameters(method, dense, blocks, shape)))

@@ -177,8 +177,18 @@ def _check_named(data: TextOptions, output: OutputOptions, resources: Resources,
         resources.check_apart(output.output_dir)
         if here.first:
             check_output(output.output_dir, output.overwrite)
+    check_texts(data)
+
+
+def check_texts(data: TextOptions) -> None:
+    """Raises KDPruneError for texts that cannot be read, before any work."""
     for source in _texts(data).values():
         check_source(source)
+
+
+def text_sources(data: TextOptions) -> dict[str, Any]:
+    """What the record says of the texts, which may be anything."""
+    return {name: plain_source(source) for name, source in _texts(data).items()}
 
 
 def open_session(subject: ModelOptions, resources: Resources, seed: int, stages: Stages) -> Session:
@@ -194,9 +204,8 @@ def _texts(data: TextOptions) -> dict[str, Any]:
 
 
 def _sources(session: Session, data: TextOptions) -> dict[str, Any]:
-    """What the record says of model and texts, which may be anything."""
-    return {"model": None if session.bundled else session.name,
-            **{name: plain_source(source) for name, source in _texts(data).items()}}
+    """What the record says of model and texts."""
+    return {"model": None if session.bundled else session.name, **text_sources(data)}
 
 
 def check_run(session: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,9 @@ from kdprune.model.placement import input_device
 from kdprune.model.surgery import Substitute, context_layer, plain_copy
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
+from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import LossFunction, Sums
+from kdprune.train.loop import Schedule, advancing, fit
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
 
@@ -148,6 +150,26 @@ class StandInFit:
             return state_errors(predicted, target, energy)
 
         return loss_function
+
+    def train(
+        self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
+        draw: torch.Generator, run: Run, checkpoint: Checkpoint,
+    ) -> dict[str, list[float]]:
+        """Trains over the fitted rows and returns the curves.
+
+        Args:
+            step: what the stage is called, before the block's name.
+            parameters: what is trained.
+            loss_function: of row numbers.
+            schedule: for how long.
+            draw: orders the rows.
+            run: shows the stage.
+            checkpoint: where the fit stands.
+        """
+        with run.stage(f"{step} {self.states.name}", schedule.epochs) as progress:
+            return fit(
+                parameters, loss_function, self.fit_rows, schedule, draw, name=self.states.name,
+                on_epoch=advancing(progress), local_rows=self.states.local_rows, checkpoint=checkpoint)
 
     def edit(self) -> Substitute:
         """The architecture change this fitting stands for."""

@@ -81,9 +81,8 @@ def measure_damage(
 
     Source: KDP ranks by similarity (section 2), a predictor of this.
     """
-    settings = {**dataclasses.asdict(trial.settings), "without": sorted(trial.settings.without)}
-    follows_from = [{**dataclasses.asdict(trial), "settings": settings},
-                    [(block.start, block.stop) for block in blocks], FIT_TOKENS, LOSS_TOKENS]
+    follows_from = [
+        dataclasses.asdict(trial), [(block.start, block.stop) for block in blocks], FIT_TOKENS, LOSS_TOKENS]
     values = run.cached(
         "damage", follows_from, lambda: _measure(model, tokens, blocks, trial, run), JsonCodec(list[float]))
     return dict(zip(blocks, values, strict=True))

@@ -21,7 +21,7 @@ from kdprune.model.block_states import BlockStates
 from kdprune.model.surgery import Edit
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import LossFunction, Sums
-from kdprune.train.loop import Schedule, advancing, fit
+from kdprune.train.loop import Schedule
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FitSettings:
     step1: Schedule
     step2: Schedule
     step3: Schedule
-    without: frozenset[str] = frozenset()
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,12 @@ class Fit:
         fitting = StandInFit(model, states, shape.build(draw), shape.source(states.block), run)
         return Fit(fitting, shape, settings, draw, run, follows_from)
 
-    @property
-    def name(self) -> str:
-        """For messages and progress."""
-        block = self.fitting.states.block
-        return f"block [{block.start}, {block.stop})"
-
     def train(
         self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule
     ) -> dict[str, list[float]]:
         """Trains over the fitted rows, as the stage and from the checkpoint of this name; returns the curves."""
-        with self.run.stage(f"{step} {self.name}", schedule.epochs) as progress:
-            return fit(
-                parameters, loss_function, self.fitting.fit_rows, schedule, self.draw, name=self.name,
-                on_epoch=advancing(progress), local_rows=self.fitting.states.local_rows,
-                checkpoint=self.run.checkpoint(step, self.follows_from))
+        checkpoint = self.run.checkpoint(step, self.follows_from)
+        return self.fitting.train(step, parameters, loss_function, schedule, self.draw, self.run, checkpoint)
 
 
 def fit_block(
@@ -158,9 +149,9 @@ def _step1(this: Fit) -> Step1:
     weights = position_weights(states.path_position, states.tokens.ids.shape[1])
     if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
-    with this.run.stage(f"kernel {this.name}", settings.step1.epochs) as progress:
+    with this.run.stage(f"kernel {this.fitting.states.name}", settings.step1.epochs) as progress:
         return fit_dynamics(
-            features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.name,
+            features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.fitting.states.name,
             learn_kernel=settings.kernel != "fixed", without=settings.without, progress=progress,
             checkpoint=this.run.checkpoint("kernel", this.follows_from))
 

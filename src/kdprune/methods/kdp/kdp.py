@@ -25,19 +25,16 @@ from kdprune.train.loop import Schedule
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
 # measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md), trained for as long
 # as a first try may take; "thorough" is the same, trained as the results book's is.
+_BEST: Mapping[str, Any] = {
+    "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True, "endpoints": "input",
+    "bandwidth": 2.0, "sequential": True, "slack": 0.5,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {
-        "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 2, "sequential": True, "slack": 0.5,
-        "batch": 4, "refine_epochs": 5,
-    },
-    "thorough": {
-        "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True,
-        "endpoints": "input", "bandwidth": 2.0, "kernel_epochs": 10, "sequential": True, "slack": 0.5, "batch": 8,
-    },
+    "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
+    "thorough": {**_BEST, "kernel_epochs": 10, "batch": 8},
     "paper": {
-        "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
-        "endpoints": "output", "bandwidth": 1.0, "kernel_epochs": 100, "sequential": False, "slack": 0.0, "batch": 8,
+        "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False, "endpoints": "output",
+        "bandwidth": 1.0, "sequential": False, "slack": 0.0, "kernel_epochs": 100, "batch": 8,
     },
 }
 
@@ -206,7 +203,7 @@ class KDP(RankedMethod):
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),
             step3=Schedule(self._refine_epochs(tokens, batch), batch, rate),
-            without=frozenset(self.without),
+            without=tuple(sorted(set(self.without))),
         )
 
     def _refine_epochs(self, tokens: TokenSet, batch: int) -> int:

@@ -1,6 +1,6 @@
 """Step 1: learn the kernel and the linear operators together (KDP, section 4)."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ def fit_dynamics(
     ridge: float,
     name: str,
     learn_kernel: bool = True,
-    without: Set[str] = frozenset(),
+    without: Collection[str] = (),
     progress: Callable[[int], None] = lambda _: None,
     checkpoint: Checkpoint | None = None,
 ) -> Step1:
@@ -107,7 +107,7 @@ def fit_dynamics(
             drawn, since the loss would then only ask φ to be constant.
     """
     dynamics = LinearDynamics(len(path) - 1, 2 * features.features).to(path.device)
-    solves = not {"operators", "ols_start"} & without
+    solves = not {"operators", "ols_start"}.intersection(without)
     if "operators" not in without and not solves:
         dynamics.start_random(generator)
 

@@ -20,7 +20,7 @@ from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Drop, Edit, Rewrite, check_model, plain_copy
 from kdprune.options import option
 from kdprune.runtime.run import Run
-from kdprune.train.loop import Schedule, advancing, fit
+from kdprune.train.loop import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +124,10 @@ class Streamline(DepthMethod):
         """Trains the stand-in in its place; returns its curves."""
         full = 1e-3 if self.stand_in == "ffn" else 2e-4
         rate = self.rate or full * 4096 / fitting.states.inputs.shape[-1]
-        name = f"block [{fitting.states.block.start}, {fitting.states.block.stop})"
         schedule = Schedule(self.epochs, self.batch, rate, clip=self.clip, weight_decay=self.weight_decay)
-        stage = f"{self.stand_in} {name}"
-        with run.stage(stage, self.epochs) as progress:
-            return fit(
-                fitting.module.parameters(), fitting.state_loss(energy), fitting.fit_rows, schedule, draw, name=name,
-                on_epoch=advancing(progress), local_rows=fitting.states.local_rows,
-                checkpoint=run.checkpoint("streamline", dataclasses.asdict(self), stage))
+        checkpoint = run.checkpoint("streamline", dataclasses.asdict(self), fitting.states.name)
+        return fitting.train(
+            self.stand_in, fitting.module.parameters(), fitting.state_loss(energy), schedule, draw, run, checkpoint)
 
 
 class LayerFit(StandInFit):
