@@ -151,40 +151,6 @@ class Calibration(Record):
     shares: list[int] = Field(default_factory=list, description="[P] real tokens each of several processes worked on")
 
 
-class Analysis(Record):
-    """Similarity of layer states over the calibration tokens (lists over layers l = 0 … L−1)."""
-
-    relative_update: Numbers = Field(description="[L] mean of ‖h_{l+1} − h_l‖ / ‖h_l‖ over tokens")
-    cosine: Numbers = Field(description="[L] mean cosine of h_l and h_{l+1} over tokens")
-    linear_cka: Numbers = Field(description="[L] linear CKA of h_l and h_{l+1}")
-    rbf_cka: Numbers = Field(description="[L] CKA of h_l and h_{l+1} with an RBF kernel (median heuristic)")
-    pair_cosine: Matrix = Field(description="[L+1, L+1] mean cosine of h_s and h_e; null where not measured")
-    pair_linear_cka: Matrix = Field(description="[L+1, L+1] linear CKA of h_s and h_e")
-    pair_rbf_cka: Matrix = Field(description="[L+1, L+1] RBF CKA of h_s and h_e")
-    pair_damage: Matrix = Field(
-        default_factory=list, description="[L+1, L+1] nats a token that the loss grows by with a closed-form stand-in "
-        "for [s, e), held-out rows; null where not measured; empty where blocks were not ranked by it")
-    state_norm: Numbers = Field(default_factory=list, description="[L+1] mean ‖h_l‖ over tokens")
-    tokens: int = Field(description="tokens the statistics were taken over")
-    protected: tuple[int, int] = Field(
-        (0, 0), description="how many layers at the start and at the end are never pruned"
-    )
-
-    @model_validator(mode="after")
-    def _shapes(self) -> "Analysis":
-        """Refuse lists that do not fit together."""
-        layers = len(self.relative_update)
-        for name in ("cosine", "linear_cka", "rbf_cka"):
-            if len(getattr(self, name)) != layers:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries, relative_update {layers}")
-        damage = ["pair_damage"] if self.pair_damage else []
-        for name in ("pair_cosine", "pair_linear_cka", "pair_rbf_cka", *damage):
-            matrix = getattr(self, name)
-            if len(matrix) != layers + 1 or any(len(row) != layers + 1 for row in matrix):
-                raise ValueError(f"{name} must be {layers + 1} x {layers + 1}")
-        return self
-
-
 class KernelTraining(Record):
     """Step 1, the kernel and the operators together (lists over epochs)."""
 

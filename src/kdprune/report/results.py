@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdprune.errors import DiskError, KDPruneError
+from kdprune.report.analysis_record import Analysis
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
-    Analysis,
     Block,
     Calibration,
     Curve,

@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +12,9 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.analysis import massive_layers, score_layers
 from kdprune.methods.common.method import RankedMethod
-from kdprune.methods.common.selection import candidate_blocks, open_layers, select_blocks
+from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
 from kdprune.methods.common.shape import Shape
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.runtime.run import Run
@@ -102,22 +105,65 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     return candidates
 
 
+def blocks_to_rank(
+    options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
+) -> tuple[list[range], Mapping[str, Any]]:
+    """The candidates over no layer that writes or erases massive tokens, and the scores, which say which those are.
+
+    Layers are scored where they have not been. Explicit blocks are taken as they are, without scores.
+
+    Raises:
+        KDPruneError: as :func:`possible_blocks`; or the candidates left do not reach the ratio (says what they reach).
+    """
+    if options.blocks is not None:
+        return possible_blocks(options, budget), {}
+    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
+    return blocks_beside([*itertools.chain(*massive_layers(scores))], options, budget), scores
+
+
+def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> list[range]:
+    """The candidates of the selection that hold none of these layers, which write or erase massive tokens.
+
+    Raises KDPruneError as :func:`blocks_to_rank` does.
+    """
+    candidates = possible_blocks(options, budget)
+    beside = [block for block in candidates if not any(layer in block for layer in layers)]
+    if len(beside) < len(candidates):
+        removed = max(reachable(beside, lambda _: 0.0, budget.removal))
+        if removed < budget.target:
+            largest, names = math.floor(removed / budget.total * 1e4) / 1e4, ", ".join(map(str, sorted(layers)))
+            raise KDPruneError(
+                f"got ratio {budget.ratio:.4g}, expected at most {largest:.4g}, the largest that blocks beside layers "
+                f"{names} allow, which write or erase massive tokens; lower the ratio, protect fewer layers "
+                f"(protect=…), allow longer blocks (max_block=…), or name the blocks (blocks=…) to remove those layers")
+    return beside
+
+
 def choose_blocks(
     options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
 ) -> list[range]:
     """The explicit blocks, or the selection of section 2, for which the layers are scored where they have not been.
 
-    Raises KDPruneError as :func:`possible_blocks` does.
+    Raises KDPruneError as :func:`blocks_to_rank` does.
     """
+    candidates, scores = blocks_to_rank(options, model, tokens, run, budget)
     if options.blocks is not None:
-        return possible_blocks(options, budget)
-    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
-    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget)
+        return candidates
+    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget, candidates)
 
 
-def select_by_similarity(options: RankedMethod, similarity: Tensor, budget: Budget) -> list[range]:
-    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget."""
-    candidates = possible_blocks(options, budget)
+def select_by_similarity(
+    options: RankedMethod, similarity: Tensor, budget: Budget, candidates: list[range] | None = None,
+) -> list[range]:
+    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget.
+
+    Args:
+        options: the method.
+        similarity: between states.
+        budget: what has to go.
+        candidates: blocks to choose from; None: all possible ones.
+    """
+    candidates = possible_blocks(options, budget) if candidates is None else candidates
     if options.blocks is not None:
         return candidates
     if options.endpoints == "output":
