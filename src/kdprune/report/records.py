@@ -64,28 +64,6 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Layers(Record):
-    """Decoder layers."""
-
-    dense: int = Field(description="layers of the dense model, L")
-    pruned: int | None = Field(None, description="layers of the pruned model, with those a stand-in occupies")
-
-
-class Parameters(Record):
-    """Parameters, embeddings included, tied ones counted once."""
-
-    dense: int = Field(description="parameters of the dense model")
-    pruned: int | None = Field(None, description="parameters of the pruned model, stand-ins included")
-    net_ratio: Number = Field(None, description="1 − pruned / dense; derived when left out")
-
-    @model_validator(mode="after")
-    def _derive(self) -> "Parameters":
-        """Fill in what follows from the rest."""
-        if self.net_ratio is None and self.pruned is not None and self.dense:
-            self.net_ratio = 1 - self.pruned / self.dense
-        return self
-
-
 class Perplexity(Record):
     """Perplexity on held-out text, exp of the mean next-token loss in nats."""
 
@@ -132,13 +110,6 @@ class Speed(Record):
     device: str = Field(description="where it was measured")
     prefill: Pace = Field(description="reading the prompt")
     decode: Pace = Field(description="generating token by token")
-
-
-class KVCache(Record):
-    """Key-value cache per token of context."""
-
-    dense: int = Field(description="dense model, bytes")
-    pruned: int | None = Field(None, description="pruned model, bytes")
 
 
 class Calibration(Record):
@@ -253,17 +224,6 @@ class Fit(Record):
         1.0, description="the same when the block is dropped, S(h) = h: near 1 by the choice of the unit"
     )
     linear_error: Number = Field(None, description="the same for the least-squares linear map of h_s")
-
-
-class LayerWidth(Record):
-    """A layer that was made narrower: what is left of it."""
-
-    layer: int = Field(description="index of the layer")
-    groups: int | None = Field(None, description="key-value heads, with the queries that read them")
-    channels: int | None = Field(None, description="MLP channels")
-    states: tuple[int, int, int] | None = Field(
-        None, description="width of the residual stream entering the layer, behind its attention and leaving it"
-    )
 
 
 class Sample(Record):

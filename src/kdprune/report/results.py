@@ -19,19 +19,16 @@ from kdprune.report.records import (
     Fit,
     FreeForm,
     KernelTraining,
-    KVCache,
-    Layers,
-    LayerWidth,
     Norms,
     Number,
     Outliers,
     Pace,
-    Parameters,
     Perplexity,
     Record,
     Sample,
     Speed,
 )
+from kdprune.report.size_records import KVCache, Layers, LayerWidth, Parameters
 from kdprune.store.files import whole_file
 
 __all__ = [

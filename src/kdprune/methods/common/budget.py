@@ -16,6 +16,7 @@ from kdprune.methods.common.analysis import massive_layers, score_layers
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.target import Target
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.runtime.run import Run
 
@@ -30,7 +31,7 @@ class Budget:
     Args:
         model: the dense model.
         shape: the stand-in.
-        ratio: share of all parameters to remove.
+        target: parameters to remove.
         slack: mean layers by which the blocks may remove more than they have to.
 
     Attributes:
@@ -38,16 +39,14 @@ class Budget:
         slack: parameters that the selection may remove beyond that, for wider stand-ins.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, slack: float = 0.0):
+    def __init__(self, model: PreTrainedModel, shape: Shape, target: Target, slack: float = 0.0):
         family = family_of(model)
-        self.shape, self.ratio = shape, ratio
-        self.total = model.num_parameters()
+        self.shape, self.target = shape, target
         self.layers = layer_sizes(model)
         # A context layer keeps everything but the MLP path.
         self.kept_by_context = [
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
-        self.target = round(ratio * self.total)
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
     def removal(self, block: range, features: int | None = None) -> int:
@@ -76,7 +75,7 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
         alike = torch.ones(len(budget.layers) + 1, len(budget.layers) + 1)
-        select_blocks(alike, candidates, budget.removal, budget.target, budget.total)
+        select_blocks(alike, candidates, budget.removal, budget.target)
 
 
 def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
@@ -169,7 +168,7 @@ def select_by_similarity(
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))
-    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.total, budget.slack)
+    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.slack)
 
 
 def check_blocks(blocks: list[range], layers: int) -> list[range]:
@@ -189,34 +188,26 @@ def check_blocks(blocks: list[range], layers: int) -> list[range]:
     return blocks
 
 
-def shortest_blocks(model: PreTrainedModel, ratio: float, allowed: range, cost: int = 0) -> list[range]:
-    """For every start within ``allowed`` the shortest block whose removal meets the ratio from above.
+def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost: int = 0) -> list[range]:
+    """For every start within ``allowed`` the shortest block whose removal meets the target.
 
     For the methods that take out one run of layers. Where layers differ in size only the blocks of least removal stay.
 
     Args:
-        ratio: share of all parameters to remove, net of ``cost``, the parameters put in the block's place.
+        target: parameters to remove, net of ``cost``.
+        cost: parameters put in the block's place.
 
     Raises:
         KDPruneError: no block inside ``allowed`` removes that much (says the largest ratio that can be reached).
     """
-    total, sizes = model.num_parameters(), layer_sizes(model)
-    target = round(ratio * total)
-    found = {}
-    for start in allowed:
-        for stop in range(start + 1, allowed.stop + 1):
-            removed = sum(sizes[start:stop]) - cost
-            # At least one layer of the model has to stay.
-            if removed >= target and stop - start < len(sizes):
-                found[range(start, stop)] = removed
-                break
-    if not found:
-        largest = max((sum(sizes[index] for index in allowed) - cost) / total, 0.0)
-        raise KDPruneError(
-            f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest that the layers from "
-            f"{allowed.start} to {allowed.stop - 1} allow; lower the ratio or protect fewer layers (protect=…)")
-    least = min(found.values())
-    return [block for block, removed in found.items() if removed == least]
+    sizes = layer_sizes(model)
+    blocks = [range(start, stop) for start in allowed for stop in range(start + 1, allowed.stop + 1)]
+    # At least one layer of the model has to stay.
+    removed = {block: sum(sizes[block.start : block.stop]) - cost for block in blocks if len(block) < len(sizes)}
+    target.check(max(removed.values(), default=0), f"that the layers from {allowed.start} to {allowed.stop - 1} allow",
+                 "lower the ratio or protect fewer layers (protect=…)")
+    least = min(size for size in removed.values() if size >= target.parameters)
+    return [block for block, size in removed.items() if size == least]
 
 
 def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
@@ -225,7 +216,7 @@ def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
     The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
     than one feature a block unless that cap is reached.
     """
-    slack = sum(budget.removal(block) for block in blocks) - budget.target
+    slack = sum(budget.removal(block) for block in blocks) - budget.target.parameters
     cost = len(blocks) * shape.parameters_per_feature()
     if slack < cost or not cost:
         return shape

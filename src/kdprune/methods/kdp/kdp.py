@@ -138,7 +138,7 @@ class KDP(RankedMethod):
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
         slack = (self.slack or 0.0) if self.fill else 0.0
-        return Budget(model, self.shape(model.config.hidden_size), self.ratio, slack)
+        return Budget(model, self.shape(model.config.hidden_size), self.target(model), slack)
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
