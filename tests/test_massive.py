@@ -221,6 +221,6 @@ def test_a_ratio_out_of_reach_is_refused_with_the_largest(ranking: str) -> None:
     with pytest.raises(KDPruneError, match=r"layers 2, 4 allow, which write or erase .*blocks=") as caught:
         method(model, tokens, Run(batch_size=4))
     budget = method.budget(model)
-    largest = budget.removal(range(2)) / budget.total
+    largest = budget.removal(range(2)) / budget.target.total
     assert f"at most {int(largest * 1e4) / 1e4:.4g}" in str(caught.value)
     assert "\n" not in str(caught.value)

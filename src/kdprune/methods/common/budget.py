@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,13 +127,12 @@ def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> l
     candidates = possible_blocks(options, budget)
     beside = [block for block in candidates if not any(layer in block for layer in layers)]
     if len(beside) < len(candidates):
-        removed = max(reachable(beside, lambda _: 0.0, budget.removal))
-        if removed < budget.target:
-            largest, names = math.floor(removed / budget.total * 1e4) / 1e4, ", ".join(map(str, sorted(layers)))
-            raise KDPruneError(
-                f"got ratio {budget.ratio:.4g}, expected at most {largest:.4g}, the largest that blocks beside layers "
-                f"{names} allow, which write or erase massive tokens; lower the ratio, protect fewer layers "
-                f"(protect=…), allow longer blocks (max_block=…), or name the blocks (blocks=…) to remove those layers")
+        names = ", ".join(map(str, sorted(layers)))
+        budget.target.check(
+            max(reachable(beside, lambda _: 0.0, budget.removal)),
+            f"that blocks beside layers {names} allow, which write or erase massive tokens",
+            "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
+            "(blocks=…) to remove those layers")
     return beside
 
 
