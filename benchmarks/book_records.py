@@ -24,7 +24,10 @@ Section = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One variant at one ratio with one seed: what it gave, or why it failed. run: of which run of the page."""
+    """One variant at one ratio with one seed: what it gave, or why it failed. run: of which run of the page.
+
+    net_ratio: of the parameters that the ratio is a share of.
+    """
 
     model: str
     variant: str
@@ -53,7 +56,8 @@ class Unit:
 def units_of(found: Comparison, model: str, run: str = "") -> list[Unit]:
     """The units of a comparison, those that failed too."""
     made = [Unit(
-        model, unit.variant, found.ratio, unit.seed, run, unit.parameters.net_ratio,
+        model, unit.variant, found.ratio, unit.seed, run,
+        unit.parameters.net_ratio if found.of == "all" else unit.parameters.net_ratio_layers,
         [list(block) for block in unit.blocks], unit.tokens, unit.seconds, unit.perplexity.dense,
         unit.perplexity.pruned, unit.perplexity.excess_loss, unit.perplexity.window, unit.perplexity.stride,
         unit.perplexity.tokens, list(unit.state_error)) for unit in found.units]
@@ -168,7 +172,7 @@ def merged(found: Sequence[Comparison], root: Path = ROOT) -> Comparison:
 def _protocol(found: Comparison) -> tuple[Any, ...]:
     parts = (found.recipe.get("base"), found.recipe.get("only")) if found.kind == "ablation" else ()
     tasks = [(score.task, score.value) for score in found.dense.tasks]
-    return (found.kind, parts, found.model, found.ratio, found.calibration.source, found.calibration.tokens,
+    return (found.kind, parts, found.model, found.ratio, found.of, found.calibration.source, found.calibration.tokens,
             found.dense.tokens, found.dense.parameters, tasks)
 
 

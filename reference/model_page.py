@@ -11,8 +11,8 @@ from typing import Any
 
 from card import architecture, perplexity_table, training
 
+from kdprune.report.analysis_record import Analysis
 from kdprune.report.plots import save_analysis_plot
-from kdprune.report.records import Analysis
 from kdprune.report.style import BLUE, GREEN, MUTED, ORANGE, VERMILION, Canvas, legend_below, log_axis
 
 Record = Mapping[str, Any]

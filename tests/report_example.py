@@ -33,6 +33,8 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
     cosine = np.exp(-0.45 * distance**1.3)
     linear, rbf = (np.exp(-rate * distance**1.4) for rate in (0.3, 0.12))
     near = [[v if abs(i - j) <= 9 else None for j, v in enumerate(row)] for i, row in enumerate(rbf)]
+    norm, boundary = 4 * np.exp(1.1 * np.linspace(0, 1, layers + 1) ** 0.7 * 2.2), np.arange(layers + 1)
+    inside = (boundary > 1) & (boundary < layers - 1)
     return Analysis(
         relative_update=update.tolist(),
         cosine=np.diag(cosine, 1).tolist(),
@@ -41,7 +43,15 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
         pair_cosine=cosine.tolist(),
         pair_linear_cka=linear.tolist(),
         pair_rbf_cka=near,
-        state_norm=(4 * np.exp(1.1 * np.linspace(0, 1, layers + 1) ** 0.7 * 2.2)).tolist(),
+        state_norm=norm.tolist(),
+        largest_norm=np.where(inside, np.maximum(600, 2 * norm), 2 * norm).tolist(),
+        median_norm=norm.tolist(),
+        massive_above=50,
+        massive_share=np.where(inside, 0.002, 0).tolist(),
+        massive_move=[100.0 if layer in (1, layers - 2) else 1.0 for layer in range(layers)],
+        writes=[1],
+        erases=[layers - 2],
+        left_out=205,
         tokens=102_400,
         protected=(2, 2),
     )

@@ -17,6 +17,7 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import WIDEST, possible_blocks, select_by_similarity, spare_features
 from kdprune.methods.common.selection import candidate_blocks, useful_blocks
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.target import Target
 from kdprune.methods.kdp import damage as damage_module
 from kdprune.methods.kdp.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
 from kdprune.methods.kdp.kdp import KDP
@@ -40,7 +41,7 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
     shape = spare_features(budget.shape, budget, blocks)
-    return blocks, shape, sum(budget.removal(block, shape.features) for block in blocks) / budget.total
+    return blocks, shape, sum(budget.removal(block, shape.features) for block in blocks) / budget.target.total
 
 
 def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:
@@ -129,7 +130,7 @@ def test_the_blocks_are_those_that_brute_force_takes(tiny_model) -> None:
     sets = [chosen for count in (1, 2) for chosen in itertools.combinations(candidates, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
     removed = {chosen: sum(map(budget.removal, chosen)) for chosen in sets}
-    least = min(value for value in removed.values() if value >= budget.target)
+    least = min(value for value in removed.values() if value >= budget.target.parameters)
     tied = [chosen for chosen in sets if removed[chosen] == least]
     single = {block: slowly(model, tokens, block, **options) for block in candidates}
     best = min(tied, key=lambda chosen: sum(single[block] for block in chosen))
@@ -149,7 +150,7 @@ def test_two_blocks_are_chosen_by_the_sum_of_their_damages(bundled: PreTrainedMo
     sets = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(useful, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
     removed = [sum(map(budget.removal, chosen)) for chosen in sets]
-    least = min(value for value in removed if value >= budget.target)
+    least = min(value for value in removed if value >= budget.target.parameters)
     best = min((chosen for chosen, value in zip(sets, removed, strict=True) if value == least),
                key=lambda chosen: sum(damage[block] for block in chosen))
     assert len(best) > 1
@@ -175,7 +176,7 @@ def test_useful_blocks_are_those_of_some_set_that_may_be_chosen(seed: int, slack
     least = min((sum(map(removal, chosen)) for chosen in sets if sum(map(removal, chosen)) >= target), default=None)
     most = max(least, target + slack) if least is not None else -1
     expected = {block for chosen in sets if target <= sum(map(removal, chosen)) <= most for block in chosen}
-    assert set(useful_blocks(candidates, removal, target, slack)) == expected
+    assert set(useful_blocks(candidates, removal, Target(target / 100, "all", 100), slack)) == expected
 
 
 def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) -> None:

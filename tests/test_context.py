@@ -8,7 +8,6 @@ from families import CONFIGS
 from test_methods import QUICK, generator, random_tokens
 from transformers import PreTrainedModel
 
-from kdprune.methods.common.budget import Budget
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.methods.common.shape import Shape
@@ -69,7 +68,7 @@ def test_freed_parameters_are_counted(name: str, tiny_model: Build) -> None:
     model, options = tiny_model(name), {"features": 6, "refine": False}
     result = run(model, **options)
     pruned = apply_edits(model, result.edits)
-    forecast = Budget(model, KDP(**options).shape(32), 0.25).removal(BLOCK)
+    forecast = KDP(**options).budget(model).removal(BLOCK)
     assert model.num_parameters() - pruned.num_parameters() == forecast
     assert result.fit[0]["parameters"] == sum(p.numel() for p in result.edits[0].context.parameters())
 
@@ -78,7 +77,7 @@ def test_budget_counts_the_layer_the_context_comes_from(tiny_model: Build) -> No
     model = tiny_model("llama3")
     layer = decoder_layers(model)[BLOCK.start]
     layer.self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))  # one layer larger than the others
-    forecast = Budget(model, KDP(features=6).shape(32), 0.25).removal(BLOCK)
+    forecast = KDP(features=6).budget(model).removal(BLOCK)
     pruned = apply_edits(model, run(model, features=6, refine=False).edits)
     assert model.num_parameters() - pruned.num_parameters() == forecast
 

@@ -104,15 +104,15 @@ def test_half_of_the_bundled_model_can_be_selected(bundled: PreTrainedModel, rat
     layers = bundled.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) for e in range(layers + 1)] for s in range(layers + 1)])
     method = KDP(ratio=ratio)
-    budget = Budget(bundled, method.shape(bundled.config.hidden_size), ratio)
+    budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.target(bundled))
     blocks = select_by_similarity(method, similarity, budget)
     removed = sum(budget.removal(block) for block in blocks)
-    assert budget.target <= removed <= 1.1 * budget.target
+    assert budget.target.parameters <= removed <= 1.1 * budget.target.parameters
     assert all(2 <= len(block) <= layers // 2 for block in blocks)
 
 
 def test_a_ratio_out_of_reach_names_the_largest(bundled: PreTrainedModel) -> None:
     method = KDP(ratio=0.5, max_block=4)
-    budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.ratio)
+    budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.target(bundled))
     with pytest.raises(KDPruneError, match=r"ratio 0\.5, expected at most 0\.4\d+, .*blocks of at most 4.*max_block="):
         check_budget(method, budget)

@@ -170,7 +170,7 @@ def test_uidl_takes_the_block_whose_ends_are_nearest_at_the_last_real_token(side
             start = min(angles, key=lambda key: angles[key])
             found = UIDL(ratio=(count - 0.5) * layer)(model, tokens)
             assert found.blocks == [range(start, start + count)]
-    assert {len(block) for block in shortest_blocks(model, 2.5 * layer, range(LAYERS))} == {3}
+    assert {len(block) for block in shortest_blocks(model, UIDL(ratio=2.5 * layer).target(model), range(LAYERS))} == {3}
 
 
 # ------------------------------------------------------------------------------------------ SLEB

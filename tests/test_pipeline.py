@@ -255,7 +255,9 @@ def test_scores_are_those_of_the_states() -> None:
     model, ids = tiny_llama(), random_ids(8, 32)
     scores = kdprune.analyze(model, ids)
     states = [state.flatten(0, 1) for state in model.model(ids, output_hidden_states=True).hidden_states[:-1]]
-    assert set(scores) == {"cosine", "linear_cka", "rbf_cka", "relative_update", "state_norm"}
+    assert set(scores) == {
+        "cosine", "linear_cka", "rbf_cka", "relative_update", "state_norm", "largest_norm", "median_norm",
+        "massive_share", "massive_move", "massive_growth"}
     assert all(isinstance(scores[name], np.ndarray) for name in scores)
     for name in ("cosine", "linear_cka", "rbf_cka"):
         assert scores[name].shape == (7, 7)

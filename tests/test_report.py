@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from kdprune.errors import KDPruneError
+from kdprune.report import findings
 from kdprune.report import page as page_module
 from kdprune.report.card import render_card
 from kdprune.report.page import layer_strip, render_page, write_analysis, write_page
@@ -126,6 +127,7 @@ def test_derived_figures(run: Results) -> None:
         ("extra", "surprise: Extra inputs"),
         ("block", "0 <= start < end"),
         ("matrix", "must be 16 x 16|must be 17 x 17"),
+        ("norms", "largest_norm has 16 entries, expected 17"),
     ],
 )
 def test_bad_files_are_one_line(run: Results, tmp_path: Path, content: str | None, message: str) -> None:
@@ -136,7 +138,9 @@ def test_bad_files_are_one_line(run: Results, tmp_path: Path, content: str | Non
         "extra": record,
         "block": {**run.model_dump(mode="json"), "blocks": [[5, 5]]},
         "matrix": run.model_dump(mode="json"),
+        "norms": run.model_dump(mode="json"),
     }
+    changed["norms"]["analysis"]["largest_norm"].pop()
     changed["matrix"]["analysis"]["pair_cosine"].pop()
     if content is not None:
         path.write_text(json.dumps(changed[content]) if content in changed else content, encoding="utf-8")
@@ -184,14 +188,14 @@ def test_page_is_one_self_contained_file(source: str) -> None:
 def test_page_has_every_part(source: str) -> None:
     page = Page(source)
     for words in (
-        "Dense against pruned", "Cosine", "Linear CKA", "RBF CKA", "Change per layer", "Step 1", "Step 2",
-        "Step 3", "constants over training", "Norm decay", "Theorem 1’s bound",
+        "Dense against pruned", "Cosine", "Linear CKA", "RBF CKA", "Change per layer", "Massive tokens", "Step 1",
+        "Step 2", "Step 3", "constants over training", "Norm decay", "Theorem 1’s bound",
         "Is kernel space closer to linear?", "Outlier dimensions",
         "Recipe", "Time per stage", "transformers", "5.16.0", "45.72", "25.06",
         "the people of the town", "49,152 tokens, window 512, stride 256",
     ):  # fmt: skip
         assert words in page.text.replace("\u00a0", " "), words
-    assert page.tags.count("svg") == 3 + 2 + 1 + 3 + 5
+    assert page.tags.count("svg") == 3 + 3 + 1 + 3 + 5
     assert re.search(r"\b(nan|inf|None)\b", page.text) is None
 
 
@@ -204,7 +208,9 @@ def test_analysis_alone(run: Results, tmp_path: Path) -> None:
     alone = run.model_copy(update={"layers": Layers(dense=16), "parameters": Parameters(dense=3_548_288)})
     text = write_analysis(alone, tmp_path / "analysis.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 6
+    assert "layer 1 writes them, layer 14 erases them" in page.text
+    assert "the 0.2\u00a0% of tokens" in page.text
     assert "Dense against pruned" not in page.text
     assert "would be replaced" in page.text
 
@@ -223,6 +229,7 @@ def test_missing_numbers_are_drawn_around() -> None:
         update={
             "pair_cosine": hole, "pair_linear_cka": hole, "pair_rbf_cka": hole, "relative_update": [None] * 4,
             "cosine": [None] * 4, "linear_cka": [None] * 4, "rbf_cka": [None] * 4, "state_norm": [],
+            "largest_norm": [None] * 5, "median_norm": [0.0] * 5, "massive_above": None, "writes": [], "erases": [],
         }
     )  # fmt: skip
     fit = Fit(
@@ -235,7 +242,27 @@ def test_missing_numbers_are_drawn_around() -> None:
         ),
     )  # fmt: skip
     page = Page(render_page(minimal(analysis=analysis, fit=[fit], blocks=[(1, 3)])))
-    assert page.tags.count("svg") == 5 + 2 + 5
+    assert page.tags.count("svg") == 6 + 2 + 5
+
+
+def test_a_record_from_before_massive_tokens_were_looked_for(run: Results) -> None:
+    record = run.model_dump(mode="json")
+    for name in ("largest_norm", "median_norm", "massive_above", "massive_share", "massive_move", "writes", "erases"):
+        del record["analysis"][name]
+    found = Results.parse(record)
+    assert found.analysis is not None
+    assert (found.analysis.writes, found.analysis.largest_norm) == ([], [])
+    assert "Massive tokens" in render_page(run)
+    assert "Massive tokens" not in render_page(found)
+
+
+def test_no_massive_tokens_are_said_to_be_none(run: Results) -> None:
+    assert run.analysis is not None
+    calm = run.analysis.model_copy(update={"largest_norm": run.analysis.median_norm, "writes": [], "erases": []})
+    found = findings.massive(run.model_copy(update={"analysis": calm}))
+    assert found == "The largest token norm is 1 times the median, in h₁₆: no layer writes or erases massive tokens."
+    several = run.analysis.model_copy(update={"writes": [2, 3], "erases": []})
+    assert "layers 2 and 3 write them. No block" in findings.massive(run.model_copy(update={"analysis": several}))
 
 
 def test_strip_covers_every_layer_once() -> None:

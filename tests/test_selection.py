@@ -8,6 +8,7 @@ import torch
 
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
+from kdprune.methods.common.target import Target
 
 
 def separated(blocks: tuple[range, ...]) -> bool:
@@ -46,12 +47,13 @@ def test_dynamic_programme_equals_brute_force(seed: int) -> None:
         assert sum(map(removal, blocks)) == removed
         assert sum(map(score, blocks)) == pytest.approx(total)
     target = 12
-    chosen = select_blocks(similarity, candidates, removal, target, 100)
+    wanted = Target(target / 100, "all", 100)
+    chosen = select_blocks(similarity, candidates, removal, wanted)
     removed = sum(map(removal, chosen))
     assert removed == min(value for value in expected if value >= target)
     assert sum(map(score, chosen)) == pytest.approx(expected[removed])
     slack = 6
-    chosen = select_blocks(similarity, candidates, removal, target, 100, slack)
+    chosen = select_blocks(similarity, candidates, removal, wanted, slack)
     assert target <= sum(map(removal, chosen)) <= target + slack
     sets = [blocks for count in range(1, 5) for blocks in itertools.combinations(candidates, count)
             if separated(blocks) and target <= sum(map(removal, blocks)) <= target + slack]
@@ -63,14 +65,14 @@ def test_dynamic_programme_equals_brute_force(seed: int) -> None:
 def test_the_most_similar_block_wins_at_equal_removal() -> None:
     similarity = torch.full((11, 11), 0.5)
     similarity[4, 7] = 0.9
-    chosen = select_blocks(similarity, candidate_blocks(range(1, 9), 2, 4), lambda block: len(block), 3, 10)
+    chosen = select_blocks(similarity, candidate_blocks(range(1, 9), 2, 4), len, Target(0.3, "all", 10))
     assert chosen == [range(4, 7)]
 
 
 def test_too_large_a_ratio_says_the_largest_possible() -> None:
     similarity = torch.full((9, 9), 0.5)
     with pytest.raises(KDPruneError, match=r"got ratio 0\.9, expected at most 0\.6"):
-        select_blocks(similarity, candidate_blocks(range(1, 7), 2, 6), lambda block: len(block), 9, 10)
+        select_blocks(similarity, candidate_blocks(range(1, 7), 2, 6), lambda block: len(block), Target(0.9, "all", 10))
 
 
 @pytest.mark.parametrize(("layers", "share", "expected"), [(32, 0.1, range(4, 28)), (16, 0.1, range(2, 14)),

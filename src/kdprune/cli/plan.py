@@ -70,8 +70,11 @@ def print_plan(found: PruningPlan, console: Console) -> None:
 
 
 def _headline(found: PruningPlan) -> str:
-    below = "" if found.net_ratio >= found.ratio else f", below the {summary.percent(found.ratio)} asked for"
-    return f"{found.model}: {summary.percent(found.net_ratio, 1)} net{below}"
+    reached = found.net_ratio if found.of == "all" else found.net_ratio_layers
+    asked = f"{summary.percent(found.ratio)}{summary.OUTSIDE[found.of]}"
+    below = "" if reached >= found.ratio else f", below the {asked} asked for"
+    both = f"{summary.percent(found.net_ratio, 1)} net, {summary.percent(found.net_ratio_layers, 1)} of the layers'"
+    return f"{found.model}: {both}{below}"
 
 
 def _layout(found: PruningPlan) -> str:
@@ -106,6 +109,7 @@ def _sides(found: PruningPlan) -> Table:
 
     row("layers", whole, lambda side: side.layers)
     row("parameters", whole, lambda side: side.parameters)
+    row("layers' parameters", whole, lambda side: side.parameters_layers)
     row(f"on disk, {found.dtype}", summary.size, lambda side: side.disk_bytes)
     row("KV cache a token", summary.size, lambda side: side.kv_bytes)
     row(f"a token, reading {found.length}", operations, lambda side: side.prefill_flops)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS, make_method
+from kdprune.methods.common.analysis import massive_line
 from kdprune.options import options_of
 from kdprune.report.table import print_summary
 from kdprune.run.heal import make_heal
@@ -80,9 +81,11 @@ def _push(client: HfApi, directory: Path, repository: str) -> None:
 
 
 def analyze_command(**options: Any) -> None:
-    """LossFunction how similar the layers' states are; write results.json and report.html, prune nothing."""
+    """Measure how similar the layers' states are; write results.json and report.html, prune nothing."""
     options = {"output_dir": ANALYSIS, "work_dir": AUTO, **options}
-    analyze(**options, progress=True)
+    scores = analyze(**options, progress=True)
     if world().first:
         output = Path(options["output_dir"])
+        if line := massive_line(scores):
+            typer.echo(line)
         typer.echo(f"wrote {output / 'results.json'} and {output / 'report.html'}")

@@ -67,7 +67,7 @@ def compare(model: Any = NOT_GIVEN, methods: Any = NOT_GIVEN, **options: Any) ->
     names = split_methods(wanted.methods)
     if wanted.blocks_from is not None and wanted.blocks_from not in names:
         names.insert(0, wanted.blocks_from)
-    variants = [parse_variant(name, wanted.ratio, common) for name in dict.fromkeys(names)]
+    variants = [parse_variant(name, wanted.ratio, common, wanted.of) for name in dict.fromkeys(names)]
     if not variants:
         raise KDPruneError(f"got no methods, expected some of {', '.join(METHODS)}")
     recipe = {**recorded(wanted), "methods": [variant.name for variant in variants], **common}
@@ -93,7 +93,7 @@ def ablate(model: Any = NOT_GIVEN, **options: Any) -> Comparison:
         dense = bench.session.model
         rows = len(bench.tokens(wanted.seed_list()[0]))
         return ablation_variants(
-            wanted.base, wanted.ratio, dense.config.hidden_size, len(decoder_layers(dense)), rows, only)
+            wanted.base, wanted.ratio, dense.config.hidden_size, len(decoder_layers(dense)), rows, only, wanted.of)
 
     return _run(chosen, wanted, variants, {**recorded(wanted), "only": only}, None, "ablation")
 
@@ -135,7 +135,7 @@ def _run(
             _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
         result = Comparison(
             kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
-            family=family_of(session.model).model_type, ratio=wanted.ratio, seeds=seeds,
+            family=family_of(session.model).model_type, ratio=wanted.ratio, of=wanted.of, seeds=seeds,
             recipe=_recipe({
                 **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
                 **text_sources(data)}),

@@ -15,13 +15,14 @@ from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.evaluation.tasks import run_suite
 from kdprune.methods.common.analysis import Scores, score_layers
 from kdprune.methods.common.method import RankedMethod
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
 from kdprune.report.heal_record import Heal
-from kdprune.report.records import KVCache, Layers, Parameters, Perplexity
+from kdprune.report.records import Perplexity
+from kdprune.report.size_records import KVCache, Layers
 from kdprune.report.task_records import TaskScore
 from kdprune.run.pipeline import RunOutcome, run_method
-from kdprune.run.record import measured_speed, software_versions
+from kdprune.run.record import measured_speed, parameters, software_versions
 from kdprune.run.session import Session
 from kdprune.runtime.machine import Meter, metered
 from kdprune.runtime.run import Run
@@ -116,8 +117,9 @@ class Bench:
         with run.stage("evaluate dense model"):
             loss = perplexity(model, text)
         return Dense(
-            layers=len(decoder_layers(model)), parameters=model.num_parameters(), perplexity=loss.value,
-            dataset=text.source, window=loss.window, stride=loss.stride, tokens=loss.tokens,
+            layers=len(decoder_layers(model)), parameters=model.num_parameters(),
+            parameters_layers=outside_embeddings(model), perplexity=loss.value, dataset=text.source,
+            window=loss.window, stride=loss.stride, tokens=loss.tokens,
             kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
             tasks=self.protocol.tasks(model, self.session, run))
 
@@ -161,7 +163,7 @@ class Bench:
             progress(1)
         return {
             "layers": Layers(dense=dense.layers, pruned=len(decoder_layers(pruned))),
-            "parameters": Parameters(dense=dense.parameters, pruned=pruned.num_parameters()),
+            "parameters": parameters(self.session.model, pruned),
             "perplexity": Perplexity(
                 dense=dense.perplexity, pruned=loss.value, dataset=dense.dataset, window=loss.window,
                 stride=loss.stride, tokens=loss.tokens),

@@ -9,6 +9,7 @@ from typing import Any
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS, make_method
 from kdprune.methods.common.method import DepthMethod, Method
+from kdprune.methods.common.target import Of
 from kdprune.options import reject_unknown
 from kdprune.run.heal import HEAL_OPTIONS, Heal, make_heal
 from kdprune.run.recipe import check_options
@@ -65,10 +66,13 @@ def split_methods(methods: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
-def parse_variant(name: str, ratio: float, common: Mapping[str, Any] | None = None, **place: Any) -> Variant:
+def parse_variant(
+    name: str, ratio: float, common: Mapping[str, Any] | None = None, of: Of = "all", **place: Any,
+) -> Variant:
     """The variant of this name at this ratio.
 
     Args:
+        of: what the ratio is a share of.
         common: options of the run that hold where the name says nothing else: ``heal``, ``heal_what``, ….
         place: ``group``, ``label`` and ``value`` of an ablation.
 
@@ -93,7 +97,7 @@ def parse_variant(name: str, ratio: float, common: Mapping[str, Any] | None = No
     run = check_options({"method": method, **(common or {}), **own_run})
     heal = {key: value for key, value in run.items() if key in HEAL_OPTIONS}
     return Variant(
-        name, make_method(method, {"ratio": ratio, **own}), given, make_heal(heal), run.get("samples"),
+        name, make_method(method, {"ratio": ratio, "of": of, **own}), given, make_heal(heal), run.get("samples"),
         run.get("length"), **place)
 
 
@@ -142,19 +146,25 @@ PART_NAMES = tuple(part.name for part in parts_of(128, 16, 256))
 
 
 def ablation_variants(
-    base: str, ratio: float, width: int, layers: int, rows: int, only: Sequence[str] = (),
+    base: str, ratio: float, width: int, layers: int, rows: int, only: Sequence[str] = (), of: Of = "all",
 ) -> list[Variant]:
     """The base, and the base with one part changed at a time.
 
     Args:
         base: a variant of KDP.
+        ratio: net ratio of all.
+        width: of the model.
+        layers: of the model.
+        rows: of calibration text.
         only: names of parts; all when empty.
+        of: what the ratio is a share of.
     """
-    found = [parse_variant(base, ratio, group="Base", label="the base")]
+    found = [parse_variant(base, ratio, of=of, group="Base", label="the base")]
     for part in parts_of(width, layers, rows):
         for options, label in part.options.items() if not only or part.name in only else ():
             value = float(options.rpartition("=")[2]) if part.sweep else None
-            found.append(parse_variant(f"{base}:{options}", ratio, group=part.title, label=label, value=value))
+            found.append(
+                parse_variant(f"{base}:{options}", ratio, of=of, group=part.title, label=label, value=value))
     return found
 
 

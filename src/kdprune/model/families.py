@@ -63,6 +63,18 @@ def final_norm(model: nn.Module) -> nn.Module:
     return nn.Identity() if norm is None else norm
 
 
+def outside_embeddings(model: PreTrainedModel) -> int:
+    """Parameters outside the embeddings, stand-ins included: all but the tables whose sum enters layer 0, of positions
+    too, and the head; tied ones count once.
+
+    Raises KDPruneError as family_of does.
+    """
+    embeddings = [_descend(model, path) for path in family_of(model).embeddings]
+    inside = {id(weight): weight for part in (*embeddings, model.get_output_embeddings())
+              for weight in part.parameters()}
+    return model.num_parameters() - sum(weight.numel() for weight in inside.values())
+
+
 def normalises_behind(model: PreTrainedModel) -> bool:
     """Whether a norm stands between a sublayer and the residual sum it adds to, or behind that sum."""
     family = family_of(model)

@@ -71,7 +71,7 @@ def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
 
 def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:
     """Parameters put in the place of every block."""
-    budget = Budget(dense, shape, method.ratio)
+    budget = Budget(dense, shape, method.target(dense))
     return [sum(budget.layers[index] for index in block) - budget.removal(block) for block in blocks]
 
 

@@ -17,9 +17,9 @@ from kdprune.evaluation.models import longest_context
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods import make_method
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.model.surgery import layers_replaced
-from kdprune.planning.forecast import Device, device_of_name
+from kdprune.planning.forecast import Device, Job, device_of_name
 from kdprune.planning.meta import added_parameters, job_of, layout, meta_model, prune_meta
 from kdprune.runtime.memory import parse_bytes
 
@@ -29,6 +29,7 @@ class Side:
     """The dense or the pruned model.
 
     Attributes:
+        parameters_layers: those outside the embeddings.
         disk_bytes: of the safetensors.
         kv_bytes: of keys and values a token.
         prefill_flops: operations a token in reading a row, head included.
@@ -37,6 +38,7 @@ class Side:
 
     layers: int
     parameters: int
+    parameters_layers: int
     disk_bytes: int
     kv_bytes: int
     prefill_flops: float
@@ -74,7 +76,9 @@ class PruningPlan:
 
     Attributes:
         ratio: asked for.
-        net_ratio: what these blocks and stand-ins give.
+        of: what it is a share of: all parameters, or those outside the embeddings (layers).
+        net_ratio: what these blocks and stand-ins give, of all parameters.
+        net_ratio_layers: the same of those outside the embeddings.
         given: whether the blocks were named.
         kind: feature map of the stand-ins.
         features: m of each.
@@ -90,7 +94,9 @@ class PruningPlan:
     model_type: str
     dtype: str
     ratio: float
+    of: str
     net_ratio: float
+    net_ratio_layers: float
     blocks: list[tuple[int, int]]
     given: bool
     kind: str
@@ -148,14 +154,8 @@ def plan(
     pruned = prune_meta(dense, blocks, shape)
     row = tokens.ids.shape[1]
     job = job_of(method, dense, pruned, blocks, shape, tokens)
-    budget = None if host_memory is None else parse_bytes(host_memory)
-    streams = job.streams(budget, place)
     accelerator = place.bandwidth is not None or tflops is not None
-    needs = []
-    for streamed in (False, True):
-        peaks = job.peaks(streamed, accelerator, budget)
-        taken = None if streams is None else streams is streamed
-        needs.append(Need(streamed, peaks.host, peaks.device if accelerator else None, peaks.analysis, taken))
+    needs = _needs(job, place, accelerator, None if host_memory is None else parse_bytes(host_memory))
     forward = job.forward().seconds(place, job.itemsize)
     seconds = {name: work.seconds(place, job.itemsize) for name, work in job.stages().items()}
     cache = _cache_bytes(dense)
@@ -163,13 +163,24 @@ def plan(
     return PruningPlan(
         model="kdprune bundled reference model" if model is None else str(model),
         model_type=dense.config.model_type, dtype=str(dense.dtype).removeprefix("torch."), ratio=ratio,
-        net_ratio=1 - pruned_side.parameters / dense_side.parameters,
+        of=method.of, net_ratio=1 - pruned_side.parameters / dense_side.parameters,
+        net_ratio_layers=1 - pruned_side.parameters_layers / dense_side.parameters_layers,
         blocks=[(block.start, block.stop) for block in blocks], given=method.blocks is not None, kind=shape.kind,
         features=shape.features, hidden=shape.hidden, context=shape.context,
         added=added_parameters(method, dense, blocks, shape),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,
         stages=[Stage(name, value / forward, value) for name, value in seconds.items()])
+
+
+def _needs(job: Job, place: Device, accelerator: bool, budget: int | None) -> list[Need]:
+    """Memory of both ways to run; ``budget``: bytes of the host."""
+    streams, needs = job.streams(budget, place), []
+    for streamed in (False, True):
+        peaks = job.peaks(streamed, accelerator, budget)
+        taken = None if streams is None else streams is streamed
+        needs.append(Need(streamed, peaks.host, peaks.device if accelerator else None, peaks.analysis, taken))
+    return needs
 
 
 def _calibration(model: PreTrainedModel, samples: int | None, length: int | None) -> TokenSet:
@@ -195,6 +206,7 @@ def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
                if name not in module._non_persistent_buffers_set]
     return Side(
         layers=model.config.num_hidden_layers, parameters=model.num_parameters(),
+        parameters_layers=outside_embeddings(model),
         disk_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *buffers]),
         kv_bytes=cache * model.config.num_hidden_layers, prefill_flops=forward_flops(model, 1, length) / length,
         decode_flops=forward_flops(model, 1, 1, length))

@@ -60,9 +60,10 @@ def best(comparison: Comparison) -> str:
 def headline(comparison: Comparison) -> str:
     """The comparison in one sentence."""
     rows, count = ranked(comparison), len(comparison.rows)
-    what = f"{count} ways to remove {summary.percent(comparison.ratio)} of {summary.model_name(comparison.model)}"
+    share, outside = summary.percent(comparison.ratio), summary.OUTSIDE[comparison.of]
+    what = f"{count} ways to remove {share} of {summary.model_name(comparison.model)}{outside}"
     if comparison.kind == "ablation":
-        what = f"{count} variants of one method at {summary.percent(comparison.ratio)} fewer parameters"
+        what = f"{count} variants of one method at {share} fewer parameters{outside}"
     if not rows:
         return f"{what}: none came to an end."
     if len(rows) == 1:

@@ -9,6 +9,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from kdprune.report.comparison_records import Comparison, Row, Stat
 from kdprune.report.style import BLUE, INK, MARKERS, SERIES, VERMILION, Canvas, log_axis
+from kdprune.report.summary import OUTSIDE
 
 EXCESS = "excess loss, nats per token"
 _LOG_FROM = 8.0  # largest over smallest value from which an axis is logarithmic
@@ -16,9 +17,10 @@ _LINE = 13.0  # points of height a label takes
 
 
 def quality_against_size(comparison: Comparison) -> str:
-    """Excess loss over the exact net ratio, one labelled point a variant."""
-    return _scatter(comparison, "Quality against size", "parameters removed, net, %",
-                    lambda row: _scaled(row.net_ratio, 100))
+    """Excess loss over the exact net ratio of what was asked for, one labelled point a variant."""
+    return _scatter(
+        comparison, "Quality against size", f"parameters{OUTSIDE[comparison.of]} removed, net, %",
+        lambda row: _scaled(row.net_ratio if comparison.of == "all" else row.net_ratio_layers, 100))
 
 
 def quality_against_cost(comparison: Comparison) -> str:

@@ -14,10 +14,7 @@ from kdprune.report.records import (
     Block,
     Calibration,
     FreeForm,
-    KVCache,
-    Layers,
     Number,
-    Parameters,
     Perplexity,
     Record,
     Speed,
@@ -25,6 +22,7 @@ from kdprune.report.records import (
 )
 from kdprune.report.results import encode, first_problem, write_file
 from kdprune.report.retention import retention, row_name
+from kdprune.report.size_records import KVCache, Layers, Parameters
 from kdprune.report.task_records import TaskScore
 
 COMPARISON_VERSION = 1
@@ -53,6 +51,7 @@ class Dense(Record):
 
     layers: int = Field(description="decoder layers")
     parameters: int = Field(description="parameters, embeddings included")
+    parameters_layers: int | None = Field(None, description="those outside the embeddings; null in older records")
     perplexity: Number = Field(description="on the held-out text")
     dataset: str = Field(description="the held-out text")
     window: int = Field(description="tokens per window")
@@ -69,7 +68,7 @@ class Unit(Record):
     seed: int = Field(description="of the calibration order and of every draw")
     blocks: list[Block] = Field(default_factory=list, description="removed blocks, half-open")
     layers: Layers = Field(description="decoder layers")
-    parameters: Parameters = Field(description="parameters and net ratio")
+    parameters: Parameters = Field(description="parameters and net ratios")
     perplexity: Perplexity = Field(description="on the same text for all")
     window_sums: list[Number] = Field(
         default_factory=list,
@@ -118,6 +117,7 @@ class Row(Record):
     failures: list[Failure] = Field(default_factory=list, description="seeds that did not")
     blocks: list[list[Block]] = Field(default_factory=list, description="distinct choices of blocks")
     net_ratio: Stat | None = Field(None, description="1 − pruned / dense parameters, exact")
+    net_ratio_layers: Stat | None = Field(None, description="the same of the parameters outside the embeddings")
     parameters: Stat | None = Field(None, description="of the pruned model")
     perplexity: Stat | None = Field(None, description="of the pruned model")
     excess_loss: Stat | None = Field(None, description="ln(pruned / dense perplexity), nats per token")
@@ -142,6 +142,8 @@ class Comparison(Record):
     model: str = Field(description="the dense model as the user named it")
     family: str = Field("", description="its model_type")
     ratio: float = Field(description="the net ratio asked for")
+    of: Literal["all", "layers"] = Field(
+        "all", description="what it is a share of: all parameters, or those outside the embeddings")
     seeds: list[int] = Field(description="seeds asked for")
     recipe: FreeForm = Field(default_factory=dict, description="the options of the run")
     calibration: Calibration = Field(description="calibration text; its order differs from seed to seed")
@@ -174,6 +176,7 @@ class Comparison(Record):
             failures=[failure for failure in self.failures if failure.variant == variant.name],
             blocks=_distinct(unit.blocks for unit in units),
             net_ratio=Stat.of(unit.parameters.net_ratio for unit in units),
+            net_ratio_layers=Stat.of(unit.parameters.net_ratio_layers for unit in units),
             parameters=Stat.of(unit.parameters.pruned for unit in units),
             perplexity=Stat.of(unit.perplexity.pruned for unit in units),
             excess_loss=Stat.of(unit.perplexity.excess_loss for unit in units),

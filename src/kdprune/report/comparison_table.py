@@ -15,6 +15,7 @@ Format = Callable[[float], str]
 # title: (field of the row, how a number is written, whether its spread over seeds is shown)
 COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "net ratio": ("net_ratio", lambda x: f"{100 * x:.2f}", True),
+    "layers' net ratio": ("net_ratio_layers", lambda x: f"{100 * x:.2f}", True),
     "perplexity": ("perplexity", lambda x: summary.decimals(x), True),
     "excess loss": ("excess_loss", lambda x: f"{x:.3f}", True),
     "retained": ("retained", lambda x: f"{100 * x:.1f}", True),
@@ -26,8 +27,8 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "peak memory": ("peak_memory_bytes", lambda x: summary.size(x), False),
     "tokens used": ("tokens", lambda x: summary.count(x), False),
 }
-UNITS = {"net_ratio": f"{SPACE}%", "retained": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
-         "kv_cache_saving": f"{SPACE}%"}
+UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
+         "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×", "kv_cache_saving": f"{SPACE}%"}
 TASK_COLUMNS = ("retained", "above chance")
 
 
@@ -59,7 +60,8 @@ def cells(row: Row, titles: Iterable[str]) -> list[str]:
 def dense_cells(comparison: Comparison, titles: Iterable[str]) -> list[str]:
     """The dense model's figures under the same titles."""
     known = {
-        "net ratio": f"0{SPACE}%", "perplexity": summary.decimals(comparison.dense.perplexity), "excess loss": "0",
+        "net ratio": f"0{SPACE}%", "layers' net ratio": f"0{SPACE}%",
+        "perplexity": summary.decimals(comparison.dense.perplexity), "excess loss": "0",
         "retained": f"100{SPACE}%", "above chance": f"100{SPACE}%", "prefill": "1×", "decode": "1×",
         "KV cache saved": f"0{SPACE}%",
     }
@@ -82,11 +84,13 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
     """What the figures under these titles are of, sentence by sentence."""
     dense, calibration, count = comparison.dense, comparison.calibration, len(comparison.seeds)
     pace = next((unit.speed for unit in comparison.units if unit.speed), None)
+    exact = "ratio" if dense.parameters_layers is None else (
+        "ratios, of all parameters and of those outside the embeddings (the layers')")
     scopes = {unit.peak_memory_scope for unit in comparison.units}
     found = [
-        f"{summary.model_name(comparison.model)}, {summary.count(dense.parameters)} parameters, {dense.layers} layers; "
-        f"at least {summary.percent(comparison.ratio, 1)} of the parameters are to go, net (less or more where a "
-        "variant names its blocks); the table shows the exact ratio.",
+        f"{summary.model_name(comparison.model)}, {_parameters(comparison)}, {dense.layers} layers; at least "
+        f"{summary.percent(comparison.ratio, 1)} of the parameters{summary.OUTSIDE[comparison.of]} are to go, net "
+        f"(less or more where a variant names its blocks); the table shows the exact {exact}.",
         f"Mean ± standard deviation over {count} {'seed' if count == 1 else 'seeds'}; a seed sets the order of the "
         "calibration text and every draw.",
         f"Calibration: {calibration.source}, {calibration.tokens:,} tokens in {calibration.samples:,} rows.",
@@ -114,6 +118,13 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
             f"{', '.join(comparison.signal) or 'none'}. "
             f"Without such signal: {', '.join(comparison.left_out) or 'none'}.")
     return found
+
+
+def _parameters(comparison: Comparison) -> str:
+    """Of the dense model, with those outside the embeddings where the record has them."""
+    dense, words = comparison.dense, f"{summary.count(comparison.dense.parameters)} parameters"
+    return words if dense.parameters_layers is None else (
+        f"{words}, {summary.count(dense.parameters_layers)} of them outside the embeddings")
 
 
 def render_markdown(comparison: Comparison, titles: Sequence[str] | None = None) -> str:

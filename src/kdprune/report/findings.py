@@ -4,7 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from kdprune.report.records import Analysis, Curve, Fit, KernelTraining, Number, Outliers, divide
+from kdprune.report.analysis_record import Analysis
+from kdprune.report.records import Curve, Fit, KernelTraining, Number, Outliers, divide
 from kdprune.report.results import Results
 from kdprune.report.summary import count, layer_range, percent
 
@@ -51,6 +52,35 @@ def premise(results: Results) -> str:
     linear_above = sum(linear > cosine for cosine, linear, _ in known)
     rbf_above = sum(rbf > cosine for cosine, _, rbf in known)
     return f"Linear CKA lies above cosine in {linear_above} of {len(known)} layers, RBF CKA in {rbf_above}."
+
+
+def massive(results: Results) -> str:
+    """Which layers write and erase massive tokens, and how large those are."""
+    analysis = _of(results)
+    ratios = [divide(top, middle) for top, middle in zip(analysis.largest_norm, analysis.median_norm, strict=True)]
+    known = [(ratio, boundary) for boundary, ratio in enumerate(ratios) if ratio is not None]
+    if not known:
+        return ""
+    ratio, boundary = max(known)
+    text = f"The largest token norm is {_number(ratio)} times the median, in h{_low(boundary)}"
+    deeds = [f"{_layers(layers)} {verb}{'s' * (len(layers) == 1)} them"
+             for layers, verb in ((analysis.writes, "write"), (analysis.erases, "erase")) if layers]
+    if not deeds:
+        return f"{text}: no layer writes or erases massive tokens."
+    share = percent(analysis.left_out / max(1, analysis.left_out + analysis.tokens), 1)
+    return (f"{text}: {', '.join(deeds)}. No block is put over these unless named; the {share} of tokens that are "
+            f"massive anywhere are left out of the similarities.")
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """Layer 11, or layers 2 and 3."""
+    *front, last = map(str, layers)
+    return f"layers {', '.join(front)} and {last}" if front else f"layer {last}"
+
+
+def _low(number: int) -> str:
+    """A number as an index: 12 → ₁₂."""
+    return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
 def left_over(results: Results) -> str:

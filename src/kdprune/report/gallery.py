@@ -69,6 +69,24 @@ def analysis_pictures(results: Results) -> list[Picture]:
             findings.premise(results),
             "Higher is more alike; the axis is stretched towards 1: .9, .99 and .999 lie one step apart.",
         ),
+        *_massive(results),
+    ]
+
+
+def _massive(results: Results) -> list[Picture]:
+    """The massive tokens, if the record says anything of them."""
+    if results.analysis is None or not results.analysis.largest_norm:
+        return []
+    return [
+        Picture(
+            "Massive tokens",
+            Markup(plots.massive_tokens(results)),
+            findings.massive(results),
+            "In many trained models a token or two a row, often the first, has a norm far above all others from some "
+            "layer on. A squared error over a layer that makes or undoes one is about that token alone. This is not "
+            "about outlier dimensions, which are large in every token.",
+            Markup("max<sub>t</sub> ‖h<sub>l,t</sub>‖ / median<sub>t</sub> ‖h<sub>l,t</sub>‖"),
+        )
     ]
 
 

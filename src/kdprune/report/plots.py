@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from kdprune.errors import KDPruneError
-from kdprune.report.records import Analysis, Matrix, Number
+from kdprune.report.analysis_record import Analysis
+from kdprune.report.records import Matrix, Number
 from kdprune.report.results import Results, write_file
 from kdprune.report.style import (
     BLUE,
@@ -27,6 +28,7 @@ from kdprune.report.style import (
     VERMILION,
     Canvas,
     legend_below,
+    log_axis,
     spread,
     styled,
 )
@@ -67,6 +69,16 @@ def layer_similarity(results: Results) -> str:
         axes = figure.add_subplot()
         _draw_similarity(axes, _analysis(results), results.blocks)
         legend_below(figure, axes, 3)
+    return canvas.svg
+
+
+def massive_tokens(results: Results) -> str:
+    """The largest token norm over the median at every boundary, the layers that write and erase such tokens marked."""
+    canvas = Canvas("Largest token norm over the median", 5.2, 3.6)
+    with canvas as figure:
+        axes = figure.add_subplot()
+        _draw_massive(axes, _analysis(results), results.blocks)
+        legend_below(figure, axes, 4)
     return canvas.svg
 
 
@@ -129,6 +141,21 @@ def _draw_updates(change: Axes, size: Axes, analysis: Analysis, blocks: Blocks) 
     size.set(xlabel="layer l", ylabel="‖hₗ‖", ylim=(0, None))
     for axes in (change, size):
         _mark(axes, analysis, blocks)
+
+
+def _draw_massive(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:
+    """A curve over boundaries, h_l left of layer l, on a logarithmic axis; layers that write or erase as bands."""
+    for layers, colour, label in ((analysis.writes, ORANGE, "writes"), (analysis.erases, GREEN, "erases")):
+        for number, layer in enumerate(layers):
+            name = label if number == 0 else None
+            axes.axvspan(layer - 0.5, layer + 0.5, color=colour, alpha=0.4, linewidth=0, zorder=0, label=name)
+    ratio = array(analysis.largest_norm) / array(analysis.median_norm)
+    axes.plot(np.arange(len(ratio)) - 0.5, ratio, color=INK, marker=".")
+    if analysis.massive_above is not None:
+        axes.axhline(analysis.massive_above, color=MUTED, linestyle="--", linewidth=1, label="massive above")
+    log_axis(axes)
+    axes.set(xlabel="layer l", ylabel="largest / median ‖hₗ‖")
+    _mark(axes, analysis, blocks)
 
 
 def _draw_similarity(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:

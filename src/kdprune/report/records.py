@@ -64,28 +64,6 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Layers(Record):
-    """Decoder layers."""
-
-    dense: int = Field(description="layers of the dense model, L")
-    pruned: int | None = Field(None, description="layers of the pruned model, with those a stand-in occupies")
-
-
-class Parameters(Record):
-    """Parameters, embeddings included, tied ones counted once."""
-
-    dense: int = Field(description="parameters of the dense model")
-    pruned: int | None = Field(None, description="parameters of the pruned model, stand-ins included")
-    net_ratio: Number = Field(None, description="1 − pruned / dense; derived when left out")
-
-    @model_validator(mode="after")
-    def _derive(self) -> "Parameters":
-        """Fill in what follows from the rest."""
-        if self.net_ratio is None and self.pruned is not None and self.dense:
-            self.net_ratio = 1 - self.pruned / self.dense
-        return self
-
-
 class Perplexity(Record):
     """Perplexity on held-out text, exp of the mean next-token loss in nats."""
 
@@ -134,13 +112,6 @@ class Speed(Record):
     decode: Pace = Field(description="generating token by token")
 
 
-class KVCache(Record):
-    """Key-value cache per token of context."""
-
-    dense: int = Field(description="dense model, bytes")
-    pruned: int | None = Field(None, description="pruned model, bytes")
-
-
 class Calibration(Record):
     """The text the method learned from."""
 
@@ -149,40 +120,6 @@ class Calibration(Record):
     tokens: int = Field(description="real tokens, padding left out")
     length: int = Field(description="tokens per sequence at most")
     shares: list[int] = Field(default_factory=list, description="[P] real tokens each of several processes worked on")
-
-
-class Analysis(Record):
-    """Similarity of layer states over the calibration tokens (lists over layers l = 0 … L−1)."""
-
-    relative_update: Numbers = Field(description="[L] mean of ‖h_{l+1} − h_l‖ / ‖h_l‖ over tokens")
-    cosine: Numbers = Field(description="[L] mean cosine of h_l and h_{l+1} over tokens")
-    linear_cka: Numbers = Field(description="[L] linear CKA of h_l and h_{l+1}")
-    rbf_cka: Numbers = Field(description="[L] CKA of h_l and h_{l+1} with an RBF kernel (median heuristic)")
-    pair_cosine: Matrix = Field(description="[L+1, L+1] mean cosine of h_s and h_e; null where not measured")
-    pair_linear_cka: Matrix = Field(description="[L+1, L+1] linear CKA of h_s and h_e")
-    pair_rbf_cka: Matrix = Field(description="[L+1, L+1] RBF CKA of h_s and h_e")
-    pair_damage: Matrix = Field(
-        default_factory=list, description="[L+1, L+1] nats a token that the loss grows by with a closed-form stand-in "
-        "for [s, e), held-out rows; null where not measured; empty where blocks were not ranked by it")
-    state_norm: Numbers = Field(default_factory=list, description="[L+1] mean ‖h_l‖ over tokens")
-    tokens: int = Field(description="tokens the statistics were taken over")
-    protected: tuple[int, int] = Field(
-        (0, 0), description="how many layers at the start and at the end are never pruned"
-    )
-
-    @model_validator(mode="after")
-    def _shapes(self) -> "Analysis":
-        """Refuse lists that do not fit together."""
-        layers = len(self.relative_update)
-        for name in ("cosine", "linear_cka", "rbf_cka"):
-            if len(getattr(self, name)) != layers:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries, relative_update {layers}")
-        damage = ["pair_damage"] if self.pair_damage else []
-        for name in ("pair_cosine", "pair_linear_cka", "pair_rbf_cka", *damage):
-            matrix = getattr(self, name)
-            if len(matrix) != layers + 1 or any(len(row) != layers + 1 for row in matrix):
-                raise ValueError(f"{name} must be {layers + 1} x {layers + 1}")
-        return self
 
 
 class KernelTraining(Record):
@@ -287,17 +224,6 @@ class Fit(Record):
         1.0, description="the same when the block is dropped, S(h) = h: near 1 by the choice of the unit"
     )
     linear_error: Number = Field(None, description="the same for the least-squares linear map of h_s")
-
-
-class LayerWidth(Record):
-    """A layer that was made narrower: what is left of it."""
-
-    layer: int = Field(description="index of the layer")
-    groups: int | None = Field(None, description="key-value heads, with the queries that read them")
-    channels: int | None = Field(None, description="MLP channels")
-    states: tuple[int, int, int] | None = Field(
-        None, description="width of the residual stream entering the layer, behind its attention and leaving it"
-    )
 
 
 class Sample(Record):

@@ -10,28 +10,25 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from kdprune.errors import DiskError, KDPruneError
+from kdprune.report.analysis_record import Analysis
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
-    Analysis,
     Block,
     Calibration,
     Curve,
     Fit,
     FreeForm,
     KernelTraining,
-    KVCache,
-    Layers,
-    LayerWidth,
     Norms,
     Number,
     Outliers,
     Pace,
-    Parameters,
     Perplexity,
     Record,
     Sample,
     Speed,
 )
+from kdprune.report.size_records import KVCache, Layers, LayerWidth, Parameters
 from kdprune.store.files import whole_file
 
 __all__ = [

@@ -6,11 +6,13 @@ from pathlib import PurePath
 
 from kdprune.report.records import Number, Pace
 from kdprune.report.results import Results
+from kdprune.report.size_records import Parameters
 from kdprune.store.files import readable_bytes
 
 MISSING = "–"
 NOT_MEASURED = "not measured: the model was streamed from disk"
 SPACE = "\u00a0"  # keeps a number and its unit on one line
+OUTSIDE = {"all": "", "layers": " outside the embeddings"}  # by what a ratio is a share of
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,10 @@ def comparison(results: Results) -> list[Row]:
         Row("parameters", f"{parameters.dense:,}", whole(parameters.pruned)),
         Row("net ratio", "", percent(parameters.net_ratio, 2)),
     ]
+    if parameters.dense_layers is not None:
+        rows.insert(2, Row("layers' parameters", f"{parameters.dense_layers:,}", whole(parameters.pruned_layers),
+                           "outside the embeddings"))
+        rows.append(Row("layers' net ratio", "", percent(parameters.net_ratio_layers, 2)))
     if (p := results.perplexity) is not None:
         excess = "" if p.excess_loss is None else f"{p.excess_loss:+.3f} nats".replace("-", "−")
         rows.append(Row("perplexity", decimals(p.dense), decimals(p.pruned), excess))
@@ -149,11 +155,12 @@ def _pace(name: str, pace: Pace) -> Row:
 def tiles(results: Results) -> list[Tile]:
     """The headline of the page."""
     p, s, parameters = results.perplexity, results.speed, results.parameters
+    change = f"{count(parameters.dense)} → {count(parameters.pruned)}{_of_layers(parameters, '; ')}"
     found = [
-        Tile(percent(parameters.net_ratio, 1), "of the parameters removed, net",
-             f"{count(parameters.dense)} → {count(parameters.pruned)}") if parameters.pruned is not None
+        Tile(percent(parameters.net_ratio, 1), "of the parameters removed, net", change)
+        if parameters.pruned is not None
         else Tile(count(parameters.dense), "parameters", f"{results.layers.dense} layers")
-    ]  # fmt: skip
+    ]
     if p is not None and p.pruned is not None:
         found.append(
             Tile(decimals(p.pruned), "perplexity", f"{decimals(p.dense)} dense, {percent(p.retained)} retained")
@@ -195,7 +202,8 @@ def headline(results: Results) -> str:
     """The run in one sentence."""
     model = model_name(results.model)
     cost = _ratio_of_perplexity(results)
-    gain = f"{percent(results.parameters.net_ratio, 1)} fewer parameters{f' at {cost} the perplexity' if cost else ''}."
+    gain = (f"{percent(results.parameters.net_ratio, 1)} fewer parameters{_of_layers(results.parameters, ' (', ')')}"
+            f"{f' at {cost} the perplexity' if cost else ''}.")
     if results.widths:
         return f"{len(results.widths)} of {results.layers.dense} layers of {model} narrowed: {gain}"
     if not results.blocks:
@@ -206,6 +214,12 @@ def headline(results: Results) -> str:
     deed = "replaced by " + ("one stand-in" if len(results.fit) == 1 else f"{len(results.fit)} stand-ins")
     text = f"{blocks[0].upper()}{blocks[1:]} of {model} {deed if results.fit else 'removed'}"
     return f"{text}: {gain}"
+
+
+def _of_layers(parameters: Parameters, before: str, behind: str = "") -> str:
+    """31.4 % of the layers'; nothing in records that do not have it."""
+    ratio = parameters.net_ratio_layers
+    return "" if ratio is None else f"{before}{percent(ratio, 1)} of the layers'{behind}"
 
 
 def _ratio_of_perplexity(results: Results) -> str:

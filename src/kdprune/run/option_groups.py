@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from kdprune.data.sources import parse_weighted
 from kdprune.errors import KDPruneError
@@ -108,6 +108,7 @@ class SeedsOptions:
     """What all variants of a comparison share."""
 
     ratio: float = same_option(Method, "ratio")
+    of: Literal["all", "layers"] = same_option(Method, "of")
     seeds: int | tuple[int, ...] = option(
         3, "how many (3: 0, 1, 2), or which (0,4,7); a seed orders the calibration text and is that of every draw",
         group="data", parse=parse_seeds)

@@ -16,7 +16,7 @@ from kdprune.evaluation.samples import compare_samples
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
 from kdprune.methods.common.analysis import Scores
 from kdprune.methods.common.result import MethodResult
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, outside_embeddings
 from kdprune.model.placement import reads_weights
 from kdprune.model.surgery import Resize
 from kdprune.report.results import (
@@ -112,6 +112,12 @@ def _speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
         decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode))
 
 
+def parameters(dense: PreTrainedModel, pruned: PreTrainedModel | None = None) -> Parameters:
+    """All parameters of the models, and those outside the embeddings."""
+    left = {} if pruned is None else {"pruned": pruned.num_parameters(), "pruned_layers": outside_embeddings(pruned)}
+    return Parameters(dense=dense.num_parameters(), dense_layers=outside_embeddings(dense), **left)
+
+
 def software_versions() -> dict[str, str]:
     """Versions of Python and of the packages a run rests on, those that are installed."""
     found = {"python": platform.python_version()}
@@ -129,7 +135,7 @@ def analysis_results(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=name, family=family_of(model).model_type, method=method,
         recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
-        layers=Layers(dense=len(decoder_layers(model))), parameters=Parameters(dense=model.num_parameters()),
+        layers=Layers(dense=len(decoder_layers(model))), parameters=parameters(model),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
             shares=[part.tokens for part in tokens.shares(run.batch_size)] if world().size > 1 else []),
@@ -146,7 +152,7 @@ def pruning_results(
     """What pruning adds to the record of the analysis."""
     base.blocks = [(block.start, block.stop) for block in outcome.blocks]
     base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
-    base.parameters = Parameters(dense=dense.num_parameters(), pruned=pruned.num_parameters())
+    base.parameters = parameters(dense, pruned)
     base.fit = [Fit(**record) for record in outcome.fit]
     if base.analysis is not None and outcome.damage is not None:
         states = range(base.layers.dense + 1)

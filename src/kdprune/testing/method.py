@@ -16,6 +16,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import DepthMethod, Method
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.target import counted
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
@@ -117,9 +118,9 @@ class MethodContract:
         pruned, method = case.pruned, case.make()
         assert torch.isfinite(pruned.logits).all()
         assert not torch.equal(pruned.logits, logits_of(pruned.dense))
-        total = pruned.dense.num_parameters()
+        total = counted(pruned.dense, method.of)
         layer = max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(pruned.dense))
-        removed = 1 - pruned.model.num_parameters() / total
+        removed = 1 - counted(pruned.model, method.of) / total
         slack = layer / total if isinstance(method, DepthMethod) else self.width_slack
         assert method.ratio <= removed < method.ratio + slack
 

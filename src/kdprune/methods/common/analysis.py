@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.kernel.massive import MASSIVE, MassiveTokens, movers
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
 from kdprune.methods.common.selection import open_layers
 from kdprune.model.activations import layer_states
@@ -30,17 +31,21 @@ _PURPOSE = 500_000  # of the draws: the rows, and from the next number on the or
 @dataclass(frozen=True)
 class Scores(Mapping[str, np.ndarray]):
     """Arrays by name, S = L + 1 states: ``cosine``, ``linear_cka``, ``rbf_cka`` (S, S) between the states entering
-    layers s and e, ``relative_update`` (L,), ``state_norm`` (S,).
+    layers s and e, ``relative_update`` (L,), ``state_norm`` (S,), over tokens that are massive nowhere; over all tokens
+    ``largest_norm``, ``median_norm``, ``massive_share`` (S,), ``massive_move`` and ``massive_growth`` (L,)
+    (:class:`kdprune.kernel.massive.MassiveTokens`).
 
     Attributes:
         arrays: the arrays.
-        tokens: how many tokens they were taken over.
+        tokens: how many tokens the similarity was taken over.
         protected: layers kept at either end.
+        left_out: how many tokens were left out of it, because they are massive at some boundary.
     """
 
     arrays: Mapping[str, np.ndarray]
     tokens: int
     protected: tuple[int, int]
+    left_out: int = 0
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -58,18 +63,21 @@ class Scores(Mapping[str, np.ndarray]):
     @staticmethod
     def again(tensors: Mapping[str, Tensor], protect: float) -> "Scores":
         """The scores from their arrays and the number of tokens, with a share of layers protected at either end."""
-        arrays = {name: value.numpy() for name, value in tensors.items() if name != "tokens"}
+        arrays = {name: value.numpy() for name, value in tensors.items() if name not in ("tokens", "left_out")}
         layers = len(arrays["relative_update"])
         opened = open_layers(layers, protect)
-        return Scores(arrays, int(tensors["tokens"]), (opened.start, layers - opened.stop))
+        protected = (opened.start, layers - opened.stop)
+        return Scores(arrays, int(tensors["tokens"]), protected, int(tensors["left_out"]))
 
     def record(self) -> Analysis:
         """The ``analysis`` part of ``results.json``."""
         pairs = {f"pair_{name}": self[name].tolist() for name in ("cosine", "linear_cka", "rbf_cka")}
         steps = {name: self[name].diagonal(1).tolist() for name in ("cosine", "linear_cka", "rbf_cka")}
+        lists = ("relative_update", "state_norm", "largest_norm", "median_norm", "massive_share", "massive_move")
+        writes, erases = massive_layers(self)
         return Analysis(
-            relative_update=self["relative_update"].tolist(), state_norm=self["state_norm"].tolist(),
-            tokens=self.tokens, protected=self.protected, **pairs, **steps,
+            tokens=self.tokens, left_out=self.left_out, protected=self.protected, massive_above=MASSIVE, writes=writes,
+            erases=erases, **{name: self[name].tolist() for name in lists}, **pairs, **steps,
         )
 
     def plot(self, path: str | Path) -> Path:
@@ -77,11 +85,30 @@ class Scores(Mapping[str, np.ndarray]):
         return plots.save_analysis_plot(self.record(), path)
 
 
+def massive_layers(scores: Mapping[str, np.ndarray]) -> tuple[list[int], list[int]]:
+    """The layers that write massive tokens and those that erase them; none where scores say nothing of it."""
+    if "massive_move" not in scores:
+        return [], []
+    return movers(scores["massive_move"].tolist(), scores["massive_growth"].tolist())
+
+
+def massive_line(scores: Mapping[str, np.ndarray]) -> str:
+    """What to tell of them in one line; empty where there are none."""
+    names = [f"{name} in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+             for name, layers in zip(("written", "erased"), massive_layers(scores), strict=True) if layers]
+    if not names:
+        return ""
+    largest = float((scores["largest_norm"] / scores["median_norm"]).max())
+    return f"massive tokens, up to {largest:.0f} times the median norm, are {', '.join(names)}"
+
+
 def score_layers(model: PreTrainedModel, tokens: TokenSet, run: Run, *, protect: float, limit: int = ENOUGH) -> Scores:
     """Scores every pair of states in one pass over the calibration rows, or finds the scores in the cache.
 
     Every batch of rows is shuffled into chunks of ``CHUNK`` real tokens, so that a chunk mixes rows; a remainder of
-    fewer than four tokens (the estimator's least) is left out. Several processes take batches in turn; what a batch
+    fewer than four tokens (the estimator's least) is left out. A token that is massive at any boundary is left out of
+    all similarities, so that every pair is taken over the same tokens: linear CKA would see nothing but such tokens,
+    and the RBF kernel not see them at all. Several processes take batches in turn; what a batch
     is shuffled by follows from its number alone, and the RBF widths are those of the first process's first chunk.
 
     Args:
@@ -102,8 +129,9 @@ def _measure(model: PreTrainedModel, tokens: TokenSet, run: Run, limit: int) -> 
     row = tokens.ids.shape[1] * model.config.hidden_size * model.dtype.itemsize * (len(decoder_layers(model)) + 1)
     batch_size = min(run.batch_size, max(1, STATES // row))
     local = tokens.select(world().share(len(tokens), batch_size))
+    massive = MassiveTokens(len(decoder_layers(model)) + 1)
     with run.stage("analyse", len(local)) as progress:
-        chunks = _chunks(model, local, run, batch_size, progress)
+        chunks = _chunks(model, local, run, batch_size, massive, progress)
         chunk = next(chunks, None)
         width = world().broadcast(None if chunk is None else median_distances(chunk).cpu())
         assert width is not None, "the first process has rows"
@@ -112,7 +140,8 @@ def _measure(model: PreTrainedModel, tokens: TokenSet, run: Run, limit: int) -> 
             similarity.update(chunk)
             chunk = next(chunks, None)
         world().sum(*similarity.sums.values())
-    return {**similarity.value(), "tokens": similarity.sums["tokens"].long().cpu()}
+        norms = massive.add_processes().value()
+    return {**similarity.value(), **norms, "tokens": similarity.sums["tokens"].long().cpu()}
 
 
 def some_rows(tokens: TokenSet, limit: int, run: Run) -> TokenSet:
@@ -125,16 +154,23 @@ def some_rows(tokens: TokenSet, limit: int, run: Run) -> TokenSet:
 
 
 def _chunks(
-    model: PreTrainedModel, tokens: TokenSet, run: Run, batch_size: int, progress: Advance,
+    model: PreTrainedModel, tokens: TokenSet, run: Run, batch_size: int, massive: MassiveTokens, progress: Advance,
 ) -> Iterator[Tensor]:
-    """The states of shuffled real tokens, (L + 1, n, d), n = ``CHUNK`` but for a short batch; rows of this process."""
+    """The states of shuffled real tokens, (L + 1, n, d), massive ones left out, of the rows of this process.
+
+    n is ``CHUNK`` but for a short batch, or one that tokens were left out of. ``massive`` is shown every batch whole.
+    """
     states_wanted = range(len(decoder_layers(model)) + 1)
     for number, (batch, states) in enumerate(layer_states(model, tokens, states_wanted, batch_size)):
+        found = massive.update(states[index][batch.mask.to(states[index].device)] for index in states_wanted)
         draw = run.generator(_PURPOSE + 1 + number * world().size + world().rank)
         real = batch.mask.flatten().nonzero().flatten()
-        order = real[torch.randperm(len(real), generator=draw)].to(states[0].device)
+        shuffled = torch.randperm(len(real), generator=draw)
+        order = real[shuffled[~found[shuffled]]].to(states[0].device)
         # Chunks of one size weigh the same in the average over chunks; a short last batch is one chunk.
         size = min(CHUNK, len(order))
+        if len(order) < len(real):
+            size = len(order) // max(1, -(-len(order) // CHUNK))  # a little smaller, so that next to nothing is over
         for chunk in order.split(size):
             if len(chunk) >= max(size, 4):
                 picked = [states[index].flatten(0, 1)[chunk.to(states[index].device)] for index in states_wanted]

@@ -32,7 +32,7 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, firs
     if options.blocks is not None:
         return check_blocks([range(*block) for block in options.blocks], layers)
     allowed = open_layers(layers, options.protect)
-    return shortest_blocks(model, options.ratio, range(max(first, allowed.start), allowed.stop), cost)
+    return shortest_blocks(model, options.target(model), range(max(first, allowed.start), allowed.stop), cost)
 
 
 def choose(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +11,11 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.analysis import score_layers
+from kdprune.methods.common.analysis import massive_layers, score_layers
 from kdprune.methods.common.method import RankedMethod
-from kdprune.methods.common.selection import candidate_blocks, open_layers, select_blocks
+from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.target import Target
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.runtime.run import Run
 
@@ -27,7 +30,7 @@ class Budget:
     Args:
         model: the dense model.
         shape: the stand-in.
-        ratio: share of all parameters to remove.
+        target: parameters to remove.
         slack: mean layers by which the blocks may remove more than they have to.
 
     Attributes:
@@ -35,16 +38,14 @@ class Budget:
         slack: parameters that the selection may remove beyond that, for wider stand-ins.
     """
 
-    def __init__(self, model: PreTrainedModel, shape: Shape, ratio: float, slack: float = 0.0):
+    def __init__(self, model: PreTrainedModel, shape: Shape, target: Target, slack: float = 0.0):
         family = family_of(model)
-        self.shape, self.ratio = shape, ratio
-        self.total = model.num_parameters()
+        self.shape, self.target = shape, target
         self.layers = layer_sizes(model)
         # A context layer keeps everything but the MLP path.
         self.kept_by_context = [
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
-        self.target = round(ratio * self.total)
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
     def removal(self, block: range, features: int | None = None) -> int:
@@ -73,7 +74,7 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
         alike = torch.ones(len(budget.layers) + 1, len(budget.layers) + 1)
-        select_blocks(alike, candidates, budget.removal, budget.target, budget.total)
+        select_blocks(alike, candidates, budget.removal, budget.target)
 
 
 def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
@@ -102,28 +103,70 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     return candidates
 
 
+def blocks_to_rank(
+    options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
+) -> tuple[list[range], Mapping[str, Any]]:
+    """The candidates over no layer that writes or erases massive tokens, and the scores, which say which those are.
+
+    Layers are scored where they have not been. Explicit blocks are taken as they are, without scores.
+
+    Raises:
+        KDPruneError: as :func:`possible_blocks`; or the candidates left do not reach the ratio (says what they reach).
+    """
+    if options.blocks is not None:
+        return possible_blocks(options, budget), {}
+    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
+    return blocks_beside([*itertools.chain(*massive_layers(scores))], options, budget), scores
+
+
+def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> list[range]:
+    """The candidates of the selection that hold none of these layers, which write or erase massive tokens.
+
+    Raises KDPruneError as :func:`blocks_to_rank` does.
+    """
+    candidates = possible_blocks(options, budget)
+    beside = [block for block in candidates if not any(layer in block for layer in layers)]
+    if len(beside) < len(candidates):
+        names = ", ".join(map(str, sorted(layers)))
+        budget.target.check(
+            max(reachable(beside, lambda _: 0.0, budget.removal)),
+            f"that blocks beside layers {names} allow, which write or erase massive tokens",
+            "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
+            "(blocks=…) to remove those layers")
+    return beside
+
+
 def choose_blocks(
     options: RankedMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget,
 ) -> list[range]:
     """The explicit blocks, or the selection of section 2, for which the layers are scored where they have not been.
 
-    Raises KDPruneError as :func:`possible_blocks` does.
+    Raises KDPruneError as :func:`blocks_to_rank` does.
     """
+    candidates, scores = blocks_to_rank(options, model, tokens, run, budget)
     if options.blocks is not None:
-        return possible_blocks(options, budget)
-    scores = score_layers(model, tokens, run, protect=options.protect) if run.scores is None else run.scores
-    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget)
+        return candidates
+    return select_by_similarity(options, torch.as_tensor(scores[options.similarity]), budget, candidates)
 
 
-def select_by_similarity(options: RankedMethod, similarity: Tensor, budget: Budget) -> list[range]:
-    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget."""
-    candidates = possible_blocks(options, budget)
+def select_by_similarity(
+    options: RankedMethod, similarity: Tensor, budget: Budget, candidates: list[range] | None = None,
+) -> list[range]:
+    """The explicit blocks, or those of greatest similarity, (L+1, L+1) between the states, that meet the budget.
+
+    Args:
+        options: the method.
+        similarity: between states.
+        budget: what has to go.
+        candidates: blocks to choose from; None: all possible ones.
+    """
+    candidates = possible_blocks(options, budget) if candidates is None else candidates
     if options.blocks is not None:
         return candidates
     if options.endpoints == "output":
         # The paper's ranking: outputs of the first and the last layer, h_{s+1} and h_e.
         similarity = torch.cat((similarity[1:], similarity[-1:]))
-    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.total, budget.slack)
+    return select_blocks(similarity, candidates, budget.removal, budget.target, budget.slack)
 
 
 def check_blocks(blocks: list[range], layers: int) -> list[range]:
@@ -143,34 +186,26 @@ def check_blocks(blocks: list[range], layers: int) -> list[range]:
     return blocks
 
 
-def shortest_blocks(model: PreTrainedModel, ratio: float, allowed: range, cost: int = 0) -> list[range]:
-    """For every start within ``allowed`` the shortest block whose removal meets the ratio from above.
+def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost: int = 0) -> list[range]:
+    """For every start within ``allowed`` the shortest block whose removal meets the target.
 
     For the methods that take out one run of layers. Where layers differ in size only the blocks of least removal stay.
 
     Args:
-        ratio: share of all parameters to remove, net of ``cost``, the parameters put in the block's place.
+        target: parameters to remove, net of ``cost``.
+        cost: parameters put in the block's place.
 
     Raises:
         KDPruneError: no block inside ``allowed`` removes that much (says the largest ratio that can be reached).
     """
-    total, sizes = model.num_parameters(), layer_sizes(model)
-    target = round(ratio * total)
-    found = {}
-    for start in allowed:
-        for stop in range(start + 1, allowed.stop + 1):
-            removed = sum(sizes[start:stop]) - cost
-            # At least one layer of the model has to stay.
-            if removed >= target and stop - start < len(sizes):
-                found[range(start, stop)] = removed
-                break
-    if not found:
-        largest = max((sum(sizes[index] for index in allowed) - cost) / total, 0.0)
-        raise KDPruneError(
-            f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest that the layers from "
-            f"{allowed.start} to {allowed.stop - 1} allow; lower the ratio or protect fewer layers (protect=…)")
-    least = min(found.values())
-    return [block for block, removed in found.items() if removed == least]
+    sizes = layer_sizes(model)
+    blocks = [range(start, stop) for start in allowed for stop in range(start + 1, allowed.stop + 1)]
+    # At least one layer of the model has to stay.
+    removed = {block: sum(sizes[block.start : block.stop]) - cost for block in blocks if len(block) < len(sizes)}
+    target.check(max(removed.values(), default=0), f"that the layers from {allowed.start} to {allowed.stop - 1} allow",
+                 "lower the ratio or protect fewer layers (protect=…)")
+    least = min(size for size in removed.values() if size >= target.parameters)
+    return [block for block, size in removed.items() if size == least]
 
 
 def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
@@ -179,7 +214,7 @@ def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
     The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
     than one feature a block unless that cap is reached.
     """
-    slack = sum(budget.removal(block) for block in blocks) - budget.target
+    slack = sum(budget.removal(block) for block in blocks) - budget.target.parameters
     cost = len(blocks) * shape.parameters_per_feature()
     if slack < cost or not cost:
         return shape

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.target import Of, Target
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
@@ -30,8 +31,10 @@ class Method(ABC):
     streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
-    ratio: float = option(0.25, "share of all parameters to remove, what is put in their place counted (net)",
+    ratio: float = option(0.25, "share of the parameters to remove, what is put in their place counted (net)",
                           group="size")
+    of: Of = option("all", "what the ratio is a share of: all parameters, or layers: those outside the embeddings",
+                    group="size")
     held: float = option(0.1, "share of the calibration rows kept out of fits, for the reported errors",
                          group="data", rare=True)
 
@@ -41,6 +44,10 @@ class Method(ABC):
         if not 0 < self.held < 1:
             raise KDPruneError(f"got held {self.held}, expected a share between 0 and 1")
         check_values(self)
+
+    def target(self, model: PreTrainedModel) -> Target:
+        """The parameters that have to go of this dense model, net."""
+        return Target.in_model(model, self.ratio, self.of)
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kdprune.errors import KDPruneError
+from kdprune.methods.common.target import Target
 
 # Above any sum of log similarities: with it as a part of every block's score, more blocks always score higher.
 _ONE_MORE = 1e5
@@ -71,8 +71,7 @@ def _merge(into: _Table, other: _Table) -> None:
 
 
 def select_blocks(
-    similarity: Tensor, candidates: Sequence[range], removal: Callable[[range], int], target: int, total: int,
-    slack: int = 0,
+    similarity: Tensor, candidates: Sequence[range], removal: Callable[[range], int], target: Target, slack: int = 0,
 ) -> list[range]:
     """The blocks whose net removal meets ``target`` as closely as possible from above, with greatest Σ log similarity.
 
@@ -84,7 +83,6 @@ def select_blocks(
         candidates: blocks to choose from.
         removal: net parameters removed by a block (layers minus stand-in).
         target: parameters to remove.
-        total: parameters of the dense model, for the message.
         slack: parameters that may go beyond the target; of sets that are level the one that removes least is taken.
 
     Raises:
@@ -92,20 +90,17 @@ def select_blocks(
     """
     one_more = _ONE_MORE if slack else 0.0
     table = reachable(candidates, lambda block: one_more + _log(similarity[block.start, block.stop]), removal)
-    enough = [removed for removed in table if removed >= target]
-    if not enough:
-        largest = max(table) / total
-        raise KDPruneError(
-            f"got ratio {target / total:.4g}, expected at most {math.floor(largest * 1e4) / 1e4:.4g}, the largest the "
-            f"unprotected layers of this model allow in blocks of at most {max(map(len, candidates))}; lower the "
-            f"ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)"
-        )
-    near = [removed for removed in enough if removed <= max(min(enough), target + slack)]
+    longest = max(map(len, candidates), default=0)
+    target.check(
+        max(table), f"the unprotected layers of this model allow in blocks of at most {longest}",
+        "lower the ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)")
+    enough = [removed for removed in table if removed >= target.parameters]
+    near = [removed for removed in enough if removed <= max(min(enough), target.parameters + slack)]
     return list(table[max(near, key=lambda removed: (table[removed][0], -removed))][1])
 
 
 def useful_blocks(
-    candidates: Sequence[range], removal: Callable[[range], int], target: int, slack: int = 0
+    candidates: Sequence[range], removal: Callable[[range], int], target: Target, slack: int = 0
 ) -> list[range]:
     """The candidates that :func:`select_blocks` could choose, whatever their scores: those in some set of separated
     blocks with the least net removal that meets ``target``, or with at most ``slack`` more; none if no set meets it."""
@@ -113,10 +108,10 @@ def useful_blocks(
     before = _removals(candidates, removal, end)
     mirrored = [range(end - block.stop, end - block.start) for block in candidates]
     behind = _removals(mirrored, lambda block: removal(range(end - block.stop, end - block.start)), end)
-    enough = [removed for removed in before[end + 1] if removed >= target]
+    enough = [removed for removed in before[end + 1] if removed >= target.parameters]
     if not enough:
         return []
-    least, most = min(enough), max(min(enough), target + slack)
+    least, most = min(enough), max(min(enough), target.parameters + slack)
     return [block for block in candidates
             if any(least <= removed + removal(block) + other <= most
                    for removed in before[block.start] for other in behind[end - block.stop])]

@@ -143,4 +143,4 @@ def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[rang
     score = torch.zeros(len(budget.layers) + 1, len(budget.layers) + 1, dtype=torch.float64)
     for block, value in damage.items():
         score[block.start, block.stop] = math.exp(-value)
-    return select_blocks(score, list(damage), budget.removal, budget.target, budget.total, budget.slack)
+    return select_blocks(score, list(damage), budget.removal, budget.target, budget.slack)

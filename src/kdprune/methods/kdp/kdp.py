@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import check_rows
-from kdprune.methods.common.budget import Budget, check_budget, choose_blocks, possible_blocks, spare_features
+from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, spare_features
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
@@ -135,7 +135,7 @@ class KDP(RankedMethod):
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
         slack = (self.slack or 0.0) if self.fill else 0.0
-        return Budget(model, self.shape(model.config.hidden_size), self.ratio, slack)
+        return Budget(model, self.shape(model.config.hidden_size), self.target(model), slack)
 
     def shape(self, width: int) -> Shape:
         """The stand-in before any spare budget is spent on it, for a model of this width."""
@@ -168,7 +168,7 @@ class KDP(RankedMethod):
         shape, damage = budget.shape, None
         if self._by_damage:
             trial = Trial(shape, self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
-            measured = blocks_to_measure(possible_blocks(self, budget), budget)
+            measured = blocks_to_measure(blocks_to_rank(self, model, tokens, run, budget)[0], budget)
             damage = measure_damage(model, tokens, measured, trial, run)
             blocks = select_by_damage(damage, budget)
         else:

@@ -19,6 +19,7 @@ from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.selection import open_layers
+from kdprune.methods.common.target import Target
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, language_loss, next_tokens
@@ -46,12 +47,10 @@ def cheapest_layers(order: Sequence[int], sizes: Sequence[int], target: int) -> 
     return chosen
 
 
-def check_reach(ratio: float, reachable: int, total: int) -> None:
-    """Raises KDPruneError where ``reachable`` of ``total`` parameters are less than the ratio asks for."""
-    if reachable < round(ratio * total):
-        largest = math.floor(reachable / total * 1e4) / 1e4
-        raise KDPruneError(f"got ratio {ratio:.4g}, expected at most {largest:.4g}, the largest the layers that may be "
-                           f"taken out allow; lower the ratio or protect fewer layers (protect=…)")
+def check_reach(target: Target, reachable: int) -> None:
+    """Raises KDPruneError where the layers that may go, with ``reachable`` parameters, do not meet the target."""
+    target.check(reachable, "the layers that may be taken out allow",
+                 "lower the ratio or protect fewer layers (protect=…)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class DropMethod(DepthMethod):
         # At least one layer of the model has to stay.
         if len(allowed) == len(sizes):
             reachable -= max(sizes)
-        check_reach(self.ratio, reachable, model.num_parameters())
+        check_reach(self.target(model), reachable)
 
     def allowed(self, model: PreTrainedModel) -> range:
         """The layers that may be taken out."""
@@ -119,7 +118,7 @@ class ShortGPT(DropMethod):
         distances = measure_distances(model, tokens, run)
         influence = block_influence(distances.cosine)
         order = sorted(self.allowed(model), key=lambda layer: (influence[layer], layer))
-        chosen = cheapest_layers(order, layer_sizes(model), round(self.ratio * model.num_parameters()))
+        chosen = cheapest_layers(order, layer_sizes(model), self.target(model).parameters)
         return runs(chosen), distances.tokens
 
 
@@ -148,11 +147,11 @@ class UIDL(DropMethod):
 
     def check_ratio(self, model: PreTrainedModel) -> None:
         """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
-        shortest_blocks(model, self.ratio, self.allowed(model))
+        shortest_blocks(model, self.target(model), self.allowed(model))
 
     def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """The block of least angular distance; arguments as in :meth:`DropMethod.choose`."""
-        candidates = shortest_blocks(model, self.ratio, self.allowed(model))
+        candidates = shortest_blocks(model, self.target(model), self.allowed(model))
         distances = measure_distances(model, tokens, run)
         return [min(candidates, key=lambda block: float(distances.angular[block.start, block.stop]))], distances.tokens
 
@@ -197,7 +196,7 @@ class SLEB(DropMethod):
     def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """Greedy search over whole layers; arguments as in :meth:`DropMethod.choose`."""
         rows, sizes, allowed = self.rows(tokens), layer_sizes(model), list(self.allowed(model))
-        target = round(self.ratio * model.num_parameters())
+        target = self.target(model).parameters
         gone: list[int] = []
         rounds = len(cheapest_layers(allowed, sizes, target))
         evaluations = sum(len(allowed) - number for number in range(rounds))

@@ -93,11 +93,11 @@ class LaCo(DepthMethod):
             raise KDPruneError("got bounds between which no layer can be merged, expected lowest ≤ highest − "
                                "merge_layers: raise highest, or lower merge_layers, lowest or protect")
         if self.threshold is None:
-            check_reach(self.ratio, reach * layer_sizes(model)[0], model.num_parameters())
+            check_reach(self.target(model), reach * layer_sizes(model)[0])
 
     def wanted(self, model: PreTrainedModel) -> int:
         """How many layers have to go to meet the ratio."""
-        return max(1, -(-round(self.ratio * model.num_parameters()) // layer_sizes(model)[0]))
+        return max(1, -(-self.target(model).parameters // layer_sizes(model)[0]))
 
     def schedules(self, model: PreTrainedModel) -> list["MergeSchedule"]:
         """The numbers C that may be taken, those that can come nearest the ratio in front."""
@@ -152,7 +152,7 @@ class LaCo(DepthMethod):
                 if over <= least:
                     break
         if best is None:
-            check_reach(self.ratio, largest * layer_sizes(model)[0], model.num_parameters())
+            check_reach(self.target(model), largest * layer_sizes(model)[0])
         assert best is not None
         return best
 

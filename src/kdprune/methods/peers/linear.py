@@ -52,7 +52,7 @@ class Linear(RankedMethod):
 
     def _budget(self, model: PreTrainedModel) -> Budget:
         shape = Shape(model.config.hidden_size, kind="linear", features=0, hidden=0, residual=True, context=False)
-        return Budget(model, shape, self.ratio)
+        return Budget(model, shape, self.target(model))
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the blocks, solves for their maps and returns the edits."""

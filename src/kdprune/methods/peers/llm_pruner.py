@@ -73,7 +73,7 @@ class LLMPruner(Method):
     def plan(self, model: PreTrainedModel) -> Widths:
         """What stays of every layer; raises KDPruneError for a ratio out of reach (says the largest)."""
         layers = decoder_layers(model)
-        depth, total = len(layers), model.num_parameters()
+        depth, wanted = len(layers), self.target(model)
         first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
         last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
         pruned = range(first, depth - last)
@@ -83,7 +83,7 @@ class LLMPruner(Method):
                 f"or keep_last")
         parts = attention_parts(model, layers[first]), mlp_parts(model, layers[first])
         (groups, head_cost), (channels, channel_cost) = (_cost(model, first, kind) for kind in parts)
-        target = math.ceil(self.ratio * total - 1e-6)
+        target = wanted.parameters
         whole = len(pruned) * (groups * head_cost + channels * channel_cost)
         kept = max(1, math.floor(groups * (1 - min(target / whole, 1))))
         while kept < groups and len(pruned) * (groups - kept) * head_cost > target:
@@ -93,11 +93,9 @@ class LLMPruner(Method):
             kept -= 1
         removed = len(pruned) * (groups - kept) * head_cost
         spare = max(0, math.ceil((target - removed) / channel_cost))
-        if spare > most:
-            largest = math.floor((removed + most * channel_cost) / total * 1e4) / 1e4
-            raise KDPruneError(
-                f"got ratio {self.ratio:.4g}, expected at most {largest:.4g}, the largest that layers {pruned.start} "
-                f"to {pruned.stop - 1} allow; lower the ratio or keep fewer layers whole (keep_first=…, keep_last=…)")
+        wanted.check(
+            removed + most * channel_cost, f"that layers {pruned.start} to {pruned.stop - 1} allow",
+            "lower the ratio or keep fewer layers whole (keep_first=…, keep_last=…)")
         each, more = divmod(spare, len(pruned))
         return Widths(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
 

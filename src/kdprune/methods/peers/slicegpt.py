@@ -1,6 +1,7 @@
 """SliceGPT: the residual stream is rotated to its principal components, and the least of them are cut off."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from kdprune.model.surgery import check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
-SPARE = 0.005  # share of the parameters by which the ratio may be exceeded before cuts get widths of their own
+SPARE = 0.005  # share of the parameters counted by which the ratio may be exceeded before cuts get widths of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class SliceGPT(Method):
     The paper's width is d' = ⌊(1 − s) d⌋ rounded down to a multiple of 8 for every cut; with ``sparsity`` s this is
     what happens. Otherwise d' is the largest multiple that meets the net ratio. Where that exceeds the ratio by more
     than half a point, cuts get up to ``round_to`` columns more, the last cut first, as many as the ratio allows.
+
+    With ``of`` layers the ratio is what goes outside the embeddings, net, over what the dense model has there: the
+    sizes of the projections with their shortcuts, and the norms that are folded away. That the tables get narrower,
+    and that a tied head becomes a matrix of its own, counts for nothing there, only in the ratio of all parameters.
     """
 
     title: ClassVar[str] = "SliceGPT"
@@ -72,17 +77,15 @@ class SliceGPT(Method):
                 raise KDPruneError(f"got sparsity {self.sparsity:.4g}, expected one that leaves a multiple of "
                                    f"{self.round_to} of a stream {width} wide: lower it, or round_to")
             return [kept] * size.cuts
-        most = math.floor((1 - self.ratio) * model.num_parameters() + 1e-6)  # parameters that may stay
-        fitting = [kept for kept in range(self.round_to, width + 1, self.round_to)
-                   if size.parameters([kept] * size.cuts) <= most]
-        if not fitting:
-            largest = 1 - size.parameters([min(self.round_to, width)] * size.cuts) / model.num_parameters()
-            raise KDPruneError(
-                f"got ratio {self.ratio:.4g}, expected at most {math.floor(largest * 1e4) / 1e4:.4g}, the largest at a "
-                f"width of {self.round_to}: lower the ratio (or round_to)")
+        target, count = self.target(model), size.parameters if self.of == "all" else size.outside_embeddings
+        most = target.total - target.parameters  # may stay
+        narrowest = min(self.round_to, width)
+        target.check(target.total - count([narrowest] * size.cuts), f"at a width of {narrowest}",
+                     "lower the ratio (or round_to)")
+        fitting = [kept for kept in range(narrowest, width + 1, self.round_to) if count([kept] * size.cuts) <= most]
         found = [fitting[-1]] * size.cuts
-        if size.parameters(found) < most - SPARE * model.num_parameters():
-            _widen(found, size, most, min(fitting[-1] + self.round_to, width))
+        if count(found) < most - SPARE * target.total:
+            _widen(found, count, most, min(fitting[-1] + self.round_to, width))
         return found
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
@@ -94,11 +97,11 @@ class SliceGPT(Method):
         return MethodResult(sliced_edits(model, rotations), tokens=chosen.tokens)
 
 
-def _widen(widths: list[int], size: StreamSize, most: int, widest: int) -> None:
+def _widen(widths: list[int], count: Callable[[Sequence[int]], int], most: int, widest: int) -> None:
     """Give cuts, the last first, more columns one by one while no more than ``most`` parameters stay."""
     for cut in reversed(range(len(widths))):
         while widths[cut] < widest:
             widths[cut] += 1
-            if size.parameters(widths) > most:
+            if count(widths) > most:
                 widths[cut] -= 1
                 return

@@ -39,13 +39,13 @@ class StreamSize:
 
     ``cuts``: how many widths there are. ``layers``: of each layer (parameters that stay, outputs of the projections
     into attention and of those into the MLP, inputs and biases of the one out of attention, of the one out of the
-    MLP). ``tables``: rows of the embedding tables. ``fixed``: everything else, the head with its bias.
+    MLP). ``tables``: rows of the embedding tables. ``head``: parameters of the head, with its bias.
     """
 
     cuts: int
     layers: list[tuple[int, int, int, int, int]]
     tables: int
-    fixed: int
+    head: int
     width: int
     parallel: bool
 
@@ -57,12 +57,16 @@ class StreamSize:
         tables = sum(model.get_parameter(f"{path}.weight").shape[0] for path in family.embeddings)
         weight, bias = read(_head(model)[1])
         biased = bias is not None or getattr(final_norm(model), "bias", None) is not None
-        fixed = weight.numel() + weight.shape[0] * biased
-        return cls(len(layers) * (1 if parallel else 2), layers, tables, fixed, width, parallel)
+        head = weight.numel() + weight.shape[0] * biased
+        return cls(len(layers) * (1 if parallel else 2), layers, tables, head, width, parallel)
 
     def parameters(self, widths: Sequence[int]) -> int:
         """Parameters of the model with these widths."""
-        total = self.fixed + self.tables * widths[0]
+        return self.outside_embeddings(widths) + self.tables * widths[0] + self.head
+
+    def outside_embeddings(self, widths: Sequence[int]) -> int:
+        """Those of its layers, all that is outside the embeddings: norms are folded in, the final one into the head."""
+        total = 0
         states = stream_states(widths, self.width, self.parallel)
         for (rest, into, into_mlp, out, out_mlp), (a, b, c) in zip(self.layers, states, strict=True):
             shortcuts = a * c if self.parallel else a * b + b * c

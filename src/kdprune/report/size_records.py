@@ -1,0 +1,56 @@
+"""The parts of results.json that say how large a model is: layers, parameters, cache, widths."""
+
+from pydantic import Field, model_validator
+
+from kdprune.report.records import Number, Record, divide
+
+
+class Layers(Record):
+    """Decoder layers."""
+
+    dense: int = Field(description="layers of the dense model, L")
+    pruned: int | None = Field(None, description="layers of the pruned model, with those a stand-in occupies")
+
+
+class Parameters(Record):
+    """Parameters, embeddings included, tied ones counted once; and those outside the embeddings, the layers'."""
+
+    dense: int = Field(description="parameters of the dense model")
+    pruned: int | None = Field(None, description="parameters of the pruned model, stand-ins included")
+    net_ratio: Number = Field(None, description="1 − pruned / dense; derived when left out")
+    dense_layers: int | None = Field(
+        None, description="those of the dense model outside embedding tables, of positions too, and head; null in "
+        "older records")
+    pruned_layers: int | None = Field(None, description="the same of the pruned model; null in older records")
+    net_ratio_layers: Number = Field(None, description="1 − pruned_layers / dense_layers; derived when left out")
+
+    @model_validator(mode="after")
+    def _derive(self) -> "Parameters":
+        """Fill in what follows from the rest."""
+        self.net_ratio = _removed(self.dense, self.pruned) if self.net_ratio is None else self.net_ratio
+        if self.net_ratio_layers is None:
+            self.net_ratio_layers = _removed(self.dense_layers, self.pruned_layers)
+        return self
+
+
+def _removed(dense: int | None, pruned: int | None) -> float | None:
+    kept = divide(pruned, dense)
+    return None if kept is None else 1 - kept
+
+
+class KVCache(Record):
+    """Key-value cache per token of context."""
+
+    dense: int = Field(description="dense model, bytes")
+    pruned: int | None = Field(None, description="pruned model, bytes")
+
+
+class LayerWidth(Record):
+    """A layer that was made narrower: what is left of it."""
+
+    layer: int = Field(description="index of the layer")
+    groups: int | None = Field(None, description="key-value heads, with the queries that read them")
+    channels: int | None = Field(None, description="MLP channels")
+    states: tuple[int, int, int] | None = Field(
+        None, description="width of the residual stream entering the layer, behind its attention and leaving it"
+    )
