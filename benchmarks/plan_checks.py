@@ -49,10 +49,11 @@ def record(theme: str) -> dict[str, Any]:
 
 
 def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
-    """The plan of a shape of benchmarks/speed.py, on a CPU; the runs on record had no slack for their blocks."""
+    """The plan of a shape of benchmarks/speed.py, on a CPU; the runs on record had Fourier features alone, and no slack
+    for their blocks."""
     with tempfile.TemporaryDirectory() as folder:
         shape_config(shape).save_pretrained(folder)
-        return plan(folder, dtype=dtype, device="cpu", slack=0.0, **options)
+        return plan(folder, dtype=dtype, device="cpu", slack=0.0, **{"kernel": "learned", **options})
 
 
 def planned_run(shape: str, found: dict[str, Any]) -> PruningPlan:

@@ -132,7 +132,7 @@ def measure(job: Job) -> dict[str, Any]:
             passes = [forward_seconds(model, some, stages.clock)]
             found = pruned(job, model, method, tokens, run, stages)
             passes.append(forward_seconds(model, some, stages.clock))
-    shape = method.shape(model.config.hidden_size)
+    stand_in = method.shape(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {
         "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(model),
@@ -141,8 +141,8 @@ def measure(job: Job) -> dict[str, Any]:
         "stages": stages.costs, "wall_seconds": dict(stages.seconds), "peak_bytes": peak_memory_bytes(),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
         "method": {"kernel_epochs": method.kernel_epochs, "kernel_tokens": method.kernel_tokens,
-                   "refine_epochs": method.settings(shape, tokens).step3.epochs},
-        "features": [shape.features],
+                   "refine_epochs": method.settings(stand_in, tokens).step3.epochs},
+        "features": [stand_in.features],
     }
 
 

@@ -32,12 +32,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Stat
 from kdprune.data.sources import BUNDLED_MODEL
 from kdprune.evaluation.flops import forward_flops
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
-from kdprune.methods.common.budget import choose_blocks, spare_features
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Drop, Substitute
-from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.surgery import apply_edits, context_layer
+from kdprune.planning.meta import layout
 from kdprune.runtime.machine import generator, resolve_device
 
 # What differs from a Llama with these widths; "bundled" has the config of the model that comes with the package.
@@ -48,7 +47,8 @@ SHAPES: dict[str, dict[str, Any]] = {
            "intermediate_size": 5632},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
 }
-FORMS: dict[str, dict[str, Any]] = {"context": {}, "token-wise": {"context": "none"}}
+FORMS: dict[str, dict[str, Any]] = {
+    "context": {"kernel": "learned"}, "token-wise": {"kernel": "learned", "context": "none"}}
 WHOLE = 200_000_000  # parameters up to which a CPU measures eager models whole
 STEPS = 4  # decode steps a turn
 NUMBERS = itertools.count()
@@ -67,22 +67,17 @@ def build(shape: str, layers: int | None, device: torch.device, dtype: torch.dty
 
 def plan(dense: PreTrainedModel, form: str, ratio: float) -> tuple[list[range], Shape]:
     """The blocks and stand-ins that KDP takes for a net ratio."""
-    options = KDP(ratio=ratio, **FORMS[form])
-    budget = options.budget(dense)
-    index = torch.arange(len(budget.layers) + 1.0)
-    similarity = (-0.01 * (index[:, None] - index).abs()).exp()
-    blocks = choose_blocks(options, {options.similarity: similarity}, budget)
-    return blocks, spare_features(budget.shape, budget, blocks)
+    return layout(KDP(ratio=ratio, **FORMS[form]), dense)
 
 
 def prune(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:
     """``dense`` with random stand-ins in the place of blocks; kept weights are shared."""
-    edits, groups = [], shape.groups(key_value_heads(dense.config))
+    edits = []
     for block in blocks:
         stand_in = shape.build(generator(block.start))
         source = shape.source(block)
-        context = None if source is None else context_layer(dense, source, stand_in, groups)
-        edits.append(Substitute(block, stand_in, context, source, groups))
+        context = None if source is None else context_layer(dense, source, stand_in)
+        edits.append(Substitute(block, stand_in, context, source))
     return apply_edits(dense, edits).eval()
 
 

@@ -18,9 +18,11 @@ REFUSED: dict[str, dict[str, str]] = {
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "kdp-folded": ("kdp", {"context": "none"}),
+    "kdp-learned": ("kdp", {"kernel": "linear+learned+data", "ranking": "similarity"}),
+    "kdp-paper": ("kdp", {"preset": "paper"}),
     "streamline-layer": ("streamline", {"stand_in": "layer"}),
     "streamline-none": ("streamline", {"stand_in": "none"}),
-    "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "hidden": 4}),
+    "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "kernel": "learned", "hidden": 4}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
     "laco-paper": ("laco", {"form": "paper", "merged": "all"}),
 }

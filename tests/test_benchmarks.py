@@ -71,7 +71,8 @@ def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def measured(tiny: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, Any]:
     work = str(tmp_path_factory.mktemp("work"))
-    options = {"kernel_epochs": 1, "refine_epochs": 2, "kernel_tokens": 256, "protect": 0.0}
+    options = {"kernel_epochs": 1, "refine_epochs": 2, "kernel_tokens": 256, "protect": 0.0, "kernel": "learned",
+               "ranking": "similarity"}
     job = pruning_run.Job(model=str(tiny), tokens=512, length=32, ratio=0.01, options=options, work_dir=work)
     return json.loads(json.dumps(pruning_run.measure(job)))
 

@@ -14,12 +14,11 @@ from transformers import PreTrainedModel
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.budget import WIDEST, possible_blocks, select_by_similarity, spare_features
-from kdprune.methods.common.selection import candidate_blocks, useful_blocks
+from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
+from kdprune.methods.common.selection import candidate_blocks
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.target import Target
 from kdprune.methods.kdp import damage as damage_module
-from kdprune.methods.kdp.damage import Trial, blocks_to_measure, measure_damage, select_by_damage
+from kdprune.methods.kdp.damage import Candidate, Trial, choose_by_damage, proposed
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.losses import mean_loss
 from kdprune.model.streaming import load_streamed
@@ -40,22 +39,22 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     budget, layers = method.budget(model), model.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
-    shape = spare_features(budget.shape, budget, blocks)
-    return blocks, shape, sum(budget.removal(block, shape.features) for block in blocks) / budget.target.total
+    shape, *_ = filled([budget.shape] * len(blocks), budget, blocks)
+    return blocks, shape, sum(budget.removal(block, shape) for block in blocks) / budget.target.total
 
 
 def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:
     found = {slack: layout(bundled, power=2.0, ratio=0.25, slack=slack) for slack in (0.0, 1.0)}
     assert len(found[1.0][0]) > len(found[0.0][0])      # more and shorter blocks, which are more similar end to end
     for blocks, shape, net in found.values():
-        assert 0.25 <= net < 0.25 + len(blocks) * shape.parameters_per_feature() / bundled.num_parameters()
+        assert 0.25 <= net < 0.25 + len(blocks) * shape.parameters_per_unit() / bundled.num_parameters()
     without_fill = KDP(slack=1.0, fill=False)
     assert without_fill.budget(bundled).slack == 0      # nothing would spend it
 
 
 def test_what_the_widest_stand_ins_leave_unspent_shows_in_the_net_ratio(bundled: PreTrainedModel) -> None:
     _, shape, net = layout(bundled, ratio=0.15, blocks=((4, 12),))
-    assert shape.features == WIDEST * bundled.config.hidden_size
+    assert shape.units == WIDEST * bundled.config.hidden_size
     assert net > 0.16
     assert plan(ratio=0.15, blocks=((4, 12),)).net_ratio > 0.16
 
@@ -63,7 +62,8 @@ def test_what_the_widest_stand_ins_leave_unspent_shows_in_the_net_ratio(bundled:
 # ------------------------------------------------------------------------------------------ ranking by damage
 
 # What the stand-ins of the measurement are, in the method's own words.
-SOLVED = {**QUICK, "kernel": "fixed", "kernel_epochs": 1, "refine": False, "protect": 0.0, "bandwidth": 2.0}
+SOLVED = {
+    **QUICK, "ranking": None, "kernel": "fixed", "kernel_epochs": 1, "refine": False, "protect": 0.0, "bandwidth": 2.0}
 
 
 def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) -> float:
@@ -75,10 +75,15 @@ def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) ->
 
 
 def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **options) -> dict[range, float]:
-    method = KDP(**{**SOLVED, **options})
-    shape = method.shape(model.config.hidden_size)
-    trial = Trial(shape, method.settings(shape, tokens), method.held, method.path_rows(tokens, shape).fit)
-    return measure_damage(model, tokens, blocks, trial, Run(3, batch_size=4))
+    """Of these blocks, all of them, as the choice would measure them for a ratio that each of them meets."""
+    method = KDP(**{**SOLVED, **options, "ratio": 0.001})
+    budget = method.budget(model)
+    trial = Trial(method.settings(budget.shape, tokens), method.held, method.path_rows(tokens, budget.shape).fit)
+    found = [Candidate(block, budget.shape) for block in blocks]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(damage_module, "PASSES", 1e9)
+        _, damage = choose_by_damage(model, tokens, found, budget, trial, Run(3, batch_size=4), fill=False)
+    return {candidate.block: value for candidate, value in damage.alone.items()}
 
 
 def padded_tokens() -> TokenSet:
@@ -90,6 +95,7 @@ def padded_tokens() -> TokenSet:
 @pytest.mark.parametrize("options", [
     {}, {"context": "none"}, {"kernel": "mlp"}, {"kernel": "mlp", "context": "none"}, {"kernel": "linear"},
     {"kernel": "linear", "context": "none"}, {"inverse": "direct"}, {"without": ("operators",)},
+    {"kernel": "linear+data"}, {"kernel": "linear+fixed+data", "context": "none"},
 ])
 def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), padded_tokens()
@@ -106,8 +112,9 @@ def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_
 def test_every_family_is_measured(name: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens(rows=20)
     for context, block in (("attention", range(1, 4)), ("none", range(3, 6)), ("none", range(2))):
-        found = measured(model, tokens, [block], context=context)
-        assert found[block] == pytest.approx(slowly(model, tokens, block, context=context), rel=1e-3, abs=1e-4)
+        options = {"context": context, "kernel": "linear+data"}
+        found = measured(model, tokens, [block], **options)
+        assert found[block] == pytest.approx(slowly(model, tokens, block, **options), rel=1e-3, abs=1e-4)
 
 
 def test_measured_in_the_dtype_of_the_model(tiny_model) -> None:
@@ -121,67 +128,57 @@ def test_what_a_hidden_layer_is_measured_with_is_solved_for(tiny_model) -> None:
     assert math.isfinite(value)
 
 
-def test_the_blocks_are_those_that_brute_force_takes(tiny_model) -> None:
+def test_the_set_of_least_loss_is_taken_of_those_that_were_tried_together(tiny_model) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
-    options = {**SOLVED, "ratio": 0.15, "max_block": 3, "context": "none", "hidden": 0}
-    method = KDP(**options, ranking="damage")
-    budget = method.budget(model)
-    candidates = candidate_blocks(range(6), 2, 3)
-    sets = [chosen for count in (1, 2) for chosen in itertools.combinations(candidates, count)
-            if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
-    removed = {chosen: sum(map(budget.removal, chosen)) for chosen in sets}
-    least = min(value for value in removed.values() if value >= budget.target.parameters)
-    tied = [chosen for chosen in sets if removed[chosen] == least]
-    single = {block: slowly(model, tokens, block, **options) for block in candidates}
-    best = min(tied, key=lambda chosen: sum(single[block] for block in chosen))
-    result = method(model, tokens, Run(3, batch_size=4))
-    assert len(tied) > 2
-    assert result.blocks == list(best)
-    # And only what could be chosen was measured.
-    assert set(result.damage) == {block for chosen in tied for block in chosen}
+    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
+    budget, run = method.budget(model), Run(3, batch_size=4)
+    trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
+    candidates = method.candidates(candidate_blocks(range(6), 1, 3), budget.shape)
+    assert {len(candidate.block) for candidate in candidates} == {1, 2, 3}
+    chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, fill=False)
+    assert chosen == list(min(damage.together, key=lambda entry: entry[1])[0])
+    assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
+    held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
+    for taken, value in damage.together:
+        assert sum(budget.removal(c.block, c.shape) for c in taken) >= budget.target.parameters
+        edits = [edit for c in taken for edit in KDP(**{
+            **SOLVED, "kernel": c.shape.kind, "context": "attention" if c.shape.context else "none", "features": None,
+            "fill": False, "blocks": ((c.start, c.stop),)})(model, tokens, run).edits]
+        loss = mean_loss(apply_edits(model, edits), held, 4) - mean_loss(model, held, 4)
+        assert value == pytest.approx(loss, rel=1e-3, abs=1e-4)
+    assert method(model, tokens, run).blocks == [candidate.block for candidate in chosen]
 
 
-def test_two_blocks_are_chosen_by_the_sum_of_their_damages(bundled: PreTrainedModel) -> None:
-    method = KDP(ratio=0.25)
+def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
+    method = KDP(ratio=0.25, protect=0.25)
     budget = method.budget(bundled)
-    useful = blocks_to_measure(possible_blocks(method, budget), budget)
-    draw = torch.rand(len(useful), generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.1
-    damage = dict(zip(useful, draw.tolist(), strict=True))
-    sets = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(useful, count)
-            if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
-    removed = [sum(map(budget.removal, chosen)) for chosen in sets]
+    candidates = method.candidates(candidate_blocks(range(4, 12), 1, 4), budget.shape)
+    draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    damage = dict(zip(candidates, draw.tolist(), strict=True))
+    sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(candidates, count)
+            if all(second.start > first.stop for first, second in itertools.pairwise(taken))]
+    removed = [sum(budget.removal(c.block, c.shape) for c in taken) for taken in sets]
     least = min(value for value in removed if value >= budget.target.parameters)
-    best = min((chosen for chosen, value in zip(sets, removed, strict=True) if value == least),
-               key=lambda chosen: sum(damage[block] for block in chosen))
-    assert len(best) > 1
-    assert select_by_damage(damage, budget) == list(best)
+    most = max(least, budget.target.parameters + budget.slack)
+    within = [taken for taken, value in zip(sets, removed, strict=True) if budget.target.parameters <= value <= most]
+    expected = [min(sum(damage[c] + price for c in taken) for taken in within) for price in damage_module.PRICES]
+    found = proposed(damage, budget)
+    costs = [[sum(damage[c] + price for c in taken) for taken in found] for price in damage_module.PRICES]
+    assert [min(values) for values in costs] == pytest.approx(expected)
+    assert len({len(taken) for taken in within}) > 1
 
 
 def test_a_loss_that_is_no_number_is_never_chosen() -> None:
     model = build("llama3")
     budget = KDP(ratio=0.1).budget(model)
-    damage = {range(1, 3): math.inf, range(2, 4): 3.0, range(3, 5): 20.0}
-    assert select_by_damage(damage, budget) == [range(2, 4)]
-
-
-@pytest.mark.parametrize("slack", [0, 4])
-@pytest.mark.parametrize("seed", range(6))
-def test_useful_blocks_are_those_of_some_set_that_may_be_chosen(seed: int, slack: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(5, 9, (9,), generator=draw).tolist() if seed % 2 else [7] * 9
-    candidates, target = candidate_blocks(range(1, 9), 2, 4), 15 + 5 * seed
-    removal = lambda block: sum(sizes[index] for index in block) - 3  # noqa: E731
-    sets = [chosen for count in (1, 2, 3) for chosen in itertools.combinations(candidates, count)
-            if all(second.start > first.stop for first, second in itertools.pairwise(chosen))]
-    least = min((sum(map(removal, chosen)) for chosen in sets if sum(map(removal, chosen)) >= target), default=None)
-    most = max(least, target + slack) if least is not None else -1
-    expected = {block for chosen in sets if target <= sum(map(removal, chosen)) <= most for block in chosen}
-    assert set(useful_blocks(candidates, removal, Target(target / 100, "all", 100), slack)) == expected
+    damage = {Candidate(range(1, 3), budget.shape): math.inf, Candidate(range(2, 4), budget.shape): 3.0}
+    assert proposed(damage, budget) == [[Candidate(range(2, 4), budget.shape)]]
 
 
 def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows=20)
     options = {"ratio": 0.15, "protect": 0.0, "features": None}
+    options |= {"kernel": "linear+data"}
     first, second = (run(model, tokens, ranking="damage", **options) for _ in range(2))
     assert first.damage == second.damage
     assert first.blocks == second.blocks
@@ -209,6 +206,7 @@ def test_padding_enters_no_damage(context: str, tiny_model) -> None:
 
 def test_only_a_part_of_the_rows_is_looked_at(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(damage_module, "FIT_TOKENS", 12 * 10)
+    monkeypatch.setattr(damage_module, "PER_INPUT", 0)
     monkeypatch.setattr(damage_module, "LOSS_TOKENS", 12 * 3)
     model, tokens = tiny_model("llama3"), random_tokens(rows=40)
     part = tokens.select(torch.cat((torch.arange(10), torch.arange(30, 33))))

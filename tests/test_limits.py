@@ -103,8 +103,8 @@ def test_the_longest_block_is_at_most_half_the_layers(method: type[KDP] | type[L
 def test_half_of_the_bundled_model_can_be_selected(bundled: PreTrainedModel, ratio: float) -> None:
     layers = bundled.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) for e in range(layers + 1)] for s in range(layers + 1)])
-    method = KDP(ratio=ratio)
-    budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.target(bundled))
+    method = KDP(ratio=ratio, ranking="similarity")
+    budget = Budget(bundled, method.shape(bundled), method.target(bundled))
     blocks = select_by_similarity(method, similarity, budget)
     removed = sum(budget.removal(block) for block in blocks)
     assert budget.target.parameters <= removed <= 1.1 * budget.target.parameters
@@ -113,6 +113,6 @@ def test_half_of_the_bundled_model_can_be_selected(bundled: PreTrainedModel, rat
 
 def test_a_ratio_out_of_reach_names_the_largest(bundled: PreTrainedModel) -> None:
     method = KDP(ratio=0.5, max_block=4)
-    budget = Budget(bundled, method.shape(bundled.config.hidden_size), method.target(bundled))
+    budget = Budget(bundled, method.shape(bundled), method.target(bundled))
     with pytest.raises(KDPruneError, match=r"ratio 0\.5, expected at most 0\.4\d+, .*blocks of at most 4.*max_block="):
         check_budget(method, budget)

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from families import CONFIGS
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
@@ -26,7 +28,9 @@ from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = {"kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2, "inverse_epochs": 2, "features": 6, "rank": 2}
+QUICK = {
+    "kernel": "learned", "ranking": "similarity", "kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2,
+    "inverse_epochs": 2, "features": 6, "rank": 2}
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -114,9 +118,11 @@ def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
     step1 = fit_dynamics(
         features, path, torch.ones(200), Schedule(1, 64, 1e-2), generator(), ridge=1e-4, name="test")
     inverse = InverseNetwork(32, hidden, 10)
+    shape = Shape(10, "fourier", 16, hidden, residual, context=False)
     with torch.no_grad():
         inverse.alpha.fill_(1.7)
-        folded = fold(step1.features, step1.dynamics, inverse, residual=residual, normalize=residual)
+        folded = shape.build(generator())
+        fold(step1.features, step1.dynamics, inverse, folded)
         x = 5 * torch.randn(50, 10, generator=generator(3))
         state = x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt() if residual else x
         z = features(state)
@@ -124,10 +130,9 @@ def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
             z = z @ matrix.T
         unfolded = inverse(z) + (x if residual else 0)
         torch.testing.assert_close(folded(x), unfolded, rtol=1e-5, atol=1e-5)
-    shape = Shape(10, "fourier", 16, hidden, residual, context=False)
     assert sum(parameter.numel() for parameter in folded.parameters()) == shape.parameters()
     wider = dataclasses.replace(shape, features=17).parameters()
-    assert wider - shape.parameters() == shape.parameters_per_feature()
+    assert wider - shape.parameters() == shape.parameters_per_unit()
 
 
 def test_norm_decay_is_compensated() -> None:
@@ -263,13 +268,17 @@ def test_every_option_by_name(options: dict, tiny_model) -> None:
     (4000, {}, 15),
     (4, {"refine_epochs": 3}, 3),
 ])
-def test_few_rows_are_refined_on_for_longer(rows: int, options: dict[str, float], epochs: int) -> None:
+def test_few_rows_are_refined_on_for_longer(
+    rows: int, options: dict[str, float], epochs: int, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
     method = KDP(preset="thorough", **options)  # type: ignore[arg-type]
-    assert method.settings(method.shape(32), random_tokens(rows)).step3.epochs == epochs
+    assert method.settings(method.shape(tiny_model("llama3")), random_tokens(rows)).step3.epochs == epochs
 
 
 def test_paper_preset_has_the_papers_sizes() -> None:
-    shape = KDP(preset="paper").shape(4096)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(hidden_size=4096, num_hidden_layers=1))
+    shape = KDP(preset="paper").shape(model)
     assert (shape.features, shape.hidden, shape.residual, shape.context) == (2048, 4096, False, False)
     # Two blocks of four layers of LLaMA2-7B: 22.8 % net (KDP, section 2).
     layer, total = 202_383_360, 6_738_415_616
@@ -279,7 +288,8 @@ def test_paper_preset_has_the_papers_sizes() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
     ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, thorough, paper"),
-    ({"features": 0}, "features 0"), ({"kernel": "rbf"}, "expected one of learned"), ({"protect": 0.6}, "protect 0.6"),
+    ({"features": 0}, "features 0"), ({"kernel": "rbf"}, r"expected one of linear\+data, learned"),
+    ({"protect": 0.6}, "protect 0.6"),
     ({"rate": -1.0}, "rate -1.0"), ({"context": "second"}, "expected one of none, attention"),
     ({"without": ("kernel",)}, "without 'kernel', expected one of alpha, anisotropy"),
 ])

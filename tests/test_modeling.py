@@ -20,17 +20,28 @@ Build = Callable[..., PreTrainedModel]
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("kind", ["fourier", "mlp", "linear"])
+@pytest.mark.parametrize("kind", [
+    "fourier", "mlp", "linear", "data", "linear+data", "linear+fourier+data", "mlp+data"])
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("hidden", [0, 24])
 @pytest.mark.parametrize(("residual", "normalize"), [(True, True), (False, False)])
-def test_the_stand_in_computes_its_equation(kind: str, hidden: int, residual: bool, normalize: bool) -> None:
-    module = stand_in(kind=kind, hidden=hidden, residual=residual, normalize=normalize).double()
+def test_the_stand_in_computes_its_equation(
+    kind: str, gated: bool, hidden: int, residual: bool, normalize: bool
+) -> None:
+    module = stand_in(
+        kind=kind, hidden=hidden, residual=residual, normalize=normalize, channels=10, gated=gated).double()
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 7
     z = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() if normalize else x
     weights = dict(module.named_parameters())
-    if kind != "linear":
-        p = z @ weights["phase.weight"].T + weights["phase.bias"]
-        z = torch.cat([torch.cos(p), torch.sin(p)], -1) if kind == "fourier" else nn.functional.gelu(p)
+
+    def through(name: str) -> Tensor:
+        return z @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    seen = {"linear": lambda: z, "mlp": lambda: nn.functional.gelu(through("phase")),
+            "fourier": lambda: torch.cat([through("phase").cos(), through("phase").sin()], -1),
+            "data": lambda: (nn.functional.gelu(through("gate")) * through("up") if gated
+                             else nn.functional.gelu(through("up")))}
+    z = torch.cat([seen[part]() for part in kind.split("+")], -1)
     if hidden:
         z = nn.functional.gelu(z @ weights["lift.weight"].T + weights["lift.bias"])
     y = z @ weights["readout.weight"].T + weights["readout.bias"]
@@ -45,6 +56,8 @@ def test_the_stand_in_has_the_parameters_it_should() -> None:
     d, m, h = WIDTH, 16, 24
     count = sum(p.numel() for p in StandIn(d, features=m, hidden=h).parameters())
     assert count == d * m + m + 2 * m * h + h + h * d + d
+    count = sum(p.numel() for p in StandIn(d, kind="linear+fourier+data", features=m, channels=10).parameters())
+    assert count == (d + 1) * (m + 2 * 10) + (d + 2 * m + 10) * d + d
 
 
 def test_the_stand_in_normalises_in_float32() -> None:
@@ -57,7 +70,10 @@ def test_the_stand_in_normalises_in_float32() -> None:
     assert low.bfloat16()(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("options", [{"kind": "spline"}, {"features": 0}, {"activation": "no"}, {"hidden": -1}])
+@pytest.mark.parametrize("options", [
+    {"kind": "spline"}, {"kind": "data+linear"}, {"kind": "fourier+mlp"}, {"kind": "linear+linear"},
+    {"kind": "linear+data"}, {"features": 0}, {"activation": "no"}, {"hidden": -1},
+])
 def test_the_stand_in_refuses_what_makes_no_layer(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="got"):
         StandIn(WIDTH, **{"features": 8, **options})  # type: ignore[arg-type]

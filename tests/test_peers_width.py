@@ -17,19 +17,13 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.common.method import Method
 from kdprune.methods.peers.llm_pruner import LLMPruner
-from kdprune.methods.peers.saliency import (
-    Gradient,
-    attention_parts,
-    loss_gradients,
-    mlp_parts,
-    random_slices,
-    weight_saliency,
-)
+from kdprune.methods.peers.saliency import Gradient, loss_gradients, random_slices, weight_saliency
 from kdprune.methods.peers.slicegpt import SliceGPT
 from kdprune.methods.peers.slicing import StreamSize, principal_components
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import language_loss
 from kdprune.model.modeling_kdp import key_value_heads
+from kdprune.model.structures import attention_parts, mlp_parts
 from kdprune.model.surgery import Drop, Resize, apply_edits
 from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline

@@ -82,7 +82,7 @@ def test_figures_equal_those_of_a_pruned_model(name: str, options: dict[str, Any
     blocks = ((1, 3), (4, 6))
     found = planned(name, tmp_path, blocks=blocks, features=6, dtype="float32", **options)
     dense = build(name)
-    shape = KDP(features=6, **options).shape(dense.config.hidden_size)
+    shape = KDP(features=6, **options).shape(dense)
     edits = []
     for start, end in blocks:
         stand_in = shape.build(generator(start))
@@ -103,7 +103,7 @@ def test_figures_equal_those_of_a_pruned_model(name: str, options: dict[str, Any
 
 
 def test_without_blocks_the_least_removal_at_or_above_the_ratio(tmp_path: Path) -> None:
-    found = planned("llama3", tmp_path, ratio=0.2, features=6, protect=0.0, max_block=3)
+    found = planned("llama3", tmp_path, ratio=0.2, channels=6, protect=0.0, max_block=3)
     dense = build("llama3")
     candidates = candidate_blocks(open_layers(6, 0.0), 2, 3)
     total, layer = dense.num_parameters(), sum(p.numel() for p in dense.model.layers[0].parameters())
@@ -115,7 +115,7 @@ def test_without_blocks_the_least_removal_at_or_above_the_ratio(tmp_path: Path) 
     least = min(removed for removed in removals if removed >= round(0.2 * total))
     assert total - found.pruned.parameters == least
     spare = planned("llama3", tmp_path, ratio=0.2, protect=0.0, max_block=3)
-    assert 0.2 <= spare.net_ratio <= 0.2 + 40 * 3 / total * len(spare.blocks)  # one feature has about 3 d
+    assert 0.2 <= spare.net_ratio <= 0.2 + 40 * 3 / total * len(spare.blocks)  # one channel has about 3 d
 
 
 def test_a_real_run_ended_where_the_plan_says(bench: Bench, alone: Path) -> None:
@@ -162,7 +162,7 @@ def test_seconds_are_operations_over_what_the_device_does() -> None:
 
 
 def test_more_tokens_take_more_of_what_goes_with_them() -> None:
-    small, large = (plan(LLAMA2, samples=count) for count in (1000, 10_000))
+    small, large = (plan(LLAMA2, samples=count, kernel="learned") for count in (1000, 10_000))
     # Both ends of every block, and corrected inputs of those behind the first.
     kept = 2 * len(small.blocks) + len(small.blocks) - 1
     assert large.states_bytes == 10 * small.states_bytes == 10_000 * 512 * 4096 * 2 * kept

@@ -83,9 +83,11 @@ def _layout(found: PruningPlan) -> str:
     replaced, count = sum(end - start for start, end in found.blocks), len(found.blocks)
     size = summary.count(max(found.added))
     context = "attention and " if found.context else ""
-    hidden = f", hidden {found.hidden}" if found.hidden else ""
+    sizes = ", ".join(
+        f"{name} {size}" for name, size in (("m =", found.features), ("c =", found.channels), ("hidden", found.hidden))
+        if size)
     words = (f"{replaced} of {found.dense.layers} layers in {count} block{'s' * (count > 1)}, {spans}; each gets "
-             f"{context}{found.kind} features m = {found.features}{hidden} ({size} parameters)")
+             f"{context}{found.kind} features{sizes and ', ' + sizes} ({size} parameters)")
     return words if found.given else (
         f"{words}. How many layers and blocks follows from the ratio; which ones, the data will say.")
 

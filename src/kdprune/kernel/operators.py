@@ -50,11 +50,24 @@ class Moments:
 
     def solve_affine(self, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
         """The same with an unpenalised intercept: (M, c) with y ≈ M x + c."""
-        mean_x, mean_y = self.x / self.n, self.y / self.n
-        xx = self.xx - self.n * torch.outer(mean_x, mean_x)
-        xy = self.xy - self.n * torch.outer(mean_x, mean_y)
+        xx, xy = self._centred()
         matrix = torch.linalg.solve(_add_ridge(xx, ridge), xy).T
-        return matrix, mean_y - matrix @ mean_x
+        return matrix, (self.y - matrix @ self.x) / self.n
+
+    def cost_of_leaving_out(self, ridge: float) -> Tensor:
+        """By how much the least Σ ‖M x + c − y‖² + ρ‖M‖² grows without input j, for each of them: (p,).
+
+            ‖m_j‖² / [C⁻¹]_jj,   C the centred moments with the ridge, m_j column j of M
+
+        Source: Hassibi & Stork, "Optimal Brain Surgeon" (1993), whose Hessian is C here.
+        """
+        xx, xy = self._centred()
+        inverse = torch.linalg.inv(_add_ridge(xx, ridge))
+        return (inverse @ xy).square().sum(1) / inverse.diagonal()
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        mean_x, mean_y = self.x / self.n, self.y / self.n
+        return self.xx - self.n * torch.outer(mean_x, mean_x), self.xy - self.n * torch.outer(mean_x, mean_y)
 
     def residual(self, matrix: Tensor, offset: Tensor | None = None) -> float:
         """Σ ‖M x + c − y‖² of a given map from the sums alone."""

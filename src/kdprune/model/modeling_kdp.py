@@ -26,8 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 VERSION = 1  # of the record in config.kdp
 NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1 alone must refuse
+SUM_VERSION = 3  # of a record with a sum of kernels, with widths or without
 PREFIX = "kdp_"  # of the model_type
-KINDS = ("fourier", "mlp", "linear")
+PARTS = ("linear", "fourier", "mlp", "data")  # of a stand-in's kind, in the order in which its read-out sees them
 PLACES = ("after", "before", "mlp")
 # Phases at once, and in a row, from which on writing them in place beats copying them (research/features).
 MANY, LONG = 2**20, 512
@@ -56,6 +57,7 @@ class Family:
     attention_out: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: str = "mlp.down_proj"
+    activation: str = "hidden_act"  # config field that names the activation between them
     post_norms: tuple[str, ...] = ()  # norms between a sublayer and the residual sum it adds to (Gemma)
     pre_norm: str = ""  # config flag; where it is False, a layer normalises behind each residual sum (OPT-350m)
     fused: str = "blocks"  # rows of one fused q-k-v projection: "blocks" [q; k; v], or "heads", q, k, v of each in turn
@@ -73,7 +75,8 @@ class Family:
 
 
 _GEMMA: Any = {"mlp_norm": "pre_feedforward_layernorm", "mlp": ("mlp", "post_feedforward_layernorm"),
-               "post_norms": ("post_attention_layernorm", "post_feedforward_layernorm")}
+               "post_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
+               "activation": "hidden_activation"}
 # fmt: off
 _ROWS = (
     Family("llama", "Llama", "LlamaForCausalLM", "LlamaDecoderLayer", "llama"),
@@ -95,13 +98,14 @@ _ROWS = (
     Family("opt", "OPT", "OPTForCausalLM", "OPTDecoderLayer", "opt",
            layers="model.decoder.layers", norm="model.decoder.final_layer_norm",
            mlp_norm="final_layer_norm", mlp=("fc1", "activation_fn", "fc2"), attention_norm="self_attn_layer_norm",
-           attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2",
+           attention_out="self_attn.out_proj", mlp_in=("fc1",), mlp_out="fc2", activation="activation_function",
            pre_norm="do_layer_norm_before", counts=(("num_heads", "queries"),), dropouts=("dropout", "dropout"),
            norm_eps="eps", embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions")),
     Family("gpt2", "GPT2", "GPT2LMHeadModel", "GPT2Block", "gpt2",
            layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_2",
            attention_norm="ln_1", attention="attn", qkv=("attn.c_attn",), attention_out="attn.c_proj",
-           mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", numbered="scale_attn_by_inverse_layer_idx",
+           mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", activation="activation_function",
+           numbered="scale_attn_by_inverse_layer_idx",
            counts=(("num_heads", "queries"), ("split_size", "columns")), norm_eps="eps",
            embeddings=("transformer.wte", "transformer.wpe"), embedded="transformer.drop"),
 )
@@ -130,16 +134,31 @@ class StandIn(nn.Module):
     """Maps the state that entered a run of layers to an estimate of the state that left it, token by token.
 
         x̂ = x / rms(x)                               if normalize, else x; computed in float32 or wider
-        z = [cos p, sin p],  p = phase(x̂)            kind "fourier"
-        z = act(phase(x̂))                            kind "mlp"
-        z = x̂                                        kind "linear"
+        z = [z₁, z₂, …], one for each part that ``kind`` names, in this order:
+            x̂                                        "linear"
+            [cos p, sin p],  p = phase(x̂)            "fourier"
+            act(phase(x̂))                            "mlp"
+            act(gate(x̂)) ∘ up(x̂)                     "data", gated; else act(up(x̂))
         y = readout(act(lift(z)))                    if hidden, else readout(z)
         out = x + y                                  if residual, else y
 
-    Shapes: x, out (…, d) with d = ``width``; p (…, m) with m = ``features``; z (…, 2m | m | d).
-    Parameters: ``phase`` Linear(d, m), absent for "linear"; ``lift`` Linear(2m | m | d, hidden), absent
-    without ``hidden``; ``readout`` Linear(…, d). No buffers: what is not a parameter is in the constructor's
-    arguments.
+    Shapes: x, out (…, d) with d = ``width``; p (…, m) with m = ``features``; ψ (…, c) with c = ``channels``;
+    z (…, D), D the sum of d, 2m or m, and c, of the parts named.
+    Parameters: ``phase`` Linear(d, m) for "fourier" and "mlp"; ``gate`` (gated) and ``up`` Linear(d, c) for "data";
+    ``lift`` Linear(D, hidden) if ``hidden``; ``readout`` Linear(…, d). No buffers: what is not a parameter is in the
+    constructor's arguments.
+
+    Args:
+        width: d.
+        kind: names of parts joined by "+", as "linear+data".
+        features: m.
+        channels: c.
+        gated: whether the channels have gates.
+        hidden: width of a hidden layer in front of the read-out; 0: none.
+        residual: whether x is added.
+        normalize: whether x is divided by its RMS first.
+        activation: of "mlp", "data" and the hidden layer, as transformers calls it.
+        eps: of the RMS.
 
     Raises ValueError for an unknown kind or activation and for sizes that make no layer.
     """
@@ -150,6 +169,8 @@ class StandIn(nn.Module):
         *,
         kind: str = "fourier",
         features: int,
+        channels: int = 0,
+        gated: bool = True,
         hidden: int = 0,
         residual: bool = True,
         normalize: bool = True,
@@ -157,22 +178,28 @@ class StandIn(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"got stand-in kind {kind!r}, expected one of {', '.join(KINDS)}")
+        self.parts = parts_of(kind)
         if activation not in ACT2FN:
             raise ValueError(
                 f"got activation {activation!r}, expected a name that transformers knows, such as 'gelu'"
             )
-        if width < 1 or hidden < 0 or (features < 1 and kind != "linear"):
-            raise ValueError(f"got a stand-in of width {width}, features {features}, hidden {hidden}")
+        drawn, data = bool({"fourier", "mlp"} & set(self.parts)), "data" in self.parts
+        if width < 1 or hidden < 0 or (drawn and features < 1) or (data and channels < 1):
+            raise ValueError(
+                f"got a stand-in of width {width}, features {features}, channels {channels}, hidden {hidden}")
         self.width, self.kind, self.hidden = width, kind, hidden
-        self.features = 0 if kind == "linear" else features
+        self.features, self.channels, self.gated = features if drawn else 0, channels if data else 0, gated
         self.residual, self.normalize = residual, normalize
         self.activation, self.eps = activation, eps
         self.act = ACT2FN[activation]
-        lifted = {"fourier": 2 * features, "mlp": features, "linear": width}[kind]
-        if kind != "linear":
+        if drawn:
             self.phase = nn.Linear(width, features)
+        if data:
+            if gated:
+                self.gate = nn.Linear(width, channels)
+            self.up = nn.Linear(width, channels)
+        sizes = {"linear": width, "fourier": 2 * features, "mlp": features, "data": channels}
+        lifted = sum(sizes[part] for part in self.parts)
         if hidden:
             self.lift = nn.Linear(lifted, hidden)
         self.readout = nn.Linear(hidden or lifted, width)
@@ -182,24 +209,45 @@ class StandIn(nn.Module):
         z = x
         if self.normalize:  # torch computes it in float32 for narrower dtypes, and casts back
             z = nn.functional.rms_norm(x, (self.width,), eps=self.eps)
-        if self.kind == "fourier":
-            z = cosines_and_sines(self.phase(z))
-        elif self.kind == "mlp":
-            z = self.act(self.phase(z))
+        mapped = [self.mapped(part, z) for part in self.parts]
+        z = mapped[0] if len(mapped) == 1 else torch.cat(mapped, dim=-1)
         if self.hidden:
             z = self.act(self.lift(z))
         y = self.readout(z)
         return x + y if self.residual else y
 
+    def mapped(self, part: str, z: Tensor) -> Tensor:
+        """What one part of the kind makes of x̂: (…, d) → (…, d | 2m | m | c)."""
+        if part == "linear":
+            return z
+        if part == "fourier":
+            return cosines_and_sines(self.phase(z))
+        if part == "mlp":
+            return self.act(self.phase(z))
+        return self.act(self.gate(z)) * self.up(z) if self.gated else self.act(self.up(z))
+
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments but ``width``, fit for JSON: ``StandIn(width, **spec)`` has this
         form."""
-        names = ("kind", "features", "hidden", "residual", "normalize", "activation", "eps")
+        names = ["kind", "features", "hidden", "residual", "normalize", "activation", "eps"]
+        if self.channels:  # records without it are read by older code too
+            names[2:2] = ["channels", "gated"]
         return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         """What the printed module says beside its children."""
         return ", ".join(f"{name}={value!r}" for name, value in {"width": self.width, **self.spec()}.items())
+
+
+def parts_of(kind: str) -> tuple[str, ...]:
+    """The parts that a stand-in's kind names. Raises ValueError for what is none, twice there or out of order."""
+    parts = tuple(kind.split("+"))
+    known = tuple(part for part in PARTS if part in parts)
+    if parts != known or {"fourier", "mlp"} <= set(parts):
+        raise ValueError(
+            f"got stand-in kind {kind!r}, expected one or more of {', '.join(PARTS)}, joined by + in this order, "
+            "fourier or mlp")
+    return parts
 
 
 class FoldedLayer(nn.Module):
@@ -350,9 +398,9 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
     config: Any = model.config
     family = FAMILIES[config.model_type.removeprefix(PREFIX)]
     record = config.kdp or {"version": VERSION, "stand_ins": []}
-    if record.get("version") not in (VERSION, NARROWED_VERSION):
+    if record.get("version") not in (VERSION, NARROWED_VERSION, SUM_VERSION):
         raise ValueError(
-            f"config.kdp has version {record.get('version')!r}, this code reads versions 1 and 2"
+            f"config.kdp has version {record.get('version')!r}, this code reads versions 1 to 3"
         )
     layers: Any = model.base_model.get_submodule(family.layers.partition(".")[2])
     for item in record["stand_ins"]:

@@ -30,6 +30,7 @@ from .families import (
 from .modeling_kdp import (
     NARROWED_VERSION,
     PREFIX,
+    SUM_VERSION,
     VERSION,
     Family,
     FoldedLayer,
@@ -330,6 +331,8 @@ def _become_kdp(
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
     if any(widths):
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
+    if any("+" in item["kind"] or "channels" in item for item in found):
+        config.kdp["version"] = SUM_VERSION
     config.auto_map = auto_map(config.model_type)
     model.__class__ = generated(family, "ForCausalLM")
     # How loading renamed the stock checkpoint's weights (GPT-NeoX) is undone by saving, but is not known of this class.

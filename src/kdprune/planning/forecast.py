@@ -203,8 +203,10 @@ class Job:
     def _fit(self, block: range) -> dict[str, Work]:
         """Operations of one block's steps, and of what no stage counts."""
         steps, size, fitted = len(block), self.size, (self.rows - self.held) * self.length
-        found = {"rest": Work(single=PASSES * self.tokens * self.replacement)}
-        if self.shape.kind == "fourier":
+        read = self.shape.hidden or self.shape.entries
+        found = {"rest": Work(
+            single=PASSES * self.tokens * self.replacement, double=4 * self.tokens * read * (read + self.width))}
+        if "fourier" in self.shape.parts:
             path, epochs = self.path[0] * self.length, self.settings.step1.epochs
             restarts = epochs + 1
             if "operators" in self.settings.without:  # nothing is learned, nothing solved for
@@ -212,9 +214,7 @@ class Job:
             found["kernel"] = Work(
                 single=GRADIENT * epochs * steps * path * size**2,
                 double=(SOLVE * restarts * steps + RANK) * size**3 + 4 * restarts * (steps + 1) * path * size**2)
-            read = self.shape.hidden or size
-            found["rest"] += Work(double=THEORY * steps * size**3 + PATH * steps * path * size**2
-                                  + 4 * self.tokens * read * (read + self.width))
+            found["rest"] += Work(double=THEORY * steps * size**3 + PATH * steps * path * size**2)
             if self.shape.hidden:
                 found["inverse"] = Work(
                     single=REFINE * 3 * self.settings.step2.epochs * fitted * 2 * self.shape.hidden
@@ -253,7 +253,7 @@ class Job:
         trained = 16 * self.added
         kernel = [
             (OPERATOR * len(block) + SYSTEM) * self.size**2 + self.paths(block) for block in self.blocks]
-        return max(trained, *kernel) if self.shape.kind == "fourier" else trained
+        return max(trained, *kernel) if "fourier" in self.shape.parts else trained
 
     def peaks(self, streamed: bool, accelerator: bool, budget: int | None) -> Peaks:
         """Of a run whose states are on disk, as with a work directory.

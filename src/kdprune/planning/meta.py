@@ -1,5 +1,6 @@
 """A model without weights, pruned as KDP would prune it, and the work that this is, by count."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.flops import forward_flops
-from kdprune.methods.common.budget import Budget, layer_sizes, select_by_similarity, spare_features
+from kdprune.methods.common.budget import Budget, filled, layer_sizes, select_by_similarity
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
@@ -62,11 +63,13 @@ def _config(name: str | Path) -> PreTrainedConfig:
 
 
 def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
-    """Blocks and stand-ins as KDP itself chooses them."""
+    """Blocks and stand-ins as KDP chooses them by a similarity that falls with distance; what damage it would measure
+    is not known."""
+    method = replace(method, ranking="similarity")
     budget = method.budget(dense)
     index = torch.arange(len(budget.layers) + 1.0)
     blocks = select_by_similarity(method, (-FALL * (index[:, None] - index).abs()).exp(), budget)
-    return blocks, spare_features(budget.shape, budget, blocks) if method.fill else budget.shape
+    return blocks, filled([budget.shape] * len(blocks), budget, blocks)[0] if method.fill else budget.shape
 
 
 def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:

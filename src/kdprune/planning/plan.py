@@ -82,6 +82,7 @@ class PruningPlan:
         given: whether the blocks were named.
         kind: feature map of the stand-ins.
         features: m of each.
+        channels: c of each.
         hidden: width of the inverse's hidden layer.
         context: whether an attention sublayer stands before them.
         added: parameters of each with what stands before it.
@@ -101,6 +102,7 @@ class PruningPlan:
     given: bool
     kind: str
     features: int
+    channels: int
     hidden: int
     context: bool
     added: list[int]
@@ -166,7 +168,7 @@ def plan(
         of=method.of, net_ratio=1 - pruned_side.parameters / dense_side.parameters,
         net_ratio_layers=1 - pruned_side.parameters_layers / dense_side.parameters_layers,
         blocks=[(block.start, block.stop) for block in blocks], given=method.blocks is not None, kind=shape.kind,
-        features=shape.features, hidden=shape.hidden, context=shape.context,
+        features=shape.features, channels=shape.channels, hidden=shape.hidden, context=shape.context,
         added=added_parameters(method, dense, blocks, shape),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,

@@ -174,8 +174,9 @@ def relative_error(points: Outliers, *dimensions: int) -> float | None:
 
 def stand_in(fit: Fit) -> str:
     """The module in one line."""
-    kinds = {"fourier": "random Fourier frequencies", "mlp": "MLP features", "linear": "linear features"}
-    parts = [f"{fit.features} {kinds.get(fit.kind, fit.kind + ' features')}" if fit.kind != "linear" else "linear map"]
+    kinds = {"fourier": f"{fit.features} random Fourier frequencies", "mlp": f"{fit.features} MLP features",
+             "linear": "linear map", "data": f"{fit.channels} of the block's own channels"}
+    parts = [" + ".join(kinds[part] for part in fit.kind.split("+"))]
     parts += [f"rank {fit.rank}"] if fit.rank else []
     parts += [f"hidden width {fit.hidden}" if fit.hidden else "linear read-out"] if fit.kind != "linear" else []
     heads = f" of {fit.context_groups} key-value head{'s' * (fit.context_groups > 1)}" if fit.context_groups else ""

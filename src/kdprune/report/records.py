@@ -180,8 +180,9 @@ class Fit(Record):
         description="folded into the kept layer in front of the block (after) or behind it (before), or "
         "the MLP of a decoder layer of its own (mlp)"
     )
-    kind: str = Field(description="fourier (KDP), mlp or linear")
+    kind: str = Field(description="parts of the feature map, joined by +: linear, fourier (KDP), mlp, data")
     features: int = Field(description="m, random frequencies (2m features)")
+    channels: int = Field(0, description="c, the block's own MLP channels among the features")
     hidden: int = Field(0, description="hidden width of the inverse network, 0 = linear")
     rank: int = Field(0, description="r, rank of L in Σ = D + LLᵀ")
     context: str = Field("none", description="what precedes the kernel map: none or attention")

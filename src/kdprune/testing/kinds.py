@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kdprune.methods.peers.saliency import StructurePart, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, key_value_heads, narrow
+from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
 from kdprune.model.surgery import context_layer
 from kdprune.model.widths import set_weights
 
@@ -111,7 +111,9 @@ def _before(model: PreTrainedModel) -> list[Edit]:
 
 def _mixed(model: PreTrainedModel) -> list[Edit]:
     width = model.config.hidden_size
-    mlp = random_stand_in(width, 3, kind="mlp", residual=False, normalize=False, activation="silu")
+    mlp = random_stand_in(
+        width, 3, kind="linear+mlp+data", channels=width // 4, gated=False, residual=False, normalize=False,
+        activation="silu")
     return [
         Substitute(range(1), mlp),
         context_edit(model, range(2, 3), hidden=width // 4),
@@ -158,7 +160,9 @@ KINDS: Mapping[str, Kind] = {
     "after": Kind(_after, gone=3),
     "before": Kind(_before, gone=2),
     "mlp": Kind(lambda model: [context_edit(model, range(2, 4))], gone=1, new=frozenset({2})),
-    "last": Kind(lambda model: [context_edit(model, range(2, 4), 3)], gone=1, new=frozenset({2})),
+    "last": Kind(
+        lambda model: [context_edit(model, range(2, 4), 3, kind="linear+fourier+data", channels=6)], gone=1,
+        new=frozenset({2})),
     "heads": Kind(
         lambda model: [context_edit(model, range(2, 4), heads=kept_heads(model))], gone=1, new=frozenset({2})),
     "mixed": Kind(_mixed, gone=3, new=frozenset({1})),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.methods.peers.saliency import StructurePart, attention_parts, mlp_parts
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
 from kdprune.testing.kinds import kept_channels, kept_heads
 from kdprune.testing.models import logits_of
 

@@ -1,8 +1,7 @@
 """From scores and a net-parameter budget to blocks, and from a budget's slack to wider stand-ins."""
 
-import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +47,9 @@ class Budget:
         ]
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
-    def removal(self, block: range, features: int | None = None) -> int:
+    def removal(self, block: range, shape: Shape | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
-        shape = self.shape if features is None else dataclasses.replace(self.shape, features=features)
+        shape = shape or self.shape
         source = shape.source(block)
         context = 0 if source is None else self.kept_by_context[source]
         return sum(self.layers[index] for index in block) - shape.parameters() - context
@@ -92,7 +91,7 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
         raise KDPruneError(
             f"got max_block {longest}, expected 2 to {layers // 2}, half of this model's {layers} layers: choose one "
             f"in that range, or name longer blocks (blocks=…)")
-    shortest = options.block_length or 2
+    shortest = options.block_length or options.shortest
     longest = options.block_length or longest
     candidates = candidate_blocks(allowed, shortest, longest)
     if not candidates:
@@ -208,15 +207,14 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
     return [block for block, size in removed.items() if size == least]
 
 
-def spare_features(shape: Shape, budget: Budget, blocks: list[range]) -> Shape:
-    """Widens the stand-ins, evenly, by what the blocks remove beyond the target.
+def filled(shapes: Sequence[Shape], budget: Budget, blocks: Sequence[range]) -> list[Shape]:
+    """The stand-ins of these blocks, those that can be wider widened evenly by what all remove beyond the target.
 
     The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
-    than one feature a block unless that cap is reached.
+    than one feature, or channel, a block unless that cap is reached.
     """
-    slack = sum(budget.removal(block) for block in blocks) - budget.target.parameters
-    cost = len(blocks) * shape.parameters_per_feature()
-    if slack < cost or not cost:
-        return shape
-    widest = max(shape.features, WIDEST * shape.width)
-    return dataclasses.replace(shape, features=min(shape.features + slack // cost, widest))
+    removed = sum(budget.removal(block, shape) for block, shape in zip(blocks, shapes, strict=True))
+    spare, cost = removed - budget.target.parameters, sum(shape.parameters_per_unit() for shape in shapes)
+    if spare < cost or not cost:
+        return list(shapes)
+    return [shape.wider(max(min(spare // cost, WIDEST * shape.width - shape.units), 0)) for shape in shapes]

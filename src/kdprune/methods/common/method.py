@@ -134,3 +134,8 @@ class RankedMethod(DepthMethod):
     endpoints: Literal["input", "output"] | None = option(
         "input", "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
         group="size", rare=True)
+
+    @property
+    def shortest(self) -> int:
+        """Layers of the shortest block considered."""
+        return 2

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -10,8 +11,23 @@ from kdprune.methods.common.target import Target
 # Above any sum of log similarities: with it as a part of every block's score, more blocks always score higher.
 _ONE_MORE = 1e5
 
+
+
+class Removable(Protocol):
+    """Anything that takes out the layers from ``start`` up to ``stop``."""
+
+    @property
+    def start(self) -> int:
+        """Its first layer."""
+
+    @property
+    def stop(self) -> int:
+        """The layer behind it."""
+
+
+Taken = TypeVar("Taken", bound=Removable)
 # Best total score and the blocks that reach it, by parameters removed.
-_Table = dict[int, tuple[float, tuple[range, ...]]]
+_Table: TypeAlias = dict[int, tuple[float, tuple[Taken, ...]]]
 
 
 def open_layers(layers: int, protect: float) -> range:
@@ -30,7 +46,9 @@ def candidate_blocks(layers: range, shortest: int, longest: int) -> list[range]:
     ]
 
 
-def reachable(candidates: Sequence[range], score: Callable[[range], float], removal: Callable[[range], int]) -> _Table:
+def reachable(
+    candidates: Sequence[Taken], score: Callable[[Taken], float], removal: Callable[[Taken], int]
+) -> _Table[Taken]:
     """For every total removal that some set of separated blocks reaches, the set of greatest total score.
 
     Two blocks are separated by at least one kept layer, because a stand-in is folded into the layer before its
@@ -43,9 +61,9 @@ def reachable(candidates: Sequence[range], score: Callable[[range], float], remo
         removal: net parameters it removes.
     """
     last = max((block.stop for block in candidates), default=0)
-    kept: list[_Table] = [{} for _ in range(last + 1)]
+    kept: list[_Table[Taken]] = [{} for _ in range(last + 1)]
     kept[0][0] = (0.0, ())
-    cut: list[_Table] = [{} for _ in range(last + 1)]
+    cut: list[_Table[Taken]] = [{} for _ in range(last + 1)]
     for position in range(last + 1):
         if position:
             _merge(kept[position], kept[position - 1])
@@ -58,13 +76,13 @@ def reachable(candidates: Sequence[range], score: Callable[[range], float], remo
                     for removed, (total, blocks) in kept[position].items()
                 }
                 _merge(cut[block.stop], extended)
-    result: _Table = {}
+    result: _Table[Taken] = {}
     _merge(result, kept[last])
     _merge(result, cut[last])
     return result
 
 
-def _merge(into: _Table, other: _Table) -> None:
+def _merge(into: _Table[Taken], other: _Table[Taken]) -> None:
     for removed, entry in other.items():
         if removed not in into or entry[0] > into[removed][0]:
             into[removed] = entry
@@ -97,34 +115,6 @@ def select_blocks(
     enough = [removed for removed in table if removed >= target.parameters]
     near = [removed for removed in enough if removed <= max(min(enough), target.parameters + slack)]
     return list(table[max(near, key=lambda removed: (table[removed][0], -removed))][1])
-
-
-def useful_blocks(
-    candidates: Sequence[range], removal: Callable[[range], int], target: Target, slack: int = 0
-) -> list[range]:
-    """The candidates that :func:`select_blocks` could choose, whatever their scores: those in some set of separated
-    blocks with the least net removal that meets ``target``, or with at most ``slack`` more; none if no set meets it."""
-    end = max((block.stop for block in candidates), default=0)
-    before = _removals(candidates, removal, end)
-    mirrored = [range(end - block.stop, end - block.start) for block in candidates]
-    behind = _removals(mirrored, lambda block: removal(range(end - block.stop, end - block.start)), end)
-    enough = [removed for removed in before[end + 1] if removed >= target.parameters]
-    if not enough:
-        return []
-    least, most = min(enough), max(min(enough), target.parameters + slack)
-    return [block for block in candidates
-            if any(least <= removed + removal(block) + other <= most
-                   for removed in before[block.start] for other in behind[end - block.stop])]
-
-
-def _removals(candidates: Sequence[range], removal: Callable[[range], int], end: int) -> list[set[int]]:
-    """For p = 0 … ``end`` + 1 all totals that sets of separated blocks remove which leave a block free to start at p.
-    """
-    found: list[set[int]] = [{0}]
-    for position in range(1, end + 2):
-        ending = [block for block in candidates if block.stop == position - 1]
-        found.append(found[-1] | {total + removal(block) for block in ending for total in found[block.start]})
-    return found
 
 
 def _log(value: Tensor) -> float:

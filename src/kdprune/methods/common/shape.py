@@ -1,11 +1,11 @@
 """Size and form of a stand-in, before it is fitted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from kdprune.model.modeling_kdp import StandIn
+from kdprune.model.modeling_kdp import StandIn, parts_of
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,14 @@ class Shape:
 
     Attributes:
         width: d.
-        kind: "fourier", "mlp" or "linear".
+        kind: its parts, as :class:`StandIn` names them.
         features: m.
         hidden: h, 0 = none.
-        residual: the stand-in adds to its input, which it normalises.
+        residual: the stand-in adds to its input, which it normalises, unless it is a linear map alone.
         context: it sits in a layer's MLP place.
+        channels: c, of the part "data".
+        gated: whether those have gates.
+        activation: of those, or of the hidden layer.
     """
 
     width: int
@@ -27,12 +30,21 @@ class Shape:
     hidden: int
     residual: bool
     context: bool
+    channels: int = 0
+    gated: bool = True
+    activation: str = "gelu"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the kind names."""
+        return parts_of(self.kind)
 
     def build(self, generator: torch.Generator) -> StandIn:
         """An unfitted stand-in. In a decoder layer, the layer itself normalises and adds."""
         alone = self.residual and not self.context
         stand_in = StandIn(
-            self.width, kind=self.kind, features=self.features, hidden=self.hidden, residual=alone, normalize=alone)
+            self.width, kind=self.kind, features=self.features, channels=self.channels, gated=self.gated,
+            hidden=self.hidden, residual=alone, normalize=alone and self.kind != "linear", activation=self.activation)
         for module in stand_in.modules():
             if isinstance(module, nn.Linear):
                 # torch's own initialisation, from the explicit generator.
@@ -46,13 +58,33 @@ class Shape:
         return block.start if self.context else None
 
     def parameters(self) -> int:
-        """Parameters of the folded stand-in, d·m + m + 2m·h + h + h·d + d for the kernel with a hidden layer."""
-        d, m, h = self.width, self.features, self.hidden
-        lifted = {"fourier": 2 * m, "mlp": m, "linear": d}[self.kind]
-        phase = 0 if self.kind == "linear" else d * m + m
-        return phase + (lifted * h + h + h * d + d if h else lifted * d + d)
+        """Parameters of the folded stand-in: (d + 1)(m + c, twice c if gated) into the features, D·d + d out of them,
+        D·h + h + h·d + d with a hidden layer; D entries of all parts."""
+        d, h = self.width, self.hidden
+        into = (d + 1) * ((self.features if self._drawn else 0) + (1 + self.gated) * self.channels)
+        return into + (self.entries * h + h + h * d + d if h else self.entries * d + d)
 
-    def parameters_per_feature(self) -> int:
-        """By how much ``parameters`` grows with one more feature (0 for a linear map)."""
-        out = self.hidden or self.width
-        return {"fourier": self.width + 1 + 2 * out, "mlp": self.width + 1 + out, "linear": 0}[self.kind]
+    @property
+    def entries(self) -> int:
+        """D, the entries of all its parts together."""
+        sizes = {"linear": self.width, "fourier": 2 * self.features, "mlp": self.features, "data": self.channels}
+        return sum(sizes[part] for part in self.parts)
+
+    @property
+    def _drawn(self) -> bool:
+        return bool({"fourier", "mlp"} & set(self.parts))
+
+    def wider(self, units: int) -> "Shape":
+        """The same with so many more units of what it can have more of: channels, or features where it has none."""
+        if "data" in self.parts:
+            return replace(self, channels=self.channels + units)
+        return replace(self, features=self.features + units) if self._drawn else self
+
+    @property
+    def units(self) -> int:
+        """How many it has of those."""
+        return self.channels if "data" in self.parts else self.features if self._drawn else 0
+
+    def parameters_per_unit(self) -> int:
+        """By how much ``parameters`` grows with one more of them (0 for a linear map)."""
+        return self.wider(1).parameters() - self.parameters()

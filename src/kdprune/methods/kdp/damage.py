@@ -1,53 +1,104 @@
-"""Blocks ranked by what replacing them costs, measured with a stand-in that only solves, instead of by similarity."""
+"""Blocks and stand-ins chosen by what they cost, measured with stand-ins that are only solved for."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.budget import Budget
-from kdprune.methods.common.selection import select_blocks, useful_blocks
+from kdprune.kernel.operators import Moments
+from kdprune.methods.common.budget import Budget, filled
+from kdprune.methods.common.selection import reachable
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp.fit_block import Fit, FitSettings, fit_closed_form
 from kdprune.model.block_states import boundary_states, states_between
-from kdprune.model.edits import Substitute
+from kdprune.model.edits import Edit, Substitute
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import IGNORED, mean_loss, next_tokens
-from kdprune.model.surgery import folded, layers_replaced
+from kdprune.model.losses import IGNORED, language_loss, mean_loss, next_tokens
+from kdprune.model.passes import standing_in
+from kdprune.model.surgery import apply_edits, folded, layers_replaced
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.store.cache import JsonCodec
+from kdprune.store.states import States
 
-FIT_TOKENS = 16_384  # of the calibration rows that a candidate's stand-in is fitted to
-LOSS_TOKENS = 8_192  # of the held-out rows that its loss is taken over
+FIT_TOKENS = 8_192  # of the calibration rows that a candidate's stand-in is fitted to, …
+PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
+LOSS_TOKENS = 4_096  # of the held-out rows that its loss is taken over
+PASSES = 3.5  # passes of the calibration rows through the model that measuring may cost, …
+MOST = 4  # … and the most blocks of every length that are measured
+# What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
+# do not is found by measuring a set of many short blocks beside one of few long ones.
+PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block, and the form of the stand-in that would take its place."""
+
+    block: range
+    shape: Shape
+
+    @property
+    def start(self) -> int:
+        """Its first layer."""
+        return self.block.start
+
+    @property
+    def stop(self) -> int:
+        """The layer behind it."""
+        return self.block.stop
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is put in the place of every candidate, one at a time.
+    """How stand-ins are fitted while they are only tried.
 
     Attributes:
-        shape: of the stand-in.
-        settings: ridge, kernel and parts of its fit; schedules are not looked at.
+        settings: ridge, kernel and parts of the fit; schedules are not looked at.
         held: share of the calibration rows that no fit sees.
-        path: rows that the operators are solved from, at most.
+        path: rows that the operators are solved from, at most; 0: none are.
     """
 
-    shape: Shape
     settings: FitSettings
     held: float
     path: int
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What was measured: Δ in nats of every candidate alone, and of the sets that were tried together.
+
+    Attributes:
+        alone: by candidate.
+        together: the sets, best first, with the Δ of all their stand-ins at once.
+    """
+
+    alone: Mapping[Candidate, float]
+    together: Sequence[tuple[tuple[Candidate, ...], float]]
+
+    @property
+    def by_block(self) -> dict[range, float]:
+        """The least Δ of every block that was measured, whichever form of stand-in has it."""
+        return {block: min(value for candidate, value in self.alone.items() if candidate.block == block)
+                for block in {candidate.block for candidate in self.alone}}
+
+
 def loss_rows(tokens: TokenSet, held: float) -> TokenSet:
     """The rows the loss is taken over: the first of those that no fit sees, ``LOSS_TOKENS`` real tokens or less."""
     return _first(tokens.select(slice(len(tokens) - tokens.held_out(held), None)), LOSS_TOKENS)
+
+
+def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
+    """The rows that trial stand-ins are fitted to."""
+    return _first(tokens.fitted(held), max(FIT_TOKENS, 2 * PER_INPUT * width))
 
 
 def _first(tokens: TokenSet, limit: int) -> TokenSet:
@@ -62,55 +113,209 @@ def check_damage(model: PreTrainedModel, tokens: TokenSet, held: float) -> None:
     if world().size > 1:
         raise KDPruneError(
             f"got ranking 'damage' in {world().size} processes, expected one: start it without launcher, {advice}")
-    if not (next_tokens(loss_rows(tokens, held)) != IGNORED).any():
+    if not scorable(tokens, held):
         raise KDPruneError(
             f"got held-out calibration rows without two tokens in a row from {tokens.source}, expected text to take a "
             f"loss on: give longer rows (length=…), {advice}")
 
 
-def measure_damage(
-    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run,
-) -> dict[range, float]:
-    """Δ of every block: what the mean next-token loss grows by, in nats, with a stand-in in the place of it alone.
+def scorable(tokens: TokenSet, held: float) -> bool:
+    """Whether the held-out rows have a token to predict."""
+    return bool((next_tokens(loss_rows(tokens, held)) != IGNORED).any())
 
-        Δ = E[ −log p(x_t | x_<t) ] of the model with the closed-form stand-in − the same of the dense model
 
-    over held-out rows; infinite where the loss is not a number. The stand-in is fitted to at most ``FIT_TOKENS`` of the
-    other rows by :func:`fit_closed_form`, and every block gets the draws that a fit of it alone would start from, so
-    that they do not rank the blocks. States at all boundaries are held at once, after a single pass.
+def choose_by_damage(
+    model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
+    fill: bool,
+) -> tuple[list[Candidate], Damage]:
+    """The set of separated candidates that meets the budget and, all in place at once, costs the least loss found.
 
-    Source: KDP ranks by similarity (section 2), a predictor of this.
+    1. Of every length the blocks, as many as ``PASSES`` allow, that a linear map of the state models best, held out,
+       and which are half a length apart.
+    2. Δ of each of these alone, with every form of stand-in:
+
+           Δ = E[ −log p(x_t | x_<t) ] of the model with the closed-form stand-in − the same of the dense model
+
+    3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``.
+    4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes.
+
+    Args:
+        candidates: blocks with forms of stand-ins; none of them over a layer that must stay.
+        budget: what has to go, and its slack.
+        trial: how stand-ins are fitted.
+        fill: whether a set's spare parameters are spent before it is measured.
+
+    Raises:
+        KDPruneError: no set of the candidates removes enough (says the largest ratio that can be reached).
     """
     follows_from = [
-        dataclasses.asdict(trial), [(block.start, block.stop) for block in blocks], FIT_TOKENS, LOSS_TOKENS]
-    values = run.cached(
-        "damage", follows_from, lambda: _measure(model, tokens, blocks, trial, run), JsonCodec(list[float]))
-    return dict(zip(blocks, values, strict=True))
+        dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
+        budget.target.parameters, budget.slack, fill,
+        [FIT_TOKENS, PER_INPUT, LOSS_TOKENS, PASSES, MOST, PRICES]]
+    measured = run.cached(
+        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
+        JsonCodec(dict))
+    alone = {_candidate(item): value for item, value in measured["alone"]}
+    together = [(tuple(map(_candidate, items)), value) for items, value in measured["together"]]
+    return list(together[0][0]), Damage(alone, together)
+
+
+def _plain(damage: Damage) -> dict[str, Any]:
+    def item(candidate: Candidate) -> list[Any]:
+        return [candidate.start, candidate.stop, dataclasses.asdict(candidate.shape)]
+
+    return {"alone": [[item(candidate), value] for candidate, value in damage.alone.items()],
+            "together": [[[item(candidate) for candidate in chosen], value] for chosen, value in damage.together]}
+
+
+def _candidate(item: Sequence[Any]) -> Candidate:
+    start, stop, shape = item
+    return Candidate(range(start, stop), Shape(**shape))
 
 
 def _measure(
-    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run,
-) -> list[float]:
-    rows, scored = _first(tokens.fitted(trial.held), FIT_TOKENS), loss_rows(tokens, trial.held)
-    path = min(trial.path, len(rows)) if trial.shape.kind == "fourier" else 0
-    needed = {index for block in blocks for index in (range(block.start, block.stop + 1) if path else _ends(block))}
-    boundaries = boundary_states(model, rows, sorted(needed), run, stage="damage states")
-    found = []
-    with run.stage("damage", len(blocks)) as progress:
+    model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
+    fill: bool,
+) -> Damage:
+    rows, scored = fit_rows(tokens, trial.held, model.config.hidden_size), loss_rows(tokens, trial.held)
+    blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
+    needed = sorted({index for block in blocks for index in range(max(block.start - 1, 0), block.stop + 1)})
+    measuring = _Measuring(
+        model, rows, scored, trial, run, boundary_states(model, rows, needed, run, stage="damage states"),
+        boundary_states(model, scored, needed, run, stage="held-out states"))
+    forms, lengths = len({candidate.shape for candidate in candidates}), len({len(block) for block in blocks})
+    # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
+    cost = forms * (scored.tokens / 2 + rows.tokens * (1 + lengths / 2) / len(decoder_layers(model)))
+    most = round(PASSES * tokens.tokens / cost / lengths)
+    promising = set(measuring.promising(blocks, min(max(most, 1), MOST)))
+    tried = [candidate for candidate in candidates if candidate.block in promising]
+    budget.target.check(
+        max(reachable(tried, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape))),
+        "that the blocks tried allow", "lower the ratio, protect fewer layers (protect=…), allow longer blocks "
+        "(max_block=…) or rank by similarity (ranking=similarity)")
+    with run.stage("damage", len(tried)) as progress:
         dense = mean_loss(model, scored, run.batch_size)
-        for block in blocks:
-            states = states_between(boundaries, block, rows, path)
-            this = Fit.of(model, states, trial.shape, trial.settings, 0, run)  # with the draws of a single block
-            fit_closed_form(this)
-            with layers_replaced(model, layers_with(model, this.fitting.edit())):
-                loss = mean_loss(model, scored, run.batch_size)
-            found.append(loss - dense if math.isfinite(loss) else math.inf)
+        alone = {}
+        for candidate in tried:
+            alone[candidate] = measuring.loss_with(candidate) - dense
             progress(1)
+    sets = proposed(alone, budget)
+    with run.stage("damage of sets", len(sets)) as progress:
+        together = []
+        for chosen in sets:
+            full = [Candidate(c.block, shape) for c, shape in zip(
+                chosen, filled([c.shape for c in chosen], budget, [c.block for c in chosen]) if fill
+                else [c.shape for c in chosen], strict=True)]
+            together.append((tuple(chosen), measuring.loss_with_all(full) - dense))
+            progress(1)
+    return Damage(alone, sorted(together, key=lambda entry: entry[1]))
+
+
+def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
+    """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks, by price."""
+
+    def removal(candidate: Candidate) -> int:
+        return budget.removal(candidate.block, candidate.shape)
+
+    found: list[list[Candidate]] = []
+    for price in PRICES:
+        table = reachable(list(alone), lambda c, price=price: -min(alone[c], 1e3) - price, removal)  # type: ignore[misc]
+        enough = [removed for removed in table if removed >= budget.target.parameters]
+        near = [removed for removed in enough if removed <= max(min(enough), budget.target.parameters + budget.slack)]
+        chosen = list(table[max(near, key=lambda removed: table[removed][0])][1])
+        if chosen not in found:
+            found.append(chosen)
     return found
 
 
-def _ends(block: range) -> tuple[int, int]:
-    return block.start, block.stop
+@dataclass
+class _Measuring:
+    """A dense model with the states at its boundaries, of rows to fit on and of rows to take a loss on."""
+
+    model: PreTrainedModel
+    rows: TokenSet
+    scored: TokenSet
+    trial: Trial
+    run: Run
+    states: Mapping[int, States]
+    scored_states: Mapping[int, States]
+
+    def promising(self, blocks: Sequence[range], most: int) -> list[range]:
+        """The blocks worth a measurement: of every length those of least :meth:`_linear_errors`, half a length apart,
+        at most so many."""
+        errors: dict[range, float] = {}
+        starts = sorted({block.start for block in blocks})
+        with self.run.stage("linear maps", len(starts)) as progress:
+            for start in starts:
+                errors |= self._linear_errors([block for block in blocks if block.start == start])
+                progress(1)
+        found: list[range] = []
+        for length in sorted({len(block) for block in blocks}):
+            taken: list[range] = []
+            for block in sorted((b for b in blocks if len(b) == length), key=lambda b: errors[b]):
+                if len(taken) < most and all(abs(block.start - other.start) * 2 >= length for other in taken):
+                    taken.append(block)
+            found += taken
+        return found
+
+    def _linear_errors(self, blocks: Sequence[range]) -> dict[range, float]:
+        """Of blocks with one start the mean of ‖h_s + M h_s + c − h_e‖² / ‖h_e‖² over the scored tokens, with M and c
+        of the fitted ones: relative, because what reads the state next divides by its size."""
+        start = blocks[0].start
+        inputs, tested = _real(self.states[start], self.rows), _real(self.scored_states[start], self.scored)
+        width = inputs.shape[1]
+        moments = Moments(width, len(blocks) * width)
+        moments.update(inputs, torch.cat([_real(self.states[b.stop], self.rows) - inputs for b in blocks], dim=1))
+        matrix, offset = (value.float() for value in moments.solve_affine(self.trial.settings.ridge))
+        predicted = (tested @ matrix.T + offset).split(width, dim=1)
+        found = {}
+        for block, update in zip(blocks, predicted, strict=True):
+            true = _real(self.scored_states[block.stop], self.scored)
+            found[block] = float(((tested + update - true).square().sum(-1) / true.square().sum(-1)).mean())
+        return found
+
+    def fitted(self, candidate: Candidate) -> Substitute:
+        """The candidate's stand-in, solved for, with the draws that a fit of it alone would start from."""
+        states = states_between(self.states, candidate.block, self.rows, min(self.trial.path, len(self.rows)))
+        this = Fit.of(self.model, states, candidate.shape, self.trial.settings, 0, self.run)
+        fit_closed_form(self.model, this)
+        return this.fitting.edit()
+
+    @torch.no_grad()
+    def loss_with(self, candidate: Candidate) -> float:
+        """Mean next-token loss with the candidate alone in place; infinite where it is not a number.
+
+        What enters the block is known, so that only what is behind it is run.
+        """
+        edit, total, count, seen = self.fitted(candidate), 0.0, 0, 0
+        layers = layers_with(self.model, edit)
+        first = candidate.start if edit.context is not None else max(candidate.start - 1, 0)  # folded into that layer
+        known = self.scored_states[first]
+        with layers_replaced(self.model, layers):
+            for batch in self.scored.batches(self.run.batch_size):
+                state = known[torch.arange(seen, seen + len(batch))].to(self.model.device)
+                with _starting_with(layers[:first], state):
+                    loss, scored = language_loss(self.model, batch)
+                total, count, seen = total + float(loss), count + scored, seen + len(batch)
+        return total / max(count, 1) if math.isfinite(total) else math.inf
+
+    def loss_with_all(self, candidates: Sequence[Candidate]) -> float:
+        """Mean next-token loss with all of them in place."""
+        edits: list[Edit] = [self.fitted(candidate) for candidate in candidates]
+        loss = mean_loss(apply_edits(self.model, edits), self.scored, self.run.batch_size)
+        return loss if math.isfinite(loss) else math.inf
+
+
+@contextmanager
+def _starting_with(layers: Sequence[nn.Module], state: Tensor) -> Iterator[None]:
+    """While active these first layers give ``state`` (B, T, d) and compute nothing."""
+    with standing_in(layers, lambda *_: state):
+        yield
+
+
+def _real(states: States, tokens: TokenSet) -> Tensor:
+    """The states of the real tokens, (n, d), float32."""
+    return states[torch.arange(len(tokens))][tokens.mask].float()
 
 
 def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
@@ -126,21 +331,3 @@ def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
     if front:
         return [*front[:-1], folded(model, front[-1], stand_in), *back]
     return [folded(model, back[0], stand_in, "before"), *back[1:]]
-
-
-def blocks_to_measure(candidates: Sequence[range], budget: Budget) -> list[range]:
-    """The candidates that a set which meets the budget may contain; the others need no stand-in."""
-    return useful_blocks(candidates, budget.removal, budget.target, budget.slack)
-
-
-def select_by_damage(damage: Mapping[range, float], budget: Budget) -> list[range]:
-    """Of the sets of separated blocks that meet the budget, and its slack, that of least Σ Δ.
-
-    That damages add up is an assumption: a block is measured with all others in place. Raises KDPruneError as
-    :func:`select_blocks` does.
-    """
-    # The programme sums logarithms: exp(−Δ) is the "similarity" whose logarithm is −Δ. A Δ beyond 27 nats counts as 27.
-    score = torch.zeros(len(budget.layers) + 1, len(budget.layers) + 1, dtype=torch.float64)
-    for block, value in damage.items():
-        score[block.start, block.stop] = math.exp(-value)
-    return select_blocks(score, list(damage), budget.removal, budget.target, budget.slack)

@@ -15,6 +15,7 @@ from kdprune.methods.common.held_out import held_out
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import PASS_ROWS, Probe, StandInFit, average, state_errors
 from kdprune.methods.kdp.diagnostics import norm_decay, theory
+from kdprune.methods.kdp.landmarks import place_landmarks
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.model.block_states import BlockStates
@@ -94,7 +95,9 @@ def fit_block(
     fitting, block = this.fitting, states.block
     energy = fitting.update_energy(PASS_ROWS)
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
-    if shape.kind == "fourier":
+    if "data" in shape.parts:
+        place_landmarks(model, fitting, settings.ridge)
+    if "fourier" in shape.parts:
         step1 = _step1(this)
         record["step1"] = step1.curves
         record |= _step2(this, step1, energy)
@@ -110,7 +113,7 @@ def fit_block(
     added = edit.context if edit.context is not None else edit.stand_in
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
-        "hidden": shape.hidden, "rank": _rank(shape, settings),
+        "channels": shape.channels, "hidden": shape.hidden, "rank": _rank(shape, settings),
         "context": "attention" if shape.context else "none", "context_layer": fitting.context,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
@@ -118,18 +121,20 @@ def fit_block(
 
 def _rank(shape: Shape, settings: FitSettings) -> int:
     """Rank of the low-rank part of Σ; 0 where the stand-in has none."""
-    return settings.rank if shape.kind == "fourier" and "anisotropy" not in settings.without else 0
+    return settings.rank if "fourier" in shape.parts and "anisotropy" not in settings.without else 0
 
 
 @torch.no_grad()
-def fit_closed_form(this: Fit) -> None:
+def fit_closed_form(model: PreTrainedModel, this: Fit) -> None:
     """Fits a stand-in by solves alone: kernel as drawn, least-squares operators, ridge read-out; nothing is recorded.
 
     Without a hidden layer that is what :func:`fit_block` gives, up to rounding, with kernel "fixed", no refinement and
     the same generator; a hidden layer stays as drawn.
     """
     fitting, shape, ridge = this.fitting, this.shape, this.settings.ridge
-    if shape.kind != "fourier":
+    if "data" in shape.parts:
+        place_landmarks(model, fitting, ridge)
+    if "fourier" not in shape.parts:
         _solve_plain(fitting, ridge)
         return
     features, path = _draw_kernel(this)
@@ -137,10 +142,9 @@ def fit_closed_form(this: Fit) -> None:
     if "operators" not in this.settings.without:
         dynamics.start(solve_operators(features, path, ridge), trained=False)
     product = dynamics.product()
-    inverse = _new_inverse(shape, fitting.device, this.draw)
-    _solve_inverse(fitting, inverse, lambda probe: features(probe.kernel_input) @ product.T, ridge)
-    alone = fitting.stand_in
-    fitting.place(fold(features, dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+    inverse = _new_inverse(this)
+    _solve_inverse(fitting, inverse, lambda probe: _advanced(fitting, features, product, probe), ridge)
+    fold(features, dynamics, inverse, fitting.stand_in)
 
 
 def _step1(this: Fit) -> Step1:
@@ -152,7 +156,7 @@ def _step1(this: Fit) -> Step1:
     with this.run.stage(f"kernel {this.fitting.states.name}", settings.step1.epochs) as progress:
         return fit_dynamics(
             features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.fitting.states.name,
-            learn_kernel=settings.kernel != "fixed", without=settings.without, progress=progress,
+            learn_kernel="fixed" not in settings.kernel, without=settings.without, progress=progress,
             checkpoint=this.run.checkpoint("kernel", this.follows_from))
 
 
@@ -166,14 +170,28 @@ def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
     return features, path
 
 
-def _new_inverse(shape: Shape, device: torch.device, generator: torch.Generator) -> InverseNetwork:
-    inverse = InverseNetwork(2 * shape.features, shape.hidden, shape.width).to(device)
+def _new_inverse(this: Fit) -> InverseNetwork:
+    shape, generator = this.shape, this.draw
+    entries = (this.fitting.stand_in.lift if shape.hidden else this.fitting.stand_in.readout).in_features
+    inverse = InverseNetwork(entries, shape.hidden, shape.width).to(this.fitting.device)
     if inverse.lift is not None:
         # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
         # for inputs of norm √(2m), would leave it linear and its read-out enormous.
         nn.init.normal_(inverse.lift.weight, generator=generator)
         nn.init.normal_(inverse.lift.bias, generator=generator)
     return inverse
+
+
+@torch.no_grad()
+def _advanced(fitting: StandInFit, features: FourierFeatures, product: Tensor, probe: Probe) -> Tensor:
+    """z as the inverse network sees it, (n, D): of the Fourier part the features that the operators have advanced.
+
+    The operators of a sum of kernels are block-diagonal, diag(I, A_k ⋯ A_1, I): what the linear part and the channels
+    would be advanced by, the read-out is solved for at once.
+    """
+    x, stand_in = probe.kernel_input, fitting.stand_in
+    parts = [features(x) @ product.T if part == "fourier" else stand_in.mapped(part, x) for part in stand_in.parts]
+    return torch.cat(parts, dim=-1)
 
 
 @torch.no_grad()
@@ -192,11 +210,10 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
     """Fits the inverse network on frozen features, folds it into the stand-in; returns its part of the record."""
     fitting, settings = this.fitting, this.settings
     product = step1.dynamics.product().detach()
-    inverse = _new_inverse(this.shape, fitting.device, this.draw)
+    inverse = _new_inverse(this)
 
-    @torch.no_grad()
     def mapped(probe: Probe) -> Tensor:
-        return step1.features(probe.kernel_input) @ product.T
+        return _advanced(fitting, step1.features, product, probe)
 
     kernel_path = fitting.to_kernel(fitting.states.path.to(fitting.device))
     held_path = fitting.to_kernel(fitting.states.path_held.to(fitting.device))
@@ -219,8 +236,7 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
         curves = this.train("inverse", trained, loss_function, settings.step2)
     else:
         curves = average(loss_function, fitting)
-    alone = fitting.stand_in
-    fitting.place(fold(step1.features, step1.dynamics, inverse, residual=alone.residual, normalize=alone.normalize))
+    fold(step1.features, step1.dynamics, inverse, fitting.stand_in)
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 

@@ -19,7 +19,7 @@ from kdprune.store.hashing import digest
 
 @dataclass(frozen=True)
 class FitPlan:
-    """What is fitted: the blocks, the form of their stand-ins, how they are fitted, on which rows.
+    """What is fitted: the blocks, the forms of their stand-ins, how they are fitted, on which rows.
 
     Attributes:
         held: rows at the end that no fit sees.
@@ -28,7 +28,7 @@ class FitPlan:
     """
 
     blocks: Sequence[range]
-    shape: Shape
+    shapes: Sequence[Shape]
     settings: FitSettings
     held: int
     path: PathRows
@@ -49,7 +49,7 @@ def fit_blocks(model: PreTrainedModel, tokens: TokenSet, plan: FitPlan, run: Run
 
         def fit(number: int = number, edits: Sequence[Edit] = edits) -> MethodResult:
             states = collected.states(number, edits)
-            edit, record = fit_block(model, states, plan.shape, plan.settings, number, run, [identity, number])
+            edit, record = fit_block(model, states, plan.shapes[number], plan.settings, number, run, [identity, number])
             return MethodResult([edit], [record])
 
         name = f"fit-{block.start}-{block.stop}"

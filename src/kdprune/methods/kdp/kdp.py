@@ -2,39 +2,48 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import check_rows
-from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, spare_features
+from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, filled
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.kdp.damage import Trial, blocks_to_measure, check_damage, measure_damage, select_by_damage
+from kdprune.methods.kdp.damage import Candidate, Trial, check_damage, choose_by_damage, scorable
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
 from kdprune.model.block_states import PathRows
+from kdprune.model.placement import is_dispatched
+from kdprune.model.streaming import is_streamed
+from kdprune.model.structures import activation_of, is_gated
 from kdprune.model.surgery import check_model
 from kdprune.options import option
+from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
+Kernel: TypeAlias = Literal[
+    "linear+data", "learned", "fixed", "mlp", "linear", "data", "linear+learned", "linear+fixed", "learned+data",
+    "fixed+data", "linear+learned+data", "linear+fixed+data"]
+
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
-# measurement on the reference model preferred at equal net parameters (docs/results/stand-ins.md), trained for as long
-# as a first try may take; "thorough" is the same, trained as the results book's is.
+# measurement preferred at equal net parameters, trained for as long as a first try may take; "thorough" is the same,
+# trained for longer.
 _BEST: Mapping[str, Any] = {
-    "inverse": "residual", "context": "attention", "refine": True, "hidden": 0, "fill": True, "endpoints": "input",
-    "bandwidth": 2.0, "sequential": True, "slack": 0.5,
+    "kernel": "linear+data", "inverse": "residual", "context": "attention", "refine": True, "hidden": 0,
+    "fill": True, "endpoints": "input", "bandwidth": 2.0, "sequential": True, "slack": 0.5,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
     "thorough": {**_BEST, "kernel_epochs": 10, "batch": 8},
     "paper": {
-        "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False, "endpoints": "output",
-        "bandwidth": 1.0, "sequential": False, "slack": 0.0, "kernel_epochs": 100, "batch": 8,
+        "kernel": "learned", "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
+        "ranking": "similarity", "endpoints": "output", "bandwidth": 1.0, "sequential": False, "slack": 0.0,
+        "kernel_epochs": 100, "batch": 8,
     },
 }
 
@@ -67,11 +76,13 @@ class KDP(RankedMethod):
     endpoints: Literal["input", "output"] | None = option(
         None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
         group="size", rare=True)
-    kernel: Literal["learned", "fixed", "mlp", "linear"] = option(
-        "learned", "feature map: learned anisotropic kernel, the kernel as drawn, or no kernel: a GELU layer, a linear "
-        "map", rare=True)
+    kernel: Kernel | None = option(
+        None, "feature map, a sum of parts: linear, the state itself; learned, random Fourier features of a learned "
+        "anisotropic kernel, or fixed, as drawn; data, the block's own MLP channels; or mlp, a GELU layer as drawn")
     features: int | None = option(
-        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size")
+        None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size", rare=True)
+    channels: int | None = option(
+        None, "c, number of the block's own MLP channels (half the width; fill adds to them)", least=1, group="size")
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
@@ -91,9 +102,10 @@ class KDP(RankedMethod):
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
         group="size", rare=True)
-    ranking: Literal["similarity", "damage"] = option(
-        "similarity", "what the choice of blocks goes by: similarity of states, or the held-out loss that each block "
-        "costs alone with a stand-in that is solved for", group="size", rare=True)
+    ranking: Literal["similarity", "damage"] | None = option(
+        None, "what the choice of blocks goes by: similarity of states, or the held-out loss that blocks cost with "
+        "stand-ins that are solved for, alone and together (damage where one process has the model whole)",
+        group="size", rare=True)
     slack: float | None = option(
         None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
         "shorter; fill spends it on features", least=0, group="size", rare=True)
@@ -122,7 +134,7 @@ class KDP(RankedMethod):
         # A direct inverse rebuilds the whole state, which a decoder layer around it would add to its input.
         if self.inverse == "direct" and self.context is None:
             object.__setattr__(self, "context", "none")
-        if self.features is not None and self.fill is None:
+        if (self.features is not None or self.channels is not None) and self.fill is None:
             object.__setattr__(self, "fill", False)
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
@@ -135,18 +147,26 @@ class KDP(RankedMethod):
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
         slack = (self.slack or 0.0) if self.fill else 0.0
-        return Budget(model, self.shape(model.config.hidden_size), self.target(model), slack)
+        return Budget(model, self.shape(model), self.target(model), slack)
 
-    def shape(self, width: int) -> Shape:
-        """The stand-in before any spare budget is spent on it, for a model of this width."""
-        hidden = (width if self.hidden == -1 else self.hidden) if self.kernel not in ("mlp", "linear") else 0
-        kind = self.kernel if self.kernel in ("mlp", "linear") else "fourier"
-        default = {"fourier": width // 2 if hidden else round(5 * width / 6), "mlp": round(5 * width / 4), "linear": 0}
-        features = self.features if self.features is not None and kind != "linear" else default[kind]
-        return Shape(
-            width=width, kind=kind, features=features, hidden=hidden or 0,
-            residual=self.inverse == "residual", context=self.context == "attention",
-        )
+    def shape(self, model: PreTrainedModel) -> Shape:
+        """The stand-in before any spare budget is spent on it, for this model."""
+        width, kind = model.config.hidden_size, (self.kernel or "").replace("learned", "fourier").replace(
+            "fixed", "fourier")
+        alone = "+" not in kind
+        hidden = (width if self.hidden == -1 else self.hidden or 0) if kind == "fourier" else 0
+        features = {"fourier": width // 2 if hidden else round(5 * width / 6), "mlp": round(5 * width / 4)}
+        shape = Shape(
+            width=width, kind=kind, features=0, hidden=hidden, residual=self.inverse == "residual",
+            context=self.context == "attention")
+        if shape.parts[0] in features or (not alone and "fourier" in shape.parts):
+            drawn = features["mlp" if "mlp" in shape.parts else "fourier"] if alone else width // 4
+            shape = replace(shape, features=self.features or drawn)
+        if "data" in shape.parts:
+            shape = replace(
+                shape, channels=self.channels or (width // 4 if "fourier" in shape.parts else width // 2),
+                gated=is_gated(model), activation=activation_of(model))
+        return shape
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
@@ -154,39 +174,54 @@ class KDP(RankedMethod):
         check_model(model, substitutes=True)
         check_budget(self, self.budget(model))
         check_rows(tokens)
-        if self._by_damage:
+        if self.ranking == "damage" and self.blocks is None:
             check_damage(model, tokens, self.held)
 
     @property
     def needs_whole_model(self) -> bool:
         """To measure damage the model runs many times."""
-        return self._by_damage
+        return self.ranking == "damage" and self.blocks is None
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits."""
         budget = self.budget(model)
         shape, damage = budget.shape, None
-        if self._by_damage:
-            trial = Trial(shape, self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
-            measured = blocks_to_measure(blocks_to_rank(self, model, tokens, run, budget)[0], budget)
-            damage = measure_damage(model, tokens, measured, trial, run)
-            blocks = select_by_damage(damage, budget)
+        settings, path = self.settings(shape, tokens), self.path_rows(tokens, shape)
+        if self._by_damage(model, tokens):
+            candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
+            trial = Trial(settings, self.held, path.fit)
+            chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
         else:
-            blocks = choose_blocks(self, model, tokens, run, budget)
+            chosen = [Candidate(block, shape) for block in choose_blocks(self, model, tokens, run, budget)]
+        blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
         if self.fill:
-            shape = spare_features(shape, budget, blocks)
-        plan = FitPlan(
-            blocks, shape, self.settings(shape, tokens), tokens.held_out(self.held), self.path_rows(tokens, shape),
-            bool(self.sequential))
-        return replace(fit_blocks(model, tokens, plan, run), damage=damage)
+            shapes = filled(shapes, budget, blocks)
+        held = tokens.held_out(self.held)
+        plan = FitPlan(blocks, shapes, settings, held, self.path_rows(tokens, shapes[0]), bool(self.sequential))
+        return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else damage.by_block)
+
+    def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
+        """Every block behind this stand-in, if it is longer than a layer, and behind a linear map of the state."""
+        linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
+        forms = [shape] if self.preset == "paper" or shape == linear else [linear, shape]
+        return [Candidate(block, form) for block in blocks for form in forms if len(block) > 1 or form == linear]
 
     @property
-    def _by_damage(self) -> bool:
-        """Whether blocks are to be chosen, by damage."""
-        return self.ranking == "damage" and self.blocks is None
+    def shortest(self) -> int:
+        """A single layer may go behind a linear map."""
+        return 2 if self.ranking == "similarity" else 1
+
+    def _by_damage(self, model: PreTrainedModel, tokens: TokenSet) -> bool:
+        """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""
+        if self.blocks is not None or self.ranking == "similarity":
+            return False
+        able = world().size == 1 and not is_streamed(model) and not is_dispatched(model)
+        return self.ranking == "damage" or (able and scorable(tokens, self.held))
 
     def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
         """Rows that step 1 sees: enough tokens for the operators' solves."""
+        if "fourier" not in shape.parts:
+            return PathRows(0, 0)
         rows, held, length = len(tokens), tokens.held_out(self.held), tokens.ids.shape[1]
         wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
         return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
@@ -198,7 +233,7 @@ class KDP(RankedMethod):
         batch = self.batch or 1
         rate = self.rate or batch / 2 / shape.width
         return FitSettings(
-            kernel=self.kernel, rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
+            kernel=self.kernel or "", rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),

@@ -47,27 +47,24 @@ def solve_readout(inverse: InverseNetwork, moments: Moments, ridge: float) -> No
 
 
 @torch.no_grad()
-def fold(
-    features: FourierFeatures, dynamics: LinearDynamics, inverse: InverseNetwork, *, residual: bool, normalize: bool
-) -> StandIn:
-    """S(x) = I(A_k ⋯ A_1 φ(x)) as one module; equal to the unfolded one up to rounding.
+def fold(features: FourierFeatures, dynamics: LinearDynamics, inverse: InverseNetwork, stand_in: StandIn) -> None:
+    """S(x) = I([x̂; A_k ⋯ A_1 φ(x̂); ψ(x̂)]) as one module, equal to the unfolded one up to rounding, into ``stand_in``.
 
-    W and b become the phase layer; the operator product and 1/√m go into the inverse network's first matrix, α into
-    its last. Parameters: d·m + m + 2m·h + h + h·d + d (without hidden layer: d·m + m + 2m·d + d).
+    W and b become the phase layer; the operator product and 1/√m go into those columns of the inverse network's first
+    matrix that read the Fourier part, α into its last. What the stand-in has of the other parts stays.
     """
-    width, hidden = features.width, 0 if inverse.lift is None else inverse.lift.out_features
-    stand_in = StandIn(
-        width, kind="fourier", features=features.features, hidden=hidden, residual=residual, normalize=normalize,
-        activation="gelu",
-    )
     stand_in.phase.weight.copy_(features.frequencies().T)
     stand_in.phase.bias.copy_(features.offset)
     product = dynamics.product().double() / math.sqrt(features.features)
+    first = inverse.readout if inverse.lift is None else inverse.lift
+    start = features.width if "linear" in stand_in.parts else 0
+    columns = slice(start, start + len(product))
+    weight = first.weight.double()
+    weight[:, columns] = weight[:, columns] @ product
     if inverse.lift is None:
-        stand_in.readout.weight.copy_(inverse.alpha * (inverse.readout.weight.double() @ product))
+        stand_in.readout.weight.copy_(inverse.alpha * weight)
     else:
-        stand_in.lift.weight.copy_(inverse.lift.weight.double() @ product)
+        stand_in.lift.weight.copy_(weight)
         stand_in.lift.bias.copy_(inverse.lift.bias)
         stand_in.readout.weight.copy_(inverse.alpha * inverse.readout.weight)
     stand_in.readout.bias.copy_(inverse.alpha * inverse.readout.bias)
-    return stand_in

@@ -12,15 +12,9 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.peers.saliency import (
-    StructurePart,
-    attention_parts,
-    loss_gradients,
-    mlp_parts,
-    random_slices,
-    weight_saliency,
-)
+from kdprune.methods.peers.saliency import loss_gradients, random_slices, weight_saliency
 from kdprune.model.families import decoder_layers
+from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
 from kdprune.model.surgery import Resize, check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run

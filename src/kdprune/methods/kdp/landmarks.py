@@ -1,0 +1,78 @@
+"""The part "data" of a stand-in's kernel: the block's own MLP channels as landmarks."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kdprune.kernel.operators import Moments
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
+from kdprune.model.families import decoder_layers
+from kdprune.model.structures import Channels, mlp_channels, norm_affine, norm_before_mlp
+from kdprune.model.surgery import plain_copy
+from kdprune.runtime.distributed import world
+
+CHUNK = 4096  # tokens a chunk: bounds the memory of all the block's channels
+POOL = 4  # times the channels wanted are regressed on before most of them go
+
+
+@torch.no_grad()
+def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -> None:
+    """Puts the ``channels`` of the block that are of most use into the stand-in's part "data", in place.
+
+        k_ψ(x, y) = ψ(x)ᵀψ(y),   ψ_j(x̂) = act(g_jᵀx̂ + a_j) (u_jᵀx̂ + b_j)
+
+    with g, a, u, b those of the dense model's channels of *all* layers of the block, re-scaled for the norm that the
+    stand-in reads them through. ``POOL`` times as many as are wanted are taken by
+
+        rms(ψ_j) ‖w_j‖
+
+    with ψ over the fitted tokens as the stand-in will read them, and w_j what one unit of channel j adds to the state.
+    On these, and on x̂ where the kernel has a linear part, what the stand-in has to add is regressed; those stay
+    without which the error would grow most,
+
+        ΔE_j = ‖m_j‖² / [C⁻¹]_jj,   M C = Σ (y − ȳ)(z − z̄)ᵀ,   C = Σ (z − z̄)(z − z̄)ᵀ + ρI,   m_j a column of M,
+
+    ρ = ridge · tr/D: the exact cost of leaving out one. Their read-out is solved for afterwards with all other parts.
+
+    Source: a data-dependent kernel with landmarks (Nyström), of the block's neurons; KDP has random features alone.
+    """
+    stand_in = fitting.stand_in
+    pool = _pool(model, fitting)
+    linear = stand_in.width if "linear" in stand_in.parts else 0
+    if len(pool.lines) > stand_in.channels:
+        moments = Moments(linear + len(pool.lines), stand_in.width, fitting.device)
+        for rows in fitting.row_batches(PASS_ROWS):
+            probe = fitting.probe(rows)
+            x = probe.kernel_input
+            z = pool.of(x, stand_in.act)
+            moments.update(torch.cat((x, z), dim=1) if linear else z, probe.target - probe.base)
+        pool = pool.select(moments.add_processes().cost_of_leaving_out(ridge)[linear:].topk(stand_in.channels).indices)
+    maps = [stand_in.gate, stand_in.up] if stand_in.gated else [stand_in.up]
+    for number, projection in enumerate(maps):
+        projection.weight.copy_(pool.lines[:, number])
+        projection.bias.copy_(pool.biases[:, number])
+
+
+def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
+    """The channels of greatest rms(ψ_j) ‖w_j‖ among all of the block."""
+    stand_in, own = fitting.stand_in, _read_through(model, fitting)
+    layers = [mlp_channels(model, index).through(*own) for index in fitting.states.block]
+    fields = ("lines", "biases", "outgoing")
+    every = Channels(*(torch.cat([getattr(layer, name) for layer in layers]) for name in fields))
+    squares = torch.zeros(len(every.lines), dtype=torch.float64, device=fitting.device)
+    for rows in fitting.row_batches(PASS_ROWS):
+        for x in fitting.probe(rows).kernel_input.split(CHUNK):
+            squares += every.of(x, stand_in.act).square().sum(0, dtype=torch.float64)
+    world().sum(squares)
+    size = min(POOL * stand_in.channels, len(squares))
+    return every.select((squares.sqrt() * every.outgoing).topk(size).indices)
+
+
+def _read_through(model: PreTrainedModel, fitting: StandInFit) -> tuple[Tensor, Tensor]:
+    """(γ, β) of what the stand-in reads, x̂ = γ ∘ n + β: of its layer's norm, or 1 and 0 where it stands alone."""
+    width = model.config.hidden_size
+    if fitting.context is None:
+        return torch.ones(width, device=fitting.device), torch.zeros(width, device=fitting.device)
+    norm = plain_copy(getattr(decoder_layers(model)[fitting.context], norm_before_mlp(model))).float()
+    scale, shift = norm_affine(norm, width)
+    return scale.to(fitting.device), shift.to(fitting.device)

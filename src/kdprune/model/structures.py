@@ -1,0 +1,177 @@
+"""Coupled structures of a layer: heads with their queries, MLP channels, as rows and columns of its projections."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.modeling_kdp import key_value_heads
+from kdprune.model.surgery import plain_copy
+
+
+@dataclass(frozen=True)
+class StructurePart:
+    """What the structures of one kind have in one projection.
+
+    ``path`` of the projection within its layer; ``inputs``: its columns, else its rows and their biases;
+    ``members`` (n, k): which k of them belong to each of the n structures.
+    """
+
+    path: str
+    inputs: bool
+    members: Tensor
+
+    def select(self, layer: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+        """The projection's parameters by name with the structures ``kept`` (indices) alone, in their old order."""
+        module = layer.get_submodule(self.path)
+        index = self.members[kept].flatten().sort().values.to(_weight(module).device)
+        found = {f"{self.path}.weight": _weight(module).detach().index_select(_axis(module, self.inputs), index)}
+        if (bias := getattr(module, "bias", None)) is not None:
+            found[f"{self.path}.bias"] = bias.detach() if self.inputs else bias.detach()[index]
+        return found
+
+    def total(self, layer: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+        """Sums over each structure, (n,), of ``values``, which have the shapes of the projection's parameters."""
+        module = layer.get_submodule(self.path)
+        values_of = values[f"{self.path}.weight"]
+        line = values_of.sum(1 - _axis(module, self.inputs), dtype=torch.float64)
+        if not self.inputs and (bias := values.get(f"{self.path}.bias")) is not None:
+            line = line + bias.double()
+        return line[self.members.to(line.device)].sum(1)
+
+    def size(self, layer: nn.Module) -> int:
+        """Parameters that one structure has in the projection."""
+        module, lines = layer.get_submodule(self.path), self.members.shape[1]
+        biases = 0 if self.inputs or getattr(module, "bias", None) is None else lines
+        return lines * _weight(module).shape[1 - _axis(module, self.inputs)] + biases
+
+    def biases(self, layer: nn.Module) -> Tensor:
+        """The biases of each structure's rows, (n, k); zeros where there are none."""
+        module = layer.get_submodule(self.path)
+        bias = getattr(module, "bias", None)
+        return torch.zeros(self.members.shape, device=_weight(module).device) if bias is None else bias[self.members]
+
+    def lines(self, layer: nn.Module) -> Tensor:
+        """Each structure's rows, or columns, of the projection's weight, (n, k, length of one), float64."""
+        module = layer.get_submodule(self.path)
+        weight = _weight(module).detach().double()
+        return (weight.T if _axis(module, self.inputs) else weight)[self.members.to(weight.device)]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _axis(module: nn.Module, inputs: bool) -> int:
+    """The axis of a projection's weight along which its inputs, or its outputs, lie; Conv1D stores (in, out)."""
+    return int(inputs) if isinstance(module, nn.Linear) else int(not inputs)
+
+
+def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
+    """Key-value heads with all their queries: rows of the projections for q, k and v, columns of the one out of it."""
+    family, config = family_of(model), model.config
+    groups, queries = key_value_heads(config), config.num_attention_heads
+    out = layer.get_submodule(family.attention_out)
+    columns = _weight(out).shape[_axis(out, inputs=True)]
+    width = columns // queries
+    query, key = torch.arange(columns).view(groups, -1), torch.arange(groups * width).view(groups, -1)
+    if len(family.qkv) > 1:
+        parts = [StructurePart(path, False, rows) for path, rows in zip(family.qkv, (query, key, key), strict=True)]
+    else:
+        blocks = torch.cat((query, columns + key, columns + key.numel() + key), dim=1)
+        heads = torch.arange(3 * columns).view(groups, -1)  # each head's query, key and value in turn
+        parts = [StructurePart(family.qkv[0], False, heads if family.fused == "heads" else blocks)]
+    return [*parts, StructurePart(family.attention_out, True, query)]
+
+
+def mlp_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
+    """MLP channels: rows of the projections into the MLP (gate and up, fused or not), columns of the one out of it."""
+    family = family_of(model)
+    out = layer.get_submodule(family.mlp_out)
+    channels = _weight(out).shape[_axis(out, inputs=True)]
+    parts = []
+    for path in family.mlp_in:
+        module = layer.get_submodule(path)
+        rows = _weight(module).shape[_axis(module, inputs=False)]
+        parts.append(StructurePart(path, False, torch.arange(rows).view(-1, channels).T))
+    return [*parts, StructurePart(family.mlp_out, True, torch.arange(channels)[:, None])]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """MLP channels as functions of a normalised state n, float32.
+
+        ψ_j(n) = act(g_jᵀn + a_j) (u_jᵀn + b_j)      gated, else act(u_jᵀn + b_j)
+
+    Attributes:
+        lines: [g, u] or u alone, (c, 2 or 1, d).
+        biases: [a, b] or b, (c, 2 or 1).
+        outgoing: the norm of what one unit of a channel adds to the state, (c,).
+    """
+
+    lines: Tensor
+    biases: Tensor
+    outgoing: Tensor
+
+    def of(self, x: Tensor, activation: nn.Module) -> Tensor:
+        """ψ(x), (n, d) → (n, c)."""
+        first, last = (x @ self.lines[:, index].T + self.biases[:, index] for index in (0, -1))
+        return activation(first) * last if self.lines.shape[1] == 2 else activation(first)
+
+    def select(self, kept: Tensor) -> "Channels":
+        """The channels with these numbers, in their old order."""
+        index = kept.sort().values
+        return Channels(self.lines[index], self.biases[index], self.outgoing[index])
+
+    def through(self, scale: Tensor, shift: Tensor) -> "Channels":
+        """The same as functions of γ ∘ n + β, (d,) each, instead of n; a dimension that γ takes away stays away."""
+        inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
+        lines = self.lines.to(scale.device) * inverse
+        return Channels(lines, self.biases.to(scale.device) - lines @ shift, self.outgoing.to(scale.device))
+
+
+def activation_of(model: PreTrainedModel) -> str:
+    """The activation of this model's MLP channels, as transformers calls it."""
+    return str(getattr(model.config, family_of(model).activation))
+
+
+def is_gated(model: PreTrainedModel) -> bool:
+    """Whether the MLP channels of this model have gates."""
+    *into, _ = mlp_parts(model, decoder_layers(model)[0])
+    return sum(part.members.shape[1] for part in into) == 2
+
+
+def norm_before_mlp(model: PreTrainedModel) -> str:
+    """The attribute of a layer whose output its MLP reads; where layers normalise behind a sum, that of attention."""
+    family = family_of(model)
+    behind = family.pre_norm and not getattr(model.config, family.pre_norm)
+    return family.attention_norm if behind else family.mlp_norm
+
+
+@torch.no_grad()
+def mlp_channels(model: PreTrainedModel, index: int) -> Channels:
+    """The channels of layer ``index``, its norm's scale and shift folded in; of a streamed model the layer is read."""
+    layer = plain_copy(decoder_layers(model)[index])
+    *into, out = mlp_parts(model, layer)
+    scale, shift = norm_affine(getattr(layer, norm_before_mlp(model)).float(), model.config.hidden_size)
+    lines = torch.cat([part.lines(layer) for part in into], dim=1).float()
+    biases = torch.cat([part.biases(layer) for part in into], dim=1).float() + lines @ shift
+    return Channels(lines * scale, biases, out.lines(layer).norm(dim=-1)[:, 0].float())
+
+
+def norm_affine(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    """(γ, β) of a norm γ ∘ n(x) + β, RMS or layer norm, from what it makes of x and −x; (d,) each.
+
+    Families store γ in different ways (Gemma: γ − 1), and not all have β.
+    """
+    device = next(norm.parameters()).device
+    x = torch.ones(width, device=device)
+    x[1::2] = -1
+    x = x - x.mean()  # of an odd width; a layer norm would do it
+    there, back = norm(x[None])[0], norm(-x[None])[0]
+    return (there - back) / 2 / (x / x.square().mean().sqrt()), (there + back) / 2
