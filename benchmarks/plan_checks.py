@@ -53,14 +53,14 @@ def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
     for their blocks."""
     with tempfile.TemporaryDirectory() as folder:
         shape_config(shape).save_pretrained(folder)
-        return plan(folder, dtype=dtype, device="cpu", slack=0.0, **{"kernel": "learned", **options})
+        return plan(folder, dtype=dtype, device="cpu", slack=0.0, **{"preset": "fourier", **options})
 
 
 def planned_run(shape: str, found: dict[str, Any]) -> PruningPlan:
     """The plan of a run of cost.py: its tokens and options, its blocks if it got so far. Later blocks were not
-    corrected when it was made, few rows not refined on for longer, and the default was what `thorough` is."""
+    corrected when it was made, few rows not refined on for longer, and the default was what `fourier` is."""
     job = found["job"]
-    options = {"preset": "thorough", **job["options"], "sequential": False,
+    options = {"preset": "fourier", **job["options"], "sequential": False,
                "refine_epochs": found["method"]["refine_epochs"]}
     if found["blocks"]:
         options |= {"blocks": found["blocks"]}

@@ -192,7 +192,7 @@ def test_gains_are_differences_seed_by_seed() -> None:
 
 def test_a_lead_is_the_difference_of_what_the_rows_say() -> None:
     found = Comparison.load(ROOT / "docs" / "results" / "main-llama.json")
-    mine, peer = "kdp:preset=thorough", "linearpatch"
+    mine, peer = "kdp:preset=fourier", "linearpatch"
     said, kept, above = book_leads._compared(found, mine, peer)
     ours, other = found.row(mine), found.row(peer)
     assert kept.difference == pytest.approx(ours.retained.mean - other.retained.mean, abs=1e-4)

@@ -287,7 +287,7 @@ def test_paper_preset_has_the_papers_sizes() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
-    ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, thorough, paper"),
+    ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, thorough, fourier, paper"),
     ({"features": 0}, "features 0"), ({"kernel": "rbf"}, r"expected one of linear\+data, learned"),
     ({"protect": 0.6}, "protect 0.6"),
     ({"rate": -1.0}, "rate -1.0"), ({"context": "second"}, "expected one of none, attention"),

@@ -32,7 +32,8 @@ Kernel: TypeAlias = Literal[
 
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
 # measurement preferred at equal net parameters, trained for as long as a first try may take; "thorough" is the same,
-# trained for longer.
+# trained for longer; "fourier" has random Fourier features alone and blocks chosen by similarity, trained as long: the
+# form of the results book (docs/results/README.md).
 _BEST: Mapping[str, Any] = {
     "kernel": "linear+data", "inverse": "residual", "context": "attention", "refine": True, "hidden": 0,
     "fill": True, "endpoints": "input", "bandwidth": 2.0, "sequential": True, "slack": 0.5,
@@ -40,6 +41,7 @@ _BEST: Mapping[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
     "thorough": {**_BEST, "kernel_epochs": 10, "batch": 8},
+    "fourier": {**_BEST, "kernel": "learned", "ranking": "similarity", "kernel_epochs": 10, "batch": 8},
     "paper": {
         "kernel": "learned", "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
         "ranking": "similarity", "endpoints": "output", "bandwidth": 1.0, "sequential": False, "slack": 0.0,
@@ -57,8 +59,9 @@ LEAST_STEPS = 1200
 class KDP(RankedMethod):
     """Replaces blocks of layers by folded kernel stand-ins. Source: KDP, sections 2 to 6.
 
-    Fields left at None are filled from the preset. Sizes left at None follow the model's width d:
-    ``features`` m = d/2 with a hidden layer, 5d/6 without (2.5 d² parameters either way).
+    Fields left at None are filled from the preset. Sizes left at None follow the model's width d: ``features`` m = d/2
+    with a hidden layer, 5d/6 without (2.5 d² parameters either way), ``channels`` c = d/2; d/4 of both where the kernel
+    has both.
 
     Raises:
         KDPruneError: a value is outside its range (says which and what is expected).
@@ -70,9 +73,9 @@ class KDP(RankedMethod):
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
-    preset: Literal["default", "thorough", "paper"] = option(
-        "default", "fills options not given: the best form measured, trained for a short or a long time, or the method "
-        "as printed")
+    preset: Literal["default", "thorough", "fourier", "paper"] = option(
+        "default", "fills options not given: the best form measured, trained for a short or a long time; random "
+        "Fourier features alone, trained for long; or the method as printed")
     endpoints: Literal["input", "output"] | None = option(
         None, "states a block is ranked by: h_s and h_e (input), or outputs of its first and last layer (output)",
         group="size", rare=True)
@@ -117,12 +120,12 @@ class KDP(RankedMethod):
         None, "peak learning rate of step 1 (0.384 / the width)", above=0, rare=True)
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1, rare=True)
     refine_epochs: int | None = option(
-        None, "epochs of step 3 (5; thorough: 15, or where the rows are few as many as make 1,200 steps, at most 60)",
-        least=1)
+        None, "epochs of step 3 (5; thorough and fourier: 15, or where the rows are few as many as make 1,200 steps, "
+        "at most 60)", least=1)
     rate: float | None = option(
         None, "peak learning rate of steps 2 and 3 (half the batch / the width)", above=0, rare=True)
     batch: int | None = option(
-        None, "rows (sequences) a step in steps 2 and 3 (4; thorough: 8)", least=1, rare=True)
+        None, "rows (sequences) a step in steps 2 and 3 (4; thorough and fourier: 8)", least=1, rare=True)
     without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
         option((), "parts of the method left out, to see what they bring: alpha (1 instead), anisotropy (one width for "
                "all dimensions), cosine_term and position_weights of step 1's loss, ols_start (operators start at I), "
@@ -151,22 +154,20 @@ class KDP(RankedMethod):
 
     def shape(self, model: PreTrainedModel) -> Shape:
         """The stand-in before any spare budget is spent on it, for this model."""
-        width, kind = model.config.hidden_size, (self.kernel or "").replace("learned", "fourier").replace(
-            "fixed", "fourier")
-        alone = "+" not in kind
-        hidden = (width if self.hidden == -1 else self.hidden or 0) if kind == "fourier" else 0
-        features = {"fourier": width // 2 if hidden else round(5 * width / 6), "mlp": round(5 * width / 4)}
+        width, kernel = model.config.hidden_size, self.kernel or ""
+        parts = kernel.replace("learned", "fourier").replace("fixed", "fourier").split("+")
+        hidden = (width if self.hidden == -1 else self.hidden or 0) if parts == ["fourier"] else 0
+        both = {"fourier", "data"} <= set(parts)
+        features = {"fourier": width // 4 if both else width // 2 if hidden else round(5 * width / 6),
+                    "mlp": round(5 * width / 4)}
+        drawn = [self.features or features[part] for part in parts if part in features]
         shape = Shape(
-            width=width, kind=kind, features=0, hidden=hidden, residual=self.inverse == "residual",
+            width=width, kind="+".join(parts), features=sum(drawn), hidden=hidden, residual=self.inverse == "residual",
             context=self.context == "attention")
-        if shape.parts[0] in features or (not alone and "fourier" in shape.parts):
-            drawn = features["mlp" if "mlp" in shape.parts else "fourier"] if alone else width // 4
-            shape = replace(shape, features=self.features or drawn)
-        if "data" in shape.parts:
-            shape = replace(
-                shape, channels=self.channels or (width // 4 if "fourier" in shape.parts else width // 2),
-                gated=is_gated(model), activation=activation_of(model))
-        return shape
+        if "data" not in parts:
+            return shape
+        channels = self.channels or (width // 4 if both else width // 2)
+        return replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
