@@ -143,6 +143,7 @@ class Job:
         weights: bytes of the model.
         outside: bytes of what is not in its layers.
         added: parameters of one stand-in with what stands before it.
+        measured: tokens that pass the whole model while blocks are chosen by damage; 0: they are not.
     """
 
     width: int
@@ -161,6 +162,7 @@ class Job:
     weights: int
     outside: int
     added: int
+    measured: float = 0
 
     @property
     def tokens(self) -> int:
@@ -188,6 +190,7 @@ class Job:
         depth = max(block.stop for block in self.blocks)
         found = {
             "analyse": Work(model=ANALYSE * self.analysed * self.layers * self.layer),
+            "damage": Work(model=self.measured * self.layers * self.layer),
             "layer states": Work(model=self.tokens * depth * self.layer),
             "corrected states": Work(), "kernel": Work(), "inverse": Work(), "refine": Work(), "rest": Work(),
         }

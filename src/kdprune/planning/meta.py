@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.flops import forward_flops
-from kdprune.methods.common.budget import Budget, filled, layer_sizes, select_by_similarity
+from kdprune.methods.common.budget import Budget, filled, layer_sizes, possible_blocks, select_by_similarity
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
 from kdprune.model.families import family_of
@@ -99,10 +100,14 @@ def job_of(
     stack, left = (forward_flops(model, 1, length, logits=0) / length for model in (dense, pruned))
     layer, path = stack / len(sizes), method.path_rows(tokens, shape)
     kept = len(sizes) - sum(map(len, blocks))
+    measured = 0.0
+    if method.measures(dense, tokens):
+        tried = method.candidates(possible_blocks(method, method.budget(dense)), shape)
+        measured = trials(tokens, tried, method.held, dense)[1]
     return Job(
         width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
         held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),
         path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
         replacement=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
         outside=(dense.num_parameters() - sum(sizes)) * itemsize,
-        added=max(added_parameters(method, dense, blocks, shape)))
+        added=max(added_parameters(method, dense, blocks, shape)), measured=measured)

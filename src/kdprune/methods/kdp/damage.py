@@ -107,6 +107,19 @@ def _first(tokens: TokenSet, limit: int) -> TokenSet:
     return tokens.select(slice(max(count, 1)))
 
 
+def trials(
+    tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
+) -> tuple[int, float]:
+    """How many blocks of every length are measured, and what all of it costs in tokens that pass the whole model."""
+    forms = len({candidate.shape for candidate in candidates})
+    lengths = len({len(candidate.block) for candidate in candidates})
+    fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, loss_rows(tokens, held).tokens
+    # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
+    cost = forms * (scored / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model)))
+    most = min(max(round(PASSES * tokens.tokens / cost / lengths), 1), MOST)
+    return most, most * lengths * cost + len(PRICES) * scored + fitted + scored
+
+
 def check_damage(model: PreTrainedModel, tokens: TokenSet, held: float) -> None:
     """Raises KDPruneError where damage cannot be measured: the model has to run whole, many times, in one process."""
     advice = "or rank by similarity (ranking=similarity)"
@@ -183,11 +196,8 @@ def _measure(
     measuring = _Measuring(
         model, rows, scored, trial, run, boundary_states(model, rows, needed, run, stage="damage states"),
         boundary_states(model, scored, needed, run, stage="held-out states"))
-    forms, lengths = len({candidate.shape for candidate in candidates}), len({len(block) for block in blocks})
-    # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
-    cost = forms * (scored.tokens / 2 + rows.tokens * (1 + lengths / 2) / len(decoder_layers(model)))
-    most = round(PASSES * tokens.tokens / cost / lengths)
-    promising = set(measuring.promising(blocks, min(max(most, 1), MOST)))
+    most, _ = trials(tokens, candidates, trial.held, model)
+    promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
     budget.target.check(
         max(reachable(tried, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape))),

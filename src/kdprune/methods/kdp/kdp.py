@@ -188,7 +188,7 @@ class KDP(RankedMethod):
         budget = self.budget(model)
         shape, damage = budget.shape, None
         settings, path = self.settings(shape, tokens), self.path_rows(tokens, shape)
-        if self._by_damage(model, tokens):
+        if self.measures(model, tokens):
             candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
             trial = Trial(settings, self.held, path.fit)
             chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
@@ -212,7 +212,7 @@ class KDP(RankedMethod):
         """A single layer may go behind a linear map."""
         return 2 if self.ranking == "similarity" else 1
 
-    def _by_damage(self, model: PreTrainedModel, tokens: TokenSet) -> bool:
+    def measures(self, model: PreTrainedModel, tokens: TokenSet) -> bool:
         """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""
         if self.blocks is not None or self.ranking == "similarity":
             return False
