@@ -207,7 +207,7 @@ def sharing_copy(module: Module, memo: dict[int, Any] | None = None, own: Collec
 
 
 def _empty_dicts(module: nn.Module) -> dict[int, Any]:
-    """A memo for ``copy.deepcopy``: a module has a dozen dicts for hooks, most of them empty, and their copies would take
+    """A memo for ``copy.deepcopy``: a module has a dozen dicts for hooks, most of them empty, whose copies would take
     more than half of the time."""
     return {
         id(value): type(value)()
