@@ -1,55 +1,60 @@
-"""What several test files share: tiny random models of every family, and the bundled reference model."""
+"""What several test files share: tiny random models of every family, and the bundled reference model.
+
+The process that hands tests to the workers reads this file too, so that libraries are imported where they are used.
+"""
+
+from __future__ import annotations
 
 import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tiny_checkpoint import Bench
+    from transformers import PreTrainedModel
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # until everything is imported and collected: there is nothing to free
 pytest.register_assert_rewrite("kdprune.testing")  # before anything imports it
-
-import torch
-from families import build
-from tiny_checkpoint import Bench, build_bench, pruned_well
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
-
-import kdprune
-from kdprune.evaluation import speed
-from kdprune.report import comparison_page
-from kdprune.run import pipeline
-
-logging.disable_progress_bar()
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # one core a worker
-
-BUNDLED = Path(kdprune.__file__).parent / "bundled" / "model"
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """``tiny_model(name, seed=0, std=0.15)``: a fresh model from tests/families.py."""
+    from families import build
+
     return build
 
 
 @pytest.fixture(scope="session")
 def bundled() -> PreTrainedModel:
     """The bundled reference model in float32. Shared: do not change it."""
-    return AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=torch.float32).eval()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import kdprune
+
+    path = Path(kdprune.__file__).parent / "bundled" / "model"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A tiny checkpoint with its tokenizer, and text. Shared: do not change it."""
+    from tiny_checkpoint import build_bench
+
     return build_bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="session")
 def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``prune`` of the tiny checkpoint writes without a work directory. Shared: do not change it."""
+    from tiny_checkpoint import pruned_well
+
     out = tmp_path_factory.mktemp("alone") / "out"
     pruned_well(bench, "none", out)
     return out
@@ -58,6 +63,8 @@ def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Tiny matrices are slower on many threads, above all where other processes want the cores."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -67,6 +74,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_pictures() -> Iterator[None]:
     """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
+    from kdprune.report import comparison_page
+    from kdprune.run import pipeline
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "write_page", lambda results, path: Path(path).write_text("no pictures"))
         patch.setattr(comparison_page, "pictures", lambda comparison: [])
@@ -74,8 +84,21 @@ def no_pictures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _quiet_worker() -> None:
+    """No progress bars of transformers; one core a worker."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _short_speeds() -> Iterator[None]:
     """Where a run measures speed, it writes few tokens: tests about speed say how many themselves."""
+    from kdprune.evaluation import speed
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "NEW_TOKENS", 4)
         yield
@@ -84,6 +107,7 @@ def _short_speeds() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _light_collections() -> None:
     """What the libraries hold stays: no garbage collection, of which every measured stretch has one, walks it again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

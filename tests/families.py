@@ -55,6 +55,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
 }
 
+# Wired as another config of their family but in one point. The others stand for one family each.
+VARIANTS = ("llama2", "llama3", "qwen2-window", "qwen3-window", "gpt_neox-sequential", "opt-350m")
+REPRESENTATIVES = tuple(name for name in CONFIGS if name not in VARIANTS)
+# For what is not about a family but reads the table of families; every way of wiring is in one of them: tied
+# embeddings and scaled rotations, layers with and without a window, norms behind, parallel sublayers and fused
+# attention, a fused MLP, projected embeddings, Conv1D and learned positions.
+WIRINGS = ("llama3.1", "qwen3-window", "gemma3", "gpt_neox", "phi3", "opt-350m", "gpt2")
+
 
 def build(name: str, seed: int = 0, std: float = 0.15) -> PreTrainedModel:
     """The tiny model ``name`` with seeded normal weights, large enough that every layer changes the logits."""

@@ -1,48 +1,24 @@
-"""Run in a process of its own by test_streaming.py: peak memory of a streamed model beyond what the process has, MiB.
+"""Memory that a piece of work takes, for tests of what a streamed model may hold."""
 
-Arguments: a checkpoint, a scratch folder. Prints JSON.
-"""
-
-import json
+import ctypes
+import gc
 import sys
-from pathlib import Path
+from collections.abc import Callable
 
-import torch
+import psutil
+import pytest
 
-from kdprune.data.tokens import TokenSet
-from kdprune.model.activations import layer_states
-from kdprune.model.streaming import Scratch, load_streamed
-from kdprune.runtime.machine import peak_memory_bytes, reset_peak_memory
+from kdprune.runtime.machine import metered, reset_peak_memory
 
 
-def main(checkpoint: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    scratch = Scratch(Path(folder), host_bytes=0)
-
-    def through(top: int, count: int) -> None:
-        ids = torch.zeros(count, 64, dtype=torch.long)
-        tokens = TokenSet(ids, torch.ones_like(ids).bool(), "zeros")  # type: ignore[arg-type]
-        for _ in layer_states(model, tokens, [top - 1, top], 4, scratch=scratch):
-            pass
-
-    def above(start: int) -> float:
-        return (peak_memory_bytes() - start) / 2**20
-
-    model = load_streamed(checkpoint, device="cpu")
-    through(2, 4)  # libraries make room for themselves at their first use
-    found = {}
-    for name, work in {
-        "load": lambda: load_streamed(checkpoint, device="cpu"),
-        "layers": lambda: through(model.config.num_hidden_layers, 4),
-        "tokens": lambda: through(2, 16),
-        "tokens_x10": lambda: through(2, 160),
-    }.items():
-        assert reset_peak_memory()
-        start = peak_memory_bytes()
+def added(work: Callable[[], object]) -> float:
+    """MiB of memory that the process had at most while at work, beyond what it had before."""
+    gc.collect()
+    if sys.platform == "linux":  # else work would find room in what the process has freed but not given back
+        ctypes.CDLL(None).malloc_trim(0)
+    if not reset_peak_memory():
+        pytest.skip("the system cannot reset the high-water mark")
+    before = psutil.Process().memory_info().rss
+    with metered() as cost:
         work()
-        found[name] = above(start)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return (cost.peak_memory_bytes - before) / 2**20

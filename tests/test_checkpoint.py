@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS
+from families import WIRINGS
 from pruned import prune
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -51,7 +51,7 @@ def test_a_pruned_model_is_verified(tiny_model: Build, tmp_path: Path, dtype: to
     assert len(modes) == 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WIRINGS)
 def test_models_cast_to_half_precision_are_verified(tiny_model: Build, tmp_path: Path, name: str) -> None:
     dense = tiny_model(name).bfloat16()
     before = [buffer.clone() for buffer in dense.buffers()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import WIRINGS, build
 from test_methods import QUICK, random_tokens, run
 from tiny_checkpoint import Bench
 from transformers import PreTrainedModel
@@ -108,8 +108,8 @@ def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_
     assert model.config.num_hidden_layers == 6
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_is_measured(name: str, tiny_model) -> None:
+@pytest.mark.parametrize("name", WIRINGS)
+def test_every_wiring_is_measured(name: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens(rows=20)
     for context, block in (("attention", range(1, 4)), ("none", range(3, 6)), ("none", range(2))):
         options = {"context": context, "kernel": "linear+data"}

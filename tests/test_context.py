@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import CONFIGS
+from families import WIRINGS
 from test_methods import QUICK, generator, random_tokens
 from transformers import PreTrainedModel
 
@@ -41,7 +41,7 @@ def run(model: PreTrainedModel, **options: object) -> MethodResult:
     return KDP(blocks=((1, 4),), **{**QUICK, **options})(model, random_tokens(), Run(batch_size=4))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WIRINGS)
 @pytest.mark.parametrize("source", [1, 3])
 def test_a_fit_sees_what_the_pruned_model_computes(source: int, name: str, tiny_model: Build) -> None:
     """Masks, rotations and attention type of the layer that the context comes from, in the fit as in the model."""
@@ -63,7 +63,7 @@ def test_the_context_is_started_from_the_first_layer_of_the_block(tiny_model: Bu
     assert Shape(32, "fourier", 5, 0, residual=True, context=False).source(BLOCK) is None
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WIRINGS)
 def test_freed_parameters_are_counted(name: str, tiny_model: Build) -> None:
     model, options = tiny_model(name), {"features": 6, "refine": False}
     result = run(model, **options)

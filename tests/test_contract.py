@@ -6,45 +6,60 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import CONFIGS, REPRESENTATIVES, VARIANTS, WIRINGS, build
 from pruned import prune
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kdprune.model.families import normalises_behind
 from kdprune.model.modeling_kdp import FAMILIES
-from kdprune.testing import IDS, FamilyContract, close, logits_of
+from kdprune.testing import IDS, KINDS, FamilyContract, close, logits_of
 from kdprune.testing.family import FamilyCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 NORMS_BEHIND = ("gemma2", "gemma3", "opt-350m")  # no narrower stream goes through those
-# Families that differ in how they count heads, embed, norm or cut: loaded without the package in these kinds too.
+# Of a variant the kinds that its difference bears on: depth and attention types, heads, what is between the sublayers.
+OF_VARIANTS = {
+    "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"), "qwen2-window": ("drop", "before", "last", "mixed"),
+    "qwen3-window": ("drop", "rewrite", "last", "mixed"),
+    "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream"),
+    "opt-350m": ("drop", "after", "before", "mlp", "mixed", "heads", "channels"),
+}
+# Loaded without the package: every family, and in more kinds those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
-    "heads": ("gpt2", "gpt_neox", "llama3", "opt", "phi3"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
+    "mixed": {*REPRESENTATIVES, *WIRINGS},
+    "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
 
 
 def test_every_family_is_covered() -> None:
     assert {model_type for model_type, _ in CONFIGS.values()} == set(FAMILIES)
+    assert sorted(CONFIGS[name][0] for name in REPRESENTATIVES) == sorted(FAMILIES)
+    assert OF_VARIANTS.keys() == set(VARIANTS)
+    assert set(WIRINGS) <= set(CONFIGS)
     assert {name for name in CONFIGS if normalises_behind(build(name))} == set(NORMS_BEHIND)
 
 
 class TestFamilies(FamilyContract):
+    """Every kind of one config of each family; of its variants those that can differ."""
+
     models: ClassVar = {name: partial(build, name) for name in CONFIGS}
+    kinds_in_full: ClassVar = ("mixed", "heads", "channels", "stream")
 
     @classmethod
     def cases(cls) -> list[FamilyCase]:
-        return [case for case in super().cases() if case.kind != "stream" or case.name not in NORMS_BEHIND]
+        return [case for case in super().cases() if case.kind in OF_VARIANTS.get(case.name, KINDS)
+                and (case.kind != "stream" or case.name not in NORMS_BEHIND)]
 
     def checkpoints(self, directory: Path) -> dict[Path, Tensor]:
-        """Of every family; and one that was saved, with its code, by an earlier version."""
+        """Of every family and wiring; and one that was saved, with its code, by an earlier version."""
         old = CHECKPOINTS / "llama-context-heads"
         found = {old: logits_of(AutoModelForCausalLM.from_pretrained(old, dtype=torch.float32))}
         for case in self.cases():
-            if case.kind == "mixed" or case.name in ELSEWHERE.get(case.kind, ()):
-                model, path = case.fresh(), directory / f"{case.name}-{case.kind}"
-                model.save_pretrained(path)
-                found[path] = logits_of(model)
+            if case.name in ELSEWHERE.get(case.kind, ()):
+                path = directory / f"{case.name}-{case.kind}"
+                case.edited.model.save_pretrained(path)
+                found[path] = case.edited.logits
         return found
 
 

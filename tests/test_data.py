@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -257,6 +256,8 @@ def test_hub_data_set_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_hub_data_set_is_streamed_and_shuffled_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub itself is out of reach of a test: a local data set stands in for what it returns."""
+    import datasets  # a second
+
     rows = [{"text": words(i * 10, 10)} for i in range(40)]
     asked = []
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import WIRINGS, build
 from pruned import prune, stand_in
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -150,7 +150,7 @@ def test_lora_on_phase_and_readout_learns() -> None:
 
 
 @pytest.mark.parametrize(("name", "kinds"), [
-    *((name, ("mixed", "heads")) for name in CONFIGS if name != "llama3"), ("llama3", tuple(KINDS))])
+    (name, tuple(KINDS) if name == "llama3.1" else ("mixed", "heads")) for name in ("opt", *WIRINGS)])
 @torch.no_grad()
 def test_operations_are_counted_as_torch_counts_them(name: str, kinds: tuple[str, ...]) -> None:
     for model in (build(name), *(prune(build(name), kind) for kind in kinds)):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from families import CONFIGS, LAYERS
+from families import LAYERS, WIRINGS
 from tiny_checkpoint import CONTEXT, WORDS, Bench, random_ids, tiny_llama
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -156,7 +156,7 @@ def test_speed_counts(model, options: dict, message: str) -> None:
         speed(model, **options)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WIRINGS)
 def test_cache_size_follows_from_the_config(name: str, tiny_model) -> None:
     model = tiny_model(name)
     heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads

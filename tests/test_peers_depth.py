@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, LAYERS, build
+from families import LAYERS, REPRESENTATIVES, WIRINGS, build
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -195,7 +195,7 @@ def test_sleb_equals_greedy_search_over_pruned_copies(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [*((name, "mixed") for name in CONFIGS), ("llama3", "left"), ("llama3", "right")])
+    ("name", "side"), [*((name, "mixed") for name in WIRINGS), ("llama3", "left"), ("llama3", "right")])
 def test_losses_from_the_states_in_front_are_those_of_the_whole_model(name: str, side: str) -> None:
     model, tokens = build(name), padded_tokens(side, rows=5)
     types = copy.deepcopy(getattr(model.config, "layer_types", None))
@@ -286,7 +286,7 @@ def test_sums_in_half_precision_are_taken_in_float32() -> None:
     assert rdsc_merge(group, "paper")["w"].tolist() == [1.0234375]
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_projections_are_the_matrices_of_attention_and_mlp_with_their_biases(name: str) -> None:
     model = build(name)
     projections, everything = merged_names(model, "projections"), merged_names(model, "all")

@@ -9,14 +9,21 @@ import pytest
 import torch
 from families import CONFIGS, build
 from faults import flip, largest_file
+from methods import FORMS, quick
 from safetensors.torch import load_file
 from tiny_checkpoint import QUICK, Bench, command, prune, pruned_well, random_ids, same_bits
 
 import kdprune
-from kdprune.methods import METHODS
+from kdprune.data.tokens import load_tokens
+from kdprune.errors import KDPruneError
 from kdprune.methods.kdp import fit_blocks as blockwise
+from kdprune.model.checkpoint import save_model
+from kdprune.model.loading import load_model
+from kdprune.model.streaming import is_streamed, load_streamed
+from kdprune.model.surgery import apply_edits
 from kdprune.report.results import Results
 from kdprune.runtime import memory
+from kdprune.testing import run_method
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +44,7 @@ def tensors(result: kdprune.PruneResult, folder: Path) -> dict[str, torch.Tensor
     return load_file(folder / "model.safetensors")
 
 
-FEW = ("llama3.1", "opt-350m", "gpt2")  # every run: layers that differ; tests/test_streaming.py has all families
+FEW = ("llama3.1", "opt-350m", "gpt2")  # every run; tests/test_streaming.py has every family's states
 
 
 @pytest.mark.parametrize(("name", "context"), [
@@ -59,16 +66,29 @@ def test_a_streamed_run_gives_the_same_bits(
     assert all(torch.equal(whole[key], streamed[key]) for key in whole)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_streams_or_says_that_it_cannot(
-    bench: Bench, method: str, tmp_path: Path, small_memory: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("form", FORMS)
+def test_every_method_streams_or_says_that_it_cannot(bench: Bench, form: str, tmp_path: Path) -> None:
+    whole, streamed = load_model(bench.model, device="cpu"), load_streamed(bench.model, device="cpu")
+    rows = load_tokens(random_ids(), None, samples=None, length=32, seed=0)
+    if not quick(form).streams:
+        with pytest.raises(KDPruneError, match="whose layers are read from disk one at a time"):
+            quick(form).check(streamed, rows)
+        return
+    for model, name in ((whole, "whole"), (streamed, "streamed")):
+        pruned = apply_edits(model, run_method(quick(form), model, rows).edits)
+        assert is_streamed(pruned) == (model is streamed)
+        save_model(pruned, tmp_path / name)
+    assert same_bits(tmp_path / "whole", tmp_path / "streamed")
+
+
+@pytest.mark.parametrize(("method", "refused"), [("linear", False), ("laco", True)])
+def test_a_streamed_run_by_command(
+    bench: Bench, method: str, refused: bool, tmp_path: Path, small_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", 12, "--length", 32,
-             "--method", method, *(flag for flag in bench.flags[:6] if method == "kdp")]
-    if method == "streamline":
-        flags += ["--epochs", 1]
+             "--method", method]
     outcome = command("prune", bench.model, "-o", tmp_path / "streamed", "--work-dir", "none", *flags)
-    if not METHODS[method].streams:
+    if refused:
         assert outcome.status == 2
         assert "whose layers are read from disk one at a time" in outcome.err
         return

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import CONFIGS, LAYERS
+from families import LAYERS, WIRINGS
 from pruned import edits, in_context, prune, stand_in
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def numbers(model: PreTrainedModel) -> list[int]:
 # ------------------------------------------------------------------------------------------------ applying edits
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", WIRINGS)
 def test_an_identity_stand_in_equals_dropping_the_layers(tiny_model: Build, name: str) -> None:
     model, identity = tiny_model(name), stand_in()
     nn.init.zeros_(identity.readout.weight)

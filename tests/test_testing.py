@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -66,6 +67,42 @@ def test_a_model_that_is_not_what_its_edits_say_fails(kind: str, check: str) -> 
 
     with pytest.raises(AssertionError):
         getattr(Llama(), check)(Other("llama2", kind, case.build, off))
+
+
+def cases_of(contract: Any, check: str, argument: str = "case") -> list[Any]:
+    """The cases that pytest makes a check of."""
+    found: list[Any] = []
+    contract().pytest_generate_tests(SimpleNamespace(
+        fixturenames=[argument], function=getattr(contract, check),
+        parametrize=lambda _, cases, **__: found.extend(cases)))
+    return found
+
+
+def test_checks_that_take_long_are_of_the_first_cases() -> None:
+    """pytest orders by their numbers: all checks of a case follow each other, and it is edited or pruned once."""
+    class Some(Llama):
+        kinds_in_full: ClassVar = ("mixed", "stream")
+
+    class SomeMethods(MethodContract):
+        methods: ClassVar = {"bad": Bad, "refused": Bad}
+        models: ClassVar = {"llama2": partial(build, "llama2"), "gpt2": partial(build, "gpt2")}
+        refused: ClassVar = {"refused": {"gpt2": "no"}}
+        repeated: ClassVar = ("gpt2",)
+
+    every, pruned, full = (cases_of(Some, f"test_{name}") for name in (
+        "it_computes_what_its_edits_say", "left_padding", "generation_with_and_without_cache"))
+    assert [case.kind for case in full] == ["mixed", "stream"]
+    assert (len(pruned), len(every)) == (len(KINDS) - 2, len(KINDS))
+    assert every[:len(pruned)] == pruned
+    assert pruned[:len(full)] == full
+    every, twice, refused = (cases_of(SomeMethods, f"test_{name}", argument) for name, argument in (
+        ("saving_and_loading", "case"), ("the_same_seed_gives_the_same_bits", "case"),
+        ("what_it_cannot_prune_is_refused_in_one_line", "refusal")))
+    assert [(case.method, case.family) for case in twice] == [("bad", "gpt2")]
+    assert [(case.method, case.family) for case in every] == [("bad", "gpt2"), ("bad", "llama2"), ("refused", "llama2")]
+    assert [(case.method, case.family) for case in refused] == [("refused", "gpt2")]
+    SomeMethods.repeated = None
+    assert len(cases_of(SomeMethods, "test_the_same_seed_gives_the_same_bits")) == 3
 
 
 @dataclass(frozen=True, kw_only=True)

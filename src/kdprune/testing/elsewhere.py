@@ -28,7 +28,7 @@ logits, notes = {}, {}
 with torch.no_grad():
     for path in paths:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="float32", trust_remote_code=True)
-        base = AutoModel.from_pretrained(path, dtype="float32", trust_remote_code=True)
+        base = AutoModel.from_pretrained(path, config=model.config, dtype="float32", trust_remote_code=True)
         states = [m(ids).last_hidden_state for m in (model.base_model, base)]
         logits[path.name] = model(ids).logits
         notes[path.name] = {"module": type(model).__module__, "base": torch.equal(*states)}

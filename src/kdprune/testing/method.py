@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -69,6 +69,12 @@ class MethodCase:
         return _pruned(self.make, self.build)
 
 
+def _prunes_again(check: Callable[..., None]) -> Callable[..., None]:
+    """Marks a check that takes as long as the pruning itself."""
+    check.prunes_again = True  # type: ignore[attr-defined]
+    return check
+
+
 class MethodContract:
     """Subclasses give ``method``, or several ``methods`` by name, and the dense ``models`` they are tried on.
 
@@ -79,12 +85,14 @@ class MethodContract:
         refused: by method the models that it cannot prune, each with a part of the reason that it gives (a regular
             expression); with ``method`` alone, by model.
         width_slack: by how much a method that narrows layers may miss the ratio.
+        repeated: the models that each method prunes a second time, from the same seed; None: all.
     """
 
     methods: ClassVar[Mapping[str, Make]] = {}
     models: ClassVar[Mapping[str, Build]] = {}
     refused: ClassVar[Mapping[str, Any]] = {}
     width_slack: ClassVar[float] = 0.005
+    repeated: ClassVar[Collection[str] | None] = None
 
     @staticmethod
     def method() -> Method:
@@ -98,18 +106,27 @@ class MethodContract:
 
     @classmethod
     def cases(cls) -> list[MethodCase]:
-        """Every method on every model, the refused ones too."""
+        """Every method on every model, the refused ones too; those that are repeated first."""
         methods = cls.methods or {cls.__name__: cls.method}
         if not cls.models:
             raise NotImplementedError("give models, functions that make dense models, by name")
-        return [MethodCase(method, family, make, build)
-                for family, build in cls.models.items() for method, make in methods.items()]
+        cases = [MethodCase(method, family, make, build)
+                 for family, build in cls.models.items() for method, make in methods.items()]
+        # pytest orders checks by the number of their case; a check of some has to number them as one of all does.
+        return sorted(cases, key=lambda case: not cls.is_repeated(case))
+
+    @classmethod
+    def is_repeated(cls, case: MethodCase) -> bool:
+        """Whether the method prunes the model a second time."""
+        return cls.repeated is None or case.family in cls.repeated
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """pytest's hook: the argument ``case`` is a pair that is pruned, ``refusal`` one that is not."""
         for name, refused in (("case", False), ("refusal", True)):
             if name in metafunc.fixturenames:
                 cases = [c for c in self.cases() if (self.reason(c.method, c.family) is not None) == refused]
+                if getattr(metafunc.function, "prunes_again", False):
+                    cases = [case for case in cases if self.is_repeated(case)]
                 ids = [f"{case.family}-{case.method}" for case in cases]
                 metafunc.parametrize(name, cases, ids=ids, scope="class")
 
@@ -137,6 +154,7 @@ class MethodContract:
         """The same class, record and bits."""
         saved_and_loaded(case.pruned.model, tmp_path)
 
+    @_prunes_again
     def test_the_same_seed_gives_the_same_bits(self, case: MethodCase) -> None:
         """From a dense model made anew."""
         dense = case.build()
