@@ -13,14 +13,12 @@ pytest.register_assert_rewrite("kdprune.testing")  # before anything imports it
 
 import torch
 from families import build
-from tiny_checkpoint import Bench, build_bench, pruned_well
+from tiny_checkpoint import Bench, build_bench, no_drawing, pruned_well
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 import kdprune
-from kdprune.evaluation import speed
-from kdprune.report import comparison_page
-from kdprune.run import pipeline
+from kdprune.evaluation import samples, speed
 
 logging.disable_progress_bar()
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -49,9 +47,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="session")
 def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``prune`` of the tiny checkpoint writes without a work directory. Shared: do not change it."""
+    """What ``prune`` of the tiny checkpoint writes without a work directory, undrawn. Shared: do not change it."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    pruned_well(bench, "none", out)
+    with no_drawing():
+        pruned_well(bench, "none", out)
     return out
 
 
@@ -66,18 +65,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_pictures() -> Iterator[None]:
-    """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_page", lambda results, path: Path(path).write_text("no pictures"))
-        patch.setattr(comparison_page, "pictures", lambda comparison: [])
+    """Nothing is drawn in this file; in a file that also draws, ``@no_drawing()`` is for one test."""
+    with no_drawing():
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_speeds() -> Iterator[None]:
-    """Where a run measures speed, it writes few tokens: tests about speed say how many themselves."""
+    """Where a run measures speed or shows samples, it writes few tokens: tests about those say how many themselves."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "NEW_TOKENS", 4)
+        patch.setattr(samples, "NEW_TOKENS", 8)
         yield
 
 
