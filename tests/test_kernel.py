@@ -179,7 +179,7 @@ def test_streamed_cka_in_one_chunk_equals_dense_cka() -> None:
 
 
 def test_cka_streamed_over_chunks_approaches_dense_cka() -> None:
-    h = walk(3, 2048, 8, step=2.0)
+    h = walk(3, 1024, 8, step=2.0)
     streamed = LayerSimilarity(median_distances(h[:, :256]))
     for chunk in h.split(256, dim=1):
         streamed.update(chunk)
