@@ -183,7 +183,7 @@ def test_cka_streamed_over_chunks_approaches_dense_cka() -> None:
     streamed = LayerSimilarity(median_distances(h[:, :256]))
     for chunk in h.split(256, dim=1):
         streamed.update(chunk)
-    torch.testing.assert_close(streamed.value()["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=0.02)
+    torch.testing.assert_close(streamed.value()["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=3e-4)
 
 
 def test_sums_of_two_halves_are_those_of_the_whole() -> None:
