@@ -204,13 +204,13 @@ def test_healing_is_a_part_of_a_variant() -> None:
 
 def test_ablation_of_two_parts(bench: Bench, tmp_path: Path) -> None:
     outcome = command(
-        "ablate", bench.model, "--base", KDP_FAST, "--only", "rank,kernel", "--seeds", "1", "-o", tmp_path / "out",
+        "ablate", bench.model, "--base", KDP_FAST, "--only", "rank,alpha", "--seeds", "1", "-o", tmp_path / "out",
         "--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", "12", "--length", "32")
     assert outcome.status == 0, outcome.err
     record = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert record["kind"] == "ablation"
     groups = [row["variant"]["group"] for row in record["rows"]]
-    assert list(dict.fromkeys(groups)) == ["Base", "The kernel", "Rank r"]
+    assert list(dict.fromkeys(groups)) == ["Base", "α", "Rank r"]
     assert [row["variant"]["value"] for row in record["rows"] if row["variant"]["group"] == "Rank r"] == [0, 4, 16]
     assert not record["failures"]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
