@@ -52,11 +52,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="session")
 def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``prune`` of the tiny checkpoint writes without a work directory. Shared: do not change it."""
-    from tiny_checkpoint import pruned_well
+    """What ``prune`` of the tiny checkpoint writes without a work directory, undrawn. Shared: do not change it."""
+    from tiny_checkpoint import no_drawing, pruned_well
 
     out = tmp_path_factory.mktemp("alone") / "out"
-    pruned_well(bench, "none", out)
+    with no_drawing():
+        pruned_well(bench, "none", out)
     return out
 
 
@@ -73,13 +74,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_pictures() -> Iterator[None]:
-    """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
-    from kdprune.report import comparison_page
-    from kdprune.run import pipeline
+    """Nothing is drawn in this file; in a file that also draws, ``@no_drawing()`` is for one test."""
+    from tiny_checkpoint import no_drawing
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "write_page", lambda results, path: Path(path).write_text("no pictures"))
-        patch.setattr(comparison_page, "pictures", lambda comparison: [])
+    with no_drawing():
         yield
 
 
@@ -96,11 +94,12 @@ def _quiet_worker() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _short_speeds() -> Iterator[None]:
-    """Where a run measures speed, it writes few tokens: tests about speed say how many themselves."""
-    from kdprune.evaluation import speed
+    """Where a run measures speed or shows samples, it writes few tokens: tests about those say how many themselves."""
+    from kdprune.evaluation import samples, speed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "NEW_TOKENS", 4)
+        patch.setattr(samples, "NEW_TOKENS", 8)
         yield
 
 

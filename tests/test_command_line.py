@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from faults import largest_file
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import Bench, Outcome, command, tiny_llama, tree
+from tiny_checkpoint import Bench, Outcome, command, no_drawing, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from kdprune.cli.options_page import markdown
@@ -130,7 +130,8 @@ def test_analyze_writes_the_similarity_report_alone(bench: Bench, tmp_path: Path
     assert command("report", tmp_path / "new" / "results.json", "-o", page).status == 0
     assert len(page.read_bytes()) > 10_000
     refused("not empty", *arguments, *mixture, folder=tmp_path)
-    assert command(*arguments, "--calibration", bench.heldout, "--overwrite").status == 0
+    with no_drawing():
+        assert command(*arguments, "--calibration", bench.heldout, "--overwrite").status == 0
     assert Results.load(tmp_path / "new").calibration.source == "heldout.txt"
 
 
@@ -345,6 +346,7 @@ def test_an_option_of_another_method_is_named_as_such(bench: Bench, tmp_path: Pa
         tmp_path / "out", "--method", "sleb", "--features", "8", folder=tmp_path)
 
 
+@no_drawing()
 def test_the_largest_ratio_it_names_is_possible_and_overwriting_waits_for_it(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "stale").write_text("old")

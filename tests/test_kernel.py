@@ -179,11 +179,11 @@ def test_streamed_cka_in_one_chunk_equals_dense_cka() -> None:
 
 
 def test_cka_streamed_over_chunks_approaches_dense_cka() -> None:
-    h = walk(3, 2048, 8, step=2.0)
+    h = walk(3, 1024, 8, step=2.0)
     streamed = LayerSimilarity(median_distances(h[:, :256]))
     for chunk in h.split(256, dim=1):
         streamed.update(chunk)
-    torch.testing.assert_close(streamed.value()["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=0.02)
+    torch.testing.assert_close(streamed.value()["linear_cka"], dense_cka(h, "linear"), rtol=0, atol=3e-4)
 
 
 def test_sums_of_two_halves_are_those_of_the_whole() -> None:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from faults import largest_file
 from safetensors import safe_open
-from tiny_checkpoint import QUICK, Bench, random_ids, tiny_llama, tree
+from tiny_checkpoint import QUICK, Bench, no_drawing, random_ids, tiny_llama, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import kdprune
 from kdprune.errors import KDPruneError
-from kdprune.report.results import Results
+from kdprune.report.page import render_page
+from kdprune.report.results import Results, write_file
 from kdprune.run import pipeline, resources
 from kdprune.run.record import evaluate
 
@@ -121,12 +122,17 @@ def test_the_recipe_holds_every_option(result: kdprune.PruneResult, bench: Bench
         assert recipe[name] == (str(value) if isinstance(value, Path) else value)
 
 
-def test_report(result: kdprune.PruneResult, saved: Path, tmp_path: Path) -> None:
-    assert result.report(tmp_path / "page.html") == tmp_path / "page.html"
-    assert (tmp_path / "page.html").read_text(encoding="utf-8") == (saved / "report.html").read_text(encoding="utf-8")
+def test_report(result: kdprune.PruneResult, tmp_path: Path) -> None:
+    undrawn = result.results.model_copy(update={"fit": [], "analysis": None})  # with pictures: test_command_line.py
+    assert dataclasses.replace(result, results=undrawn).report(tmp_path / "page.html") == tmp_path / "page.html"
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == render_page(undrawn)
 
 
-def test_saving_again(result: kdprune.PruneResult, tmp_path: Path) -> None:
+def test_saving_again(
+    result: kdprune.PruneResult, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (saved / "report.html").read_text(encoding="utf-8")  # drawn once
+    monkeypatch.setattr(pipeline, "write_page", lambda results, path: write_file(path, page))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("old")
     before = tree(tmp_path)
@@ -139,6 +145,7 @@ def test_saving_again(result: kdprune.PruneResult, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@no_drawing()
 def test_a_loaded_model_and_token_ids_need_no_tokenizer(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_llama().to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -175,6 +182,7 @@ def test_a_loaded_model_keeps_its_dtype() -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
+@no_drawing()
 def test_a_cpu_without_the_arithmetic_computes_in_float32_and_saves_as_it_was(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +303,7 @@ def test_plot(tmp_path: Path) -> None:
         scores.plot(tmp_path / "scores.docx")
 
 
+@no_drawing()
 def test_the_bundled_model_and_text_are_the_defaults(tmp_path: Path) -> None:
     scores = kdprune.analyze(samples=4, length=32, output_dir=tmp_path / "out")
     found = Results.load(tmp_path / "out")

@@ -9,7 +9,7 @@ import report_example
 from families import CONFIGS, LAYERS, VOCABULARY, WIDTH, build
 from methods import FORMS, quick
 from test_methods import random_tokens
-from tiny_checkpoint import Bench, command
+from tiny_checkpoint import Bench, command, no_drawing
 from transformers import PreTrainedModel
 
 import kdprune
@@ -43,7 +43,8 @@ def outside(model: PreTrainedModel) -> int:
 
 
 def unwrapped(text: str) -> str:
-    return re.sub(r"[ \n]+", " ", text)
+    """Without line breaks, which may stand at any blank of a line that a long path begins."""
+    return re.sub(r"\s+", " ", text)
 
 
 # ------------------------------------------------------------------------------------------ what is counted
@@ -153,6 +154,7 @@ def test_a_run_shows_both_ratios(method: str) -> None:
     assert f"({100 * counts.net_ratio_layers:.1f}{SPACE}% of the layers')" in headline(results)
 
 
+@no_drawing()
 def test_a_comparison_shows_both_ratios(bench: Bench, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "calibration": bench.calibration, "heldout": bench.heldout, "samples": 12, "length": 32, "seeds": 1}
@@ -182,17 +184,18 @@ def test_a_plan_shows_both_ratios(tmp_path: Path) -> None:
     shown = command("plan", tmp_path, "--of", "layers", "--ratio", 0.2, "--protect", 0, "--length", 16)
     assert shown.status == 0, shown.err
     both = f"{100 * found.net_ratio:.1f}{SPACE}% net, {100 * found.net_ratio_layers:.1f}{SPACE}% of the layers'"
-    assert both in unwrapped(shown.out)
+    assert unwrapped(both) in unwrapped(shown.out)
     assert f"{outside(dense):,}" in shown.out
     short = command("plan", tmp_path, "--of", "layers", "--ratio", 0.6, "--blocks", "2-4", "--length", 16)
-    assert f"below the 60{SPACE}% outside the embeddings asked for" in unwrapped(short.out)
+    assert "below the 60 % outside the embeddings asked for" in unwrapped(short.out)
 
 
 def test_records_without_them_are_shown_as_they_were() -> None:
     older = report_example.results()
     assert older.parameters.net_ratio_layers is None
     assert [row.name for row in comparison(older)][:4] == ["layers", "parameters", "net ratio", "perplexity"]
-    assert "of the layers'" not in render_page(older) + render_card(older)
+    undrawn = older.model_copy(update={"fit": [], "analysis": None})
+    assert "of the layers'" not in render_page(undrawn) + render_card(older)
     counts = Parameters(dense=100, pruned=75, dense_layers=80, pruned_layers=55)
     assert (counts.net_ratio, counts.net_ratio_layers) == (0.25, 0.3125)
     newer = older.model_copy(update={"parameters": counts})

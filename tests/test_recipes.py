@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_checkpoint import QUICK, Bench, command, random_ids, tiny_llama
+from tiny_checkpoint import QUICK, Bench, command, no_drawing, random_ids, tiny_llama
 
 import kdprune
 from kdprune.errors import KDPruneError
@@ -161,6 +161,7 @@ def test_what_is_given_wins_also_where_it_is_the_default(bench: Bench, tmp_path:
     assert not (tmp_path / "work").exists()
 
 
+@no_drawing()
 def test_a_run_is_repeated_from_its_results(bench: Bench, tmp_path: Path) -> None:
     first = kdprune.prune(bench.model, ratio=0.2, seed=3, block_length=2, **bench.options)
     path = written(tmp_path, dump_recipe(first.results.recipe))

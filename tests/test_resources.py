@@ -16,7 +16,7 @@ from kdprune.runtime import memory
 from kdprune.runtime.memory import Memory
 from kdprune.store.hashing import model_identity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
 @pytest.mark.parametrize(

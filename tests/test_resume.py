@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,11 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from faults import forked, killed_with
 from safetensors.torch import load_file
 from test_comparison import KDP_FAST, LINEAR, figures, options
 from tiny_checkpoint import Bench, command, prune, pruned_well, same_bits, tree
 
 import kdprune
+from kdprune.cli import main
 from kdprune.comparison.compare import Comparison
 from kdprune.errors import KDPruneError
 from kdprune.report.results import Results
@@ -56,10 +58,8 @@ def test_a_second_run_finds_everything(bench: Bench, alone: Path, finished: Path
 def test_scores_serve_another_ratio(bench: Bench, tmp_path: Path) -> None:
     work, flags = tmp_path / "work", ("--calibration", bench.calibration, "--samples", 12, "--length", 32)
     assert command("analyze", bench.model, "-o", tmp_path / "scores", "--work-dir", work, *flags).status == 0
-    for ratio in (0.2, 0.3):
-        outcome = prune(bench, work, tmp_path / f"out{ratio}", "--ratio", ratio)
-        assert outcome.status == 0, outcome.err
-        assert "analyse                  found in the work directory" in outcome.out
+    outcome = pruned_well(bench, work, tmp_path / "out", "--ratio", 0.3)
+    assert "analyse                  found in the work directory" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -114,8 +114,8 @@ def test_healing_is_kept(bench: Bench, tmp_path: Path) -> None:
 
 def attempt(run: Callable[[], Any], errors: Any) -> int:
     """Starts a forked child; what it says goes into the file."""
-    child = os.fork()
-    if child == 0:
+
+    def child() -> None:
         status = 99
         try:
             os.dup2(errors.fileno(), 1), os.dup2(errors.fileno(), 2)
@@ -125,7 +125,8 @@ def attempt(run: Callable[[], Any], errors: Any) -> int:
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(status)
-    return child
+
+    return forked(child)
 
 
 def killed(run: Callable[[], Any], after: float) -> bool:
@@ -192,28 +193,64 @@ def ports() -> int:
         return int(found.getsockname()[1])
 
 
-def launch(bench: Bench, out: Path, work: Path, port: int, *flags: object) -> list[subprocess.Popen[str]]:
-    """The command in two processes, as ``torchrun`` starts them."""
-    arguments = [sys.executable, "-m", "kdprune", "prune", bench.model, "-o", out, "--work-dir", work,
-                 "--device", "cpu", *bench.flags, *flags]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [str(argument) for argument in arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+def arguments(bench: Bench, out: Path, work: Path, *flags: object) -> list[str]:
+    """What ``kdprune`` is asked for; batches hold 16 rows: with 40 rows both processes have some."""
+    return [str(argument) for argument in (
+        "prune", bench.model, "-o", out, "--work-dir", work, "--device", "cpu", *bench.flags, "--samples", 40, *flags)]
 
 
-def test_two_processes_give_the_result_of_one(bench: Bench, alone: Path, tmp_path: Path, ports: int) -> None:
-    # Batches hold 16 rows: with 40 rows both processes have some.
-    flags = ("--samples", 40)
+Start = Callable[[list[str], dict[str, str], Any, Any], int]  # arguments, variables, two files; the process's number
+
+
+def launch(said: Path, port: int, start: Start, run: list[str]) -> list[int]:
+    """Starts the command in two processes with the variables of ``torchrun``; what they say goes to ``said``."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    children = []
+    for rank in "01":
+        with (said / f"out{rank}").open("w") as out, (said / f"err{rank}").open("w") as err:
+            children.append(start(run, {**common, "RANK": rank, "LOCAL_RANK": rank}, out, err))
+    return children
+
+
+def fork_command(arguments: list[str], variables: dict[str, str], out: Any, err: Any) -> int:
+    """The command in a copy of this process, which has everything imported already."""
+
+    def child() -> None:
+        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        os.environ.update(variables)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 (until the process ends)
+        PartialState._reset_state()  # of a test before this one
+        status = main(arguments)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+
+    return forked(child)
+
+
+def start_command(arguments: list[str], variables: dict[str, str], out: Any, err: Any) -> int:
+    """The command in a new process."""
+    files = [(os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in ((1, out), (2, err))]
+    line = [sys.executable, "-m", "kdprune", *arguments]
+    return os.posix_spawn(sys.executable, line, {**os.environ, **variables}, file_actions=files)
+
+
+def exit_of(child: int, within: float = 240) -> int:
+    """The status with which a process ends; one that has not ended within so many seconds is killed."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return -killed_with(child)
+
+
+@pytest.mark.parametrize("start", [fork_command, pytest.param(start_command, marks=pytest.mark.slow)])
+def test_two_processes_give_the_result_of_one(bench: Bench, tmp_path: Path, ports: int, start: Start) -> None:
     one = tmp_path / "one"
-    assert command("prune", bench.model, "-o", one, "--work-dir", "none", *bench.flags, *flags).status == 0
-    processes = launch(bench, tmp_path / "two", tmp_path / "work", ports, *flags)
-    ends = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ends
+    assert command(*arguments(bench, one, "none")).status == 0
+    children = launch(tmp_path, ports, start, arguments(bench, tmp_path / "two", tmp_path / "work"))
+    assert [exit_of(child) for child in children] == [0, 0], (tmp_path / "err0").read_text()
     first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
     assert first.keys() == second.keys()
     for name in first:
@@ -223,27 +260,25 @@ def test_two_processes_give_the_result_of_one(bench: Bench, alone: Path, tmp_pat
     assert len(found.calibration.shares) == 2
     assert sum(found.calibration.shares) == found.calibration.tokens == single.calibration.tokens
     assert min(found.calibration.shares) > 0
-    assert "wrote" not in ends[1][0]  # the first process speaks for all
+    assert ["wrote" in (tmp_path / f"out{rank}").read_text() for rank in "01"] == [True, False]  # one speaks for all
 
 
 def test_one_process_dies_and_the_other_says_so(bench: Bench, tmp_path: Path, ports: int) -> None:
-    flags = ("--samples", 40, "--refine-epochs", 4000)
     work = tmp_path / "work"
-    processes = launch(bench, tmp_path / "out", work, ports, *flags)
+    run = arguments(bench, tmp_path / "out", work)
+    first, second = launch(tmp_path, ports, fork_command, [*run, "--refine-epochs", "4000"])
     deadline = time.monotonic() + 240
     while not list(work.glob("stages/analysis-*/tensors.safetensors")):
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
-        time.sleep(0.1)
-    processes[1].kill()
-    _, message = processes[0].communicate(timeout=240)
-    processes[1].communicate()
-    assert processes[0].returncode == 2
+        assert [os.waitpid(child, os.WNOHANG)[0] for child in (first, second)] == [0, 0], "they ended by themselves"
+        time.sleep(0.02)
+    assert killed_with(second) == signal.SIGKILL
+    assert exit_of(first) == 2
+    message = (tmp_path / "err0").read_text()
     assert "process 0 of 2 lost another one" in message
     assert "Traceback" not in message
     assert not (tmp_path / "out").exists()
-    again = command("prune", bench.model, "-o", tmp_path / "out", "--work-dir", work, "--device", "cpu", *bench.flags,
-                    "--samples", 40)
+    again = command(*run)
     assert again.status == 0, again.err
     assert "analyse                  found in the work directory" in again.out
 

@@ -43,7 +43,7 @@ def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     return folder
 
 
-def sciq_rows(count: int = 40) -> list[dict[str, Any]]:
+def sciq_rows(count: int) -> list[dict[str, Any]]:
     """Rows in SciQ's form, made of the bundled text: which word ends the sentence."""
     text = " ".join(bundled_heldout().read_text(encoding="utf-8").split())
     found = [part.split() for part in re.split(r"[.!?]", text) if 5 < len(part.split()) < 12][: count + 3]
@@ -59,9 +59,9 @@ def sciq_rows(count: int = 40) -> list[dict[str, Any]]:
     not BENCH.is_dir(), reason="no benchmark data here"))])
 def sciq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A folder with sciq.jsonl, and its rows."""
-    rows = sciq_rows()
+    rows = sciq_rows(12)
     if request.param == "real":
-        rows = [json.loads(line) for line in (BENCH / "sciq.jsonl").read_text().splitlines()[:40]]
+        rows = [json.loads(line) for line in (BENCH / "sciq.jsonl").read_text().splitlines()[:10]]
     return write(tmp_path_factory.mktemp("sciq"), "sciq", rows), rows
 
 
@@ -100,9 +100,9 @@ def test_decisions_are_those_of_the_model_itself(
     sciq: tuple[Path, list[dict[str, Any]]], bundled: PreTrainedModel, tokenizer: Any
 ) -> None:
     folder, rows = sciq
-    (score,) = run_suite(bundled, tokenizer, ["sciq"], data=[folder], limit=8, batch_size=5)
+    (score,) = run_suite(bundled, tokenizer, ["sciq"], data=[folder], limit=5, batch_size=3)
     right = []
-    for row in rows[:8]:
+    for row in rows[:5]:
         context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
         sums = []
         for answer in ("distractor1", "distractor2", "distractor3", "correct_answer"):
@@ -114,8 +114,8 @@ def test_decisions_are_those_of_the_model_itself(
         found = task_loading.load_task("sciq", [folder])["sciq"].instances[4 * (len(right) - 1) :][:4]
         assert [item.resps[0][0] for item in found] == pytest.approx(sums, abs=2e-3)
     items = "".join(str(int(value)) for value in right)
-    assert score == TaskScore("sciq", "sciq", "acc", sum(right) / 8, score.stderr, 0.25, 8, True, (items,))
-    assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / 7))
+    assert score == TaskScore("sciq", "sciq", "acc", sum(right) / 5, score.stderr, 0.25, 5, True, (items,))
+    assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / 4))
 
 
 def test_blimp_is_a_mean_over_the_paradigms_of_a_phenomenon(
@@ -334,19 +334,19 @@ def test_counts_and_models_that_cannot_be(bundled: PreTrainedModel, tokenizer: A
 def test_the_command_prints_the_table_and_what_is_kept(
     bench: Bench, bundled: PreTrainedModel, tmp_path: Path
 ) -> None:
-    write(tmp_path, "sciq", sciq_rows(16))
+    write(tmp_path, "sciq", sciq_rows(6))
     outcome = command(
         "eval", bundled.name_or_path, "--text", bench.heldout, "--window", 64, "--stride", 64,
-        "--suite", "sciq", "--suite-data", tmp_path, "--limit", 12, "--dense", bundled.name_or_path,
+        "--suite", "sciq", "--suite-data", tmp_path, "--limit", 5, "--dense", bundled.name_or_path,
         "--json", tmp_path / "eval.json")
     assert (outcome.status, outcome.err) == (0, "")
-    assert re.search(r"sciq +│ +│ acc +│ 0\.\d{3} ± 0\.\d{3} │ 0\.\d{3} ± 0\.\d{3} │ +0\.250 │ +12", outcome.out)
-    assert "the first 12 of each task" in outcome.out
+    assert re.search(r"sciq +│ +│ acc +│ 0\.\d{3} ± 0\.\d{3} │ 0\.\d{3} ± 0\.\d{3} │ +0\.250 │ +5", outcome.out)
+    assert "the first 5 of each task" in outcome.out
     assert "window 512, stride 256" in outcome.out
     assert "retained above chance" in outcome.out
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["tasks"] == record["dense_tasks"]
-    assert record["tasks"][0]["items"] == 12
+    assert record["tasks"][0]["items"] == 5
     assert record["retention"]["mean"] == 1.0
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kdprune.cli import main
 from kdprune.data.tokens import bundled_calibration
+from kdprune.report import comparison_page
+from kdprune.run import pipeline
 
 END, WORDS, CONTEXT, WIDTH = "<|endoftext|>", 320, 64, 32
 # Options of a method that has nothing to learn here: seconds, not figures.
@@ -48,6 +52,16 @@ class Outcome:
     status: int
     out: str
     err: str
+
+
+@contextlib.contextmanager
+def no_drawing() -> Iterator[None]:
+    """Three quarters of a tiny run draw the report's pictures: not where a test is about something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        for write in ("write_page", "write_analysis"):
+            patch.setattr(pipeline, write, lambda results, path: Path(path).write_text("no pictures"))
+        patch.setattr(comparison_page, "pictures", lambda comparison: [])
+        yield
 
 
 def command(*arguments: object) -> Outcome:
