@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
+from kdprune.methods.common.budget import WIDEST, Candidate, filled, select_by_similarity
 from kdprune.methods.common.selection import candidate_blocks
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp import damage as damage_module
-from kdprune.methods.kdp.damage import Candidate, Trial, choose_by_damage, proposed
+from kdprune.methods.kdp.damage import Trial, choose_by_damage, proposed
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.losses import mean_loss
 from kdprune.model.streaming import load_streamed

@@ -65,7 +65,7 @@ def test_the_context_is_started_from_the_first_layer_of_the_block(tiny_model: Bu
 
 @pytest.mark.parametrize("name", WIRINGS)
 def test_freed_parameters_are_counted(name: str, tiny_model: Build) -> None:
-    model, options = tiny_model(name), {"features": 6, "refine": False}
+    model, options = tiny_model(name), {"kernel": "linear+learned+data", "features": 6, "channels": 5, "refine": False}
     result = run(model, **options)
     pruned = apply_edits(model, result.edits)
     forecast = KDP(**options).budget(model).removal(BLOCK)
@@ -77,7 +77,7 @@ def test_budget_counts_the_layer_the_context_comes_from(tiny_model: Build) -> No
     model = tiny_model("llama3")
     layer = decoder_layers(model)[BLOCK.start]
     layer.self_attn.q_proj.bias = torch.nn.Parameter(torch.zeros(32))  # one layer larger than the others
-    forecast = KDP(features=6).budget(model).removal(BLOCK)
+    forecast = KDP(kernel="learned", features=6).budget(model).removal(BLOCK)
     pruned = apply_edits(model, run(model, features=6, refine=False).edits)
     assert model.num_parameters() - pruned.num_parameters() == forecast
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.analysis import massive_layers, score_layers
 from kdprune.methods.common.method import RankedMethod
-from kdprune.methods.common.selection import candidate_blocks, open_layers, reachable, select_blocks
+from kdprune.methods.common.selection import candidate_blocks, open_layers, out_of_reach, reachable, select_blocks
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.target import Target
 from kdprune.model.families import decoder_layers, family_of
@@ -21,6 +22,24 @@ from kdprune.runtime.run import Run
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
 # parameters bring a residual MLP from .192 to .177).
 WIDEST = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block, and the form of the stand-in that would take its place."""
+
+    block: range
+    shape: Shape
+
+    @property
+    def start(self) -> int:
+        """Its first layer."""
+        return self.block.start
+
+    @property
+    def stop(self) -> int:
+        """The layer behind it."""
+        return self.block.stop
 
 
 class Budget:
@@ -72,8 +91,14 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     """
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
-        alike = torch.ones(len(budget.layers) + 1, len(budget.layers) + 1)
-        select_blocks(alike, candidates, budget.removal, budget.target)
+        budget.target.check(most_removed(options, budget, candidates), *out_of_reach(candidates))
+
+
+def most_removed(options: RankedMethod, budget: Budget, blocks: list[range]) -> int:
+    """The most parameters that a set of these blocks removes, behind whatever stand-ins the method may give them."""
+    forms = options.forms(budget.shape)
+    candidates = [Candidate(block, form) for block in blocks for form in forms]
+    return max(reachable(candidates, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape)))
 
 
 def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
@@ -96,7 +121,7 @@ def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
     candidates = candidate_blocks(allowed, shortest, longest)
     if not candidates:
         raise KDPruneError(
-            f"got a model of {layers} layers, {len(allowed)} of them unprotected; expected at least {shortest} "
+            f"got a model of {layers} layers, {len(allowed)} of them unprotected; expected at least {max(shortest, 2)} "
             f"unprotected layers: protect fewer (protect=…) or name the blocks (blocks=…)"
         )
     return candidates
@@ -128,7 +153,7 @@ def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> l
     if len(beside) < len(candidates):
         names = ", ".join(map(str, sorted(layers)))
         budget.target.check(
-            max(reachable(beside, lambda _: 0.0, budget.removal)),
+            most_removed(options, budget, beside),
             f"that blocks beside layers {names} allow, which write or erase massive tokens",
             "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
             "(blocks=…) to remove those layers")

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.target import Of, Target
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
@@ -139,3 +140,7 @@ class RankedMethod(DepthMethod):
     def shortest(self) -> int:
         """Layers of the shortest block considered."""
         return 2
+
+    def forms(self, shape: Shape) -> list[Shape]:
+        """The stand-ins that a block may get, where this one is the method's own."""
+        return [shape]

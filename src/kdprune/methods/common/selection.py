@@ -108,13 +108,17 @@ def select_blocks(
     """
     one_more = _ONE_MORE if slack else 0.0
     table = reachable(candidates, lambda block: one_more + _log(similarity[block.start, block.stop]), removal)
-    longest = max(map(len, candidates), default=0)
-    target.check(
-        max(table), f"the unprotected layers of this model allow in blocks of at most {longest}",
-        "lower the ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)")
+    target.check(max(table), *out_of_reach(candidates))
     enough = [removed for removed in table if removed >= target.parameters]
     near = [removed for removed in enough if removed <= max(min(enough), target.parameters + slack)]
     return list(table[max(near, key=lambda removed: (table[removed][0], -removed))][1])
+
+
+def out_of_reach(candidates: Sequence[range]) -> tuple[str, str]:
+    """What keeps sets of these blocks from removing more, and what the user can do, for :meth:`Target.check`."""
+    longest = max(map(len, candidates), default=0)
+    return (f"the unprotected layers of this model allow in blocks of at most {longest}",
+            "lower the ratio, protect fewer layers (protect=…) or allow longer blocks (max_block=…)")
 
 
 def _log(value: Tensor) -> float:

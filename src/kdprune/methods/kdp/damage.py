@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.budget import Budget, filled
+from kdprune.methods.common.budget import Budget, Candidate, filled
 from kdprune.methods.common.selection import reachable
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp.fit_block import Fit, FitSettings, fit_closed_form
@@ -37,24 +37,6 @@ MOST = 4  # … and the most blocks of every length that are measured
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
 # do not is found by measuring a set of many short blocks beside one of few long ones.
 PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A block, and the form of the stand-in that would take its place."""
-
-    block: range
-    shape: Shape
-
-    @property
-    def start(self) -> int:
-        """Its first layer."""
-        return self.block.start
-
-    @property
-    def stop(self) -> int:
-        """The layer behind it."""
-        return self.block.stop
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import check_rows
-from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, filled
+from kdprune.methods.common.budget import Budget, Candidate, blocks_to_rank, check_budget, choose_blocks, filled
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.kdp.damage import Candidate, Trial, check_damage, choose_by_damage, scorable
+from kdprune.methods.kdp.damage import Damage, Trial, check_damage, choose_by_damage, scorable
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
 from kdprune.model.block_states import PathRows
@@ -85,7 +85,8 @@ class KDP(RankedMethod):
     features: int | None = option(
         None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size", rare=True)
     channels: int | None = option(
-        None, "c, number of the block's own MLP channels (half the width; fill adds to them)", least=1, group="size")
+        None, "c, number of the block's own MLP channels (half the width; fill adds to them)", least=1, group="size",
+        rare=True)
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
@@ -173,7 +174,7 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
-        check_budget(self, self.budget(model))
+        check_budget(self if self.measures(model, tokens) else replace(self, ranking="similarity"), self.budget(model))
         check_rows(tokens)
         if self.ranking == "damage" and self.blocks is None:
             check_damage(model, tokens, self.held)
@@ -186,26 +187,37 @@ class KDP(RankedMethod):
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits."""
         budget = self.budget(model)
-        shape, damage = budget.shape, None
-        settings, path = self.settings(shape, tokens), self.path_rows(tokens, shape)
-        if self.measures(model, tokens):
-            candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
-            trial = Trial(settings, self.held, path.fit)
-            chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
-        else:
-            chosen = [Candidate(block, shape) for block in choose_blocks(self, model, tokens, run, budget)]
+        chosen, damage = self.choose(model, tokens, run, budget)
         blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
         if self.fill:
             shapes = filled(shapes, budget, blocks)
-        held = tokens.held_out(self.held)
-        plan = FitPlan(blocks, shapes, settings, held, self.path_rows(tokens, shapes[0]), bool(self.sequential))
+        plan = FitPlan(
+            blocks, shapes, self.settings(budget.shape, tokens), tokens.held_out(self.held),
+            self.path_rows(tokens, shapes[0]), bool(self.sequential))
         return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else damage.by_block)
 
+    def choose(
+        self, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget
+    ) -> tuple[list[Candidate], Damage | None]:
+        """The blocks with the form of their stand-ins, and what was measured to find them."""
+        shape = budget.shape
+        if not self.measures(model, tokens):
+            method = replace(self, ranking="similarity")
+            return [Candidate(block, shape) for block in choose_blocks(method, model, tokens, run, budget)], None
+        candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
+        trial = Trial(self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
+        return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
+
     def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
-        """Every block behind this stand-in, if it is longer than a layer, and behind a linear map of the state."""
+        """Every block behind every form of stand-in; a single layer behind nothing but a linear map."""
+        return [Candidate(block, form) for block in blocks for form in self.forms(shape)
+                if len(block) >= self.shortest + (form.kind != "linear")]
+
+    def forms(self, shape: Shape) -> list[Shape]:
+        """The stand-in, and where blocks are measured a linear map of the state, which may do where little happens."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
-        forms = [shape] if self.preset == "paper" or shape == linear else [linear, shape]
-        return [Candidate(block, form) for block in blocks for form in forms if len(block) > 1 or form == linear]
+        alone = self.ranking == "similarity" or self.blocks is not None or shape == linear
+        return [shape] if alone else [linear, shape]
 
     @property
     def shortest(self) -> int:
