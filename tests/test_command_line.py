@@ -61,7 +61,7 @@ def refused(message: str, *arguments: object, folder: Path) -> None:
 
 def test_prune_shows_stages_table_samples_and_paths(pruned: Outcome, out: Path) -> None:
     assert (pruned.status, pruned.err) == (0, "")
-    for stage in ("load model", "calibration text", "analyse", "layer states", "kernel block", "refine block",
+    for stage in ("load model", "calibration text", "analyse", "damage", "layer states", "refine block",
                   "evaluate", "save and verify"):
         assert re.search(rf"{stage}.*(\d+)/\1 ", pruned.out), stage
     for row in ("layers", "parameters", "net ratio", "perplexity", "retained", "prefill", "decode", "KV cache"):

@@ -112,7 +112,7 @@ def test_a_record_that_does_not_fit_is_refused(tmp_path: Path, method: str) -> N
     good = json.loads(file.read_text())
     assert good["kdp"]["version"] == 2
     widths = good["kdp"]["widths"]
-    for message, change in (("version 3", {"version": 3}), ("widths of 1 layers of 6", {"widths": widths[:1]}),
+    for message, change in (("version 4", {"version": 4}), ("widths of 1 layers of 6", {"widths": widths[:1]}),
                             ("not know|some layers", {"widths": [*widths[:-1], {"depth": 1}]})):
         file.write_text(json.dumps({**good, "kdp": {**good["kdp"], **change}}))
         with pytest.raises(ValueError, match=message):

@@ -139,9 +139,6 @@ def choose_by_damage(
         budget: what has to go, and its slack.
         trial: how stand-ins are fitted.
         fill: whether a set's spare parameters are spent before it is measured.
-
-    Raises:
-        KDPruneError: no set of the candidates removes enough (says the largest ratio that can be reached).
     """
     follows_from = [
         dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
@@ -181,10 +178,8 @@ def _measure(
     most, _ = trials(tokens, candidates, trial.held, model)
     promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
-    budget.target.check(
-        max(reachable(tried, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape))),
-        "that the blocks tried allow", "lower the ratio, protect fewer layers (protect=…), allow longer blocks "
-        "(max_block=…) or rank by similarity (ranking=similarity)")
+    if max(reachable(tried, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape))) < budget.target.parameters:
+        tried = list(candidates)  # the ratio is near the largest that any blocks reach
     with run.stage("damage", len(tried)) as progress:
         dense = mean_loss(model, scored, run.batch_size)
         alone = {}
