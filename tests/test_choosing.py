@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.budget import WIDEST, Candidate, filled, select_by_similarity
+from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
 from kdprune.methods.common.selection import candidate_blocks
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
 from kdprune.methods.kdp.damage import Trial, choose_by_damage, proposed
 from kdprune.methods.kdp.kdp import KDP

@@ -112,7 +112,7 @@ def test_half_of_the_bundled_model_can_be_selected(bundled: PreTrainedModel, rat
 
 
 def test_a_ratio_out_of_reach_names_the_largest(bundled: PreTrainedModel) -> None:
-    method = KDP(ratio=0.5, max_block=4)
+    method = KDP(ratio=0.5, max_block=4, ranking="similarity")
     budget = Budget(bundled, method.shape(bundled), method.target(bundled))
     with pytest.raises(KDPruneError, match=r"ratio 0\.5, expected at most 0\.4\d+, .*blocks of at most 4.*max_block="):
         check_budget(method, budget)

@@ -101,10 +101,10 @@ def test_configs_stay_in_step(tiny_model: Build) -> None:
 
 def test_the_record_says_where_the_stand_ins_are(tiny_model: Build) -> None:
     record = prune(tiny_model("llama3"), "mixed").config.kdp
-    assert record["version"] == 1
+    assert record["version"] == 3
     assert record["blocks"] == [[0, 1], [2, 3], [3, 4], [5, 6]]
     assert [(s["layer"], s["place"], s["kind"]) for s in record["stand_ins"]] == [
-        (0, "before", "mlp"),
+        (0, "before", "linear+mlp+data"),
         (1, "mlp", "fourier"),
         (2, "after", "fourier"),
     ]

@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.flops import forward_flops
-from kdprune.methods.common.budget import Budget, filled, layer_sizes, possible_blocks, select_by_similarity
+from kdprune.methods.common.budget import (
+    Budget,
+    check_budget,
+    filled,
+    layer_sizes,
+    possible_blocks,
+    select_by_similarity,
+)
+from kdprune.methods.common.selection import reachable
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
@@ -65,12 +73,20 @@ def _config(name: str | Path) -> PreTrainedConfig:
 
 def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     """Blocks and stand-ins as KDP chooses them by a similarity that falls with distance; what damage it would measure
-    is not known."""
-    method = replace(method, ranking="similarity")
-    budget = method.budget(dense)
-    index = torch.arange(len(budget.layers) + 1.0)
-    blocks = select_by_similarity(method, (-FALL * (index[:, None] - index).abs()).exp(), budget)
-    return blocks, filled([budget.shape] * len(blocks), budget, blocks)[0] if method.fill else budget.shape
+    is not known. Where its stand-in leaves the ratio out of reach, with the smaller one that it may choose."""
+    whole = method.budget(dense)
+    index = torch.arange(len(whole.layers) + 1.0)
+    similarity = (-FALL * (index[:, None] - index).abs()).exp()
+    for shape in reversed(method.forms(whole.shape)):
+        budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == whole.shape else method
+        offered = [c.block for c in by.candidates(possible_blocks(by, budget), whole.shape) if c.shape == shape]
+        removed = reachable(offered, lambda _: 0.0, budget.removal)
+        if by.blocks is None and max(removed) < budget.target.parameters:
+            continue
+        blocks = select_by_similarity(by, similarity, budget, offered)
+        return blocks, filled([shape] * len(blocks), budget, blocks)[0] if method.fill else shape
+    check_budget(method, whole)  # says what is possible
+    raise AssertionError("what the budget allows was laid out")
 
 
 def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:

@@ -1,8 +1,8 @@
 """From scores and a net-parameter budget to blocks, and from a budget's slack to wider stand-ins."""
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,24 +22,6 @@ from kdprune.runtime.run import Run
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
 # parameters bring a residual MLP from .192 to .177).
 WIDEST = 4
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A block, and the form of the stand-in that would take its place."""
-
-    block: range
-    shape: Shape
-
-    @property
-    def start(self) -> int:
-        """Its first layer."""
-        return self.block.start
-
-    @property
-    def stop(self) -> int:
-        """The layer behind it."""
-        return self.block.stop
 
 
 class Budget:
@@ -65,6 +47,12 @@ class Budget:
             _count(layer) - sum(_count(getattr(layer, name)) for name in family.mlp) for layer in decoder_layers(model)
         ]
         self.slack = round(slack * sum(self.layers) / len(self.layers))
+
+    def behind(self, shape: Shape) -> "Budget":
+        """The same with another stand-in."""
+        other = copy.copy(self)
+        other.shape = shape
+        return other
 
     def removal(self, block: range, shape: Shape | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -96,8 +84,7 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
 
 def most_removed(options: RankedMethod, budget: Budget, blocks: list[range]) -> int:
     """The most parameters that a set of these blocks removes, behind whatever stand-ins the method may give them."""
-    forms = options.forms(budget.shape)
-    candidates = [Candidate(block, form) for block in blocks for form in forms]
+    candidates = options.candidates(blocks, budget.shape)
     return max(reachable(candidates, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape)))
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Of, Target
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
@@ -141,6 +141,6 @@ class RankedMethod(DepthMethod):
         """Layers of the shortest block considered."""
         return 2
 
-    def forms(self, shape: Shape) -> list[Shape]:
-        """The stand-ins that a block may get, where this one is the method's own."""
-        return [shape]
+    def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
+        """Blocks with the forms of stand-in that they may get, where ``shape`` is the method's own."""
+        return [Candidate(block, shape) for block in blocks]

@@ -88,3 +88,21 @@ class Shape:
     def parameters_per_unit(self) -> int:
         """By how much ``parameters`` grows with one more of them (0 for a linear map)."""
         return self.wider(1).parameters() - self.parameters()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A block, and the form of the stand-in that would take its place."""
+
+    block: range
+    shape: Shape
+
+    @property
+    def start(self) -> int:
+        """Its first layer."""
+        return self.block.start
+
+    @property
+    def stop(self) -> int:
+        """The layer behind it."""
+        return self.block.stop

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.budget import Budget, Candidate, filled
+from kdprune.methods.common.budget import Budget, filled
 from kdprune.methods.common.selection import reachable
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.fit_block import Fit, FitSettings, fit_closed_form
 from kdprune.model.block_states import boundary_states, states_between
 from kdprune.model.edits import Edit, Substitute

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import check_rows
-from kdprune.methods.common.budget import Budget, Candidate, blocks_to_rank, check_budget, choose_blocks, filled
+from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, filled
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.damage import Damage, Trial, check_damage, choose_by_damage, scorable
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
@@ -209,9 +209,13 @@ class KDP(RankedMethod):
         return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
 
     def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
-        """Every block behind every form of stand-in; a single layer behind nothing but a linear map."""
-        return [Candidate(block, form) for block in blocks for form in self.forms(shape)
-                if len(block) >= self.shortest + (form.kind != "linear")]
+        """Every block behind every form of stand-in, a single layer behind a linear map alone. A map in the place of
+        the first layers would have to share the next one with that of a block behind it, and it can hold one only."""
+        forms = self.forms(shape)
+        if len(forms) == 1:
+            return [Candidate(block, shape) for block in blocks]
+        return [Candidate(block, form) for block in blocks for form in forms
+                if (len(block) > 1 if form == shape else block.start > 0)]
 
     def forms(self, shape: Shape) -> list[Shape]:
         """The stand-in, and where blocks are measured a linear map of the state, which may do where little happens."""
