@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.passes import run_layers
@@ -26,7 +27,10 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
     if not isinstance(method, KDP) or reads_weights(model):
         return None
     dense = meta_model(model.config, model.dtype)
-    blocks, shape = layout(method, dense)
+    try:
+        blocks, shape = layout(method, dense)
+    except KDPruneError:  # only stand-ins of several forms together reach so large a ratio
+        return None
     job = job_of(method, dense, prune_meta(dense, blocks, shape), blocks, shape, tokens)
     like = DEVICES["cpu" if model.device.type == "cpu" else "h100"]
     passes = sum(work.seconds(like, job.itemsize) for work in job.stages().values()) / job.forward().seconds(

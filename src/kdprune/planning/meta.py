@@ -12,7 +12,6 @@ from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.flops import forward_flops
 from kdprune.methods.common.budget import (
     Budget,
-    check_budget,
     filled,
     layer_sizes,
     possible_blocks,
@@ -77,16 +76,15 @@ def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     whole = method.budget(dense)
     index = torch.arange(len(whole.layers) + 1.0)
     similarity = (-FALL * (index[:, None] - index).abs()).exp()
-    for shape in reversed(method.forms(whole.shape)):
-        budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == whole.shape else method
-        offered = [c.block for c in by.candidates(possible_blocks(by, budget), whole.shape) if c.shape == shape]
-        removed = reachable(offered, lambda _: 0.0, budget.removal)
-        if by.blocks is None and max(removed) < budget.target.parameters:
-            continue
-        blocks = select_by_similarity(by, similarity, budget, offered)
-        return blocks, filled([shape] * len(blocks), budget, blocks)[0] if method.fill else shape
-    check_budget(method, whole)  # says what is possible
-    raise AssertionError("what the budget allows was laid out")
+    *smaller, own = method.forms(whole.shape)
+    for shape in (own, *smaller):
+        budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == own else method
+        offered = [c.block for c in by.candidates(possible_blocks(by, budget), own) if c.shape == shape]
+        if method.blocks is not None or budget.target.parameters <= max(
+                reachable(offered, lambda _: 0.0, budget.removal)):
+            break
+    blocks = select_by_similarity(by, similarity, budget, offered)
+    return blocks, filled([shape] * len(blocks), budget, blocks)[0] if method.fill else shape
 
 
 def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:
