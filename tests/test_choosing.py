@@ -151,7 +151,7 @@ def test_the_set_of_least_loss_is_taken_of_those_that_were_tried_together(tiny_m
 
 
 def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
-    method = KDP(ratio=0.25, protect=0.25)
+    method = KDP(ratio=0.25, protect=0.25, refine=False)
     budget = method.budget(bundled)
     candidates = method.candidates(candidate_blocks(range(4, 12), 1, 4), budget.shape)
     draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -217,7 +217,8 @@ def test_named_blocks_are_taken_as_they_are() -> None:
 @pytest.mark.parametrize("ranking", ["similarity", "damage"])
 def test_a_ratio_out_of_reach_is_refused_with_the_largest(ranking: str) -> None:
     model, tokens = planted(2, 4), random_tokens(rows=20)  # of six layers 0, 1 are a block, no other two are left
-    method = KDP(ratio=0.45 if ranking == "similarity" else 0.6, protect=0.0, ranking=ranking, **FIT)
+    method = KDP(ratio=0.45 if ranking == "similarity" else 0.6, protect=0.0, ranking=ranking, **FIT,
+                 refine=ranking == "similarity")
     method.check(model, tokens)
     with pytest.raises(KDPruneError, match=r"layers 2, 4 allow, which write or erase .*blocks=") as caught:
         method(model, tokens, Run(batch_size=4))

@@ -218,15 +218,16 @@ class KDP(RankedMethod):
                 if (len(block) > 1 if form == shape else block.start > 0)]
 
     def forms(self, shape: Shape) -> list[Shape]:
-        """The stand-in, and where blocks are measured a linear map of the state, which may do where little happens."""
+        """The stand-in; where blocks are measured, and nothing is trained afterwards, also a linear map of the state, which
+        may do where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
-        alone = self.ranking == "similarity" or self.blocks is not None or shape == linear
+        alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
         return [shape] if alone else [linear, shape]
 
     @property
     def shortest(self) -> int:
         """A single layer may go behind a linear map."""
-        return 2 if self.ranking == "similarity" else 1
+        return 2 if self.ranking == "similarity" or self.refine else 1
 
     def measures(self, model: PreTrainedModel, tokens: TokenSet) -> bool:
         """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""
