@@ -218,8 +218,8 @@ class KDP(RankedMethod):
                 if (len(block) > 1 if form == shape else block.start > 0)]
 
     def forms(self, shape: Shape) -> list[Shape]:
-        """The stand-in; where blocks are measured, and nothing is trained afterwards, also a linear map of the state, which
-        may do where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
+        """The stand-in; where blocks are measured and nothing is trained also a linear map of the state, which may do
+        where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
         alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
         return [shape] if alone else [linear, shape]
