@@ -132,7 +132,9 @@ def training_pictures(fit: Fit) -> list[Picture]:
     for step, (curve, (title, reading, formula)) in enumerate(
         zip((fit.step1, fit.step2, fit.step3), _STEPS, strict=True), start=1
     ):
-        if curve is not None and curve.loss:
+        if curve is not None and len(curve.loss) == 1:  # a closed form has no curve
+            pictures.append(Picture(title, Markup(""), findings.training(curve), reading, Markup(formula), 2))
+        elif curve is not None and curve.loss:
             svg = Markup(fit_plots.training(fit, step))
             pictures.append(Picture(title, svg, findings.training(curve), reading, Markup(formula), 2))
     return pictures
