@@ -126,8 +126,11 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
     token_wise = "inverse=residual:context=none"
     return [
         AblationPart("kernel", "The kernel", {
-            "kernel=linear": "without kernel: a linear map", "kernel=mlp": "a GELU layer instead",
-            "kernel=fixed": "fixed as drawn", "without=anisotropy": "isotropic"}),
+            "kernel=linear": "without kernel: a linear map", "kernel=learned": "Fourier features alone",
+            "kernel=data": "channels alone", "kernel=linear+learned": "without channels",
+            "kernel=linear+data": "without Fourier features", "kernel=learned+data": "without linear part",
+            "kernel=linear+fixed+data": "Fourier features as drawn", "without=anisotropy": "isotropic",
+            "kernel=mlp": "a GELU layer instead"}),
         AblationPart("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}),
         AblationPart("loss", "Loss of step 1", {
             "without=cosine_term": "without the cosine term", "without=position_weights": "without position weights"}),

@@ -138,7 +138,10 @@ class CompareOptions(SeedsOptions):
 class AblateOptions(SeedsOptions):
     """Which parts of KDP are changed."""
 
-    base: str = option("kdp", "the variant of kdp that is varied, as in kdp:refine=no", group="model")
+    base: str = option(
+        "kdp:kernel=linear+learned+data:ranking=similarity",
+        "the variant of kdp that is varied; by default with every part of the kernel, so that each can be left out",
+        group="model")
     only: str | tuple[str, ...] = option((), "names of parts, with commas (all)", group="model")
 
 
