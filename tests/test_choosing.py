@@ -39,7 +39,7 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     budget, layers = method.budget(model), model.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
-    shape, *_ = filled([budget.shape] * len(blocks), budget, blocks)
+    shape = filled([Candidate(block, budget.shape) for block in blocks], budget)[0].shape
     return blocks, shape, sum(budget.removal(block, shape) for block in blocks) / budget.target.total
 
 

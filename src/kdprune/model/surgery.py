@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
@@ -43,13 +43,14 @@ from .modeling_kdp import (
     place_stand_in,
     thin_attention,
 )
+from .passes import standing_in
 from .placement import device_of, follow, free, hooks_of, is_meta_model, release, renumber, unhooked
 from .streaming import resident
 from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "folded", "layers_replaced", "plain_copy",
+    "folded", "layers_replaced", "plain_copy", "running_from",
 ]  # fmt: skip
 
 
@@ -143,6 +144,14 @@ def layers_replaced(
         for part, number in numbers:
             part.layer_idx = number
         set_depth(config, len(before), types_before)
+
+
+@contextmanager
+def running_from(model: PreTrainedModel, layers: Sequence[nn.Module], start: int, state: Tensor) -> Iterator[None]:
+    """``model`` runs just ``layers`` inside the context, from number ``start`` of them on, which is given ``state``
+    (B, T, d): those in front of it compute nothing. As :func:`layers_replaced` otherwise."""
+    with layers_replaced(model, layers), standing_in(layers[:start], lambda *_: state):
+        yield
 
 
 def bypassed(model: PreTrainedModel, block: range) -> AbstractContextManager[None]:

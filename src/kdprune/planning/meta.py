@@ -17,8 +17,7 @@ from kdprune.methods.common.budget import (
     possible_blocks,
     select_by_similarity,
 )
-from kdprune.methods.common.selection import reachable
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
@@ -79,12 +78,12 @@ def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
     *smaller, own = method.forms(whole.shape)
     for shape in (own, *smaller):
         budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == own else method
-        offered = [c.block for c in by.candidates(possible_blocks(by, budget), own) if c.shape == shape]
-        if method.blocks is not None or budget.target.parameters <= max(
-                reachable(offered, lambda _: 0.0, budget.removal)):
+        offered = [c for c in by.candidates(possible_blocks(by, budget), own) if c.shape == shape]
+        if method.blocks is not None or budget.target.parameters <= budget.most_removed(offered):
             break
-    blocks = select_by_similarity(by, similarity, budget, offered)
-    return blocks, filled([shape] * len(blocks), budget, blocks)[0] if method.fill else shape
+    blocks = select_by_similarity(by, similarity, budget, [candidate.block for candidate in offered])
+    chosen = [Candidate(block, shape) for block in blocks]
+    return blocks, (filled(chosen, budget) if method.fill else chosen)[0].shape
 
 
 def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:

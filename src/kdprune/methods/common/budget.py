@@ -14,7 +14,7 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.analysis import massive_layers, score_layers
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.selection import candidate_blocks, open_layers, out_of_reach, reachable, select_blocks
-from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Target
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.runtime.run import Run
@@ -62,6 +62,15 @@ class Budget:
         return sum(self.layers[index] for index in block) - shape.parameters() - context
 
 
+    def removed_by(self, candidate: Candidate) -> int:
+        """Net parameters that a block behind its form of stand-in removes."""
+        return self.removal(candidate.block, candidate.shape)
+
+    def most_removed(self, candidates: Sequence[Candidate]) -> int:
+        """The most parameters that a set of separated ones removes."""
+        return max(reachable(candidates, lambda _: 0.0, self.removed_by))
+
+
 def layer_sizes(model: PreTrainedModel) -> list[int]:
     """Parameters of every decoder layer."""
     return [_count(layer) for layer in decoder_layers(model)]
@@ -79,13 +88,8 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     """
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
-        budget.target.check(most_removed(options, budget, candidates), *out_of_reach(candidates))
-
-
-def most_removed(options: RankedMethod, budget: Budget, blocks: list[range]) -> int:
-    """The most parameters that a set of these blocks removes, behind whatever stand-ins the method may give them."""
-    candidates = options.candidates(blocks, budget.shape)
-    return max(reachable(candidates, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape)))
+        most = budget.most_removed(options.candidates(candidates, budget.shape))
+        budget.target.check(most, *out_of_reach(candidates))
 
 
 def possible_blocks(options: RankedMethod, budget: Budget) -> list[range]:
@@ -140,7 +144,7 @@ def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> l
     if len(beside) < len(candidates):
         names = ", ".join(map(str, sorted(layers)))
         budget.target.check(
-            most_removed(options, budget, beside),
+            budget.most_removed(options.candidates(beside, budget.shape)),
             f"that blocks beside layers {names} allow, which write or erase massive tokens",
             "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
             "(blocks=…) to remove those layers")
@@ -219,14 +223,15 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
     return [block for block, size in removed.items() if size == least]
 
 
-def filled(shapes: Sequence[Shape], budget: Budget, blocks: Sequence[range]) -> list[Shape]:
-    """The stand-ins of these blocks, those that can be wider widened evenly by what all remove beyond the target.
+def filled(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
+    """The same blocks with stand-ins, of those that can be wider, widened evenly by what all remove beyond the target.
 
     The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
     than one feature, or channel, a block unless that cap is reached.
     """
-    removed = sum(budget.removal(block, shape) for block, shape in zip(blocks, shapes, strict=True))
-    spare, cost = removed - budget.target.parameters, sum(shape.parameters_per_unit() for shape in shapes)
+    spare = sum(map(budget.removed_by, candidates)) - budget.target.parameters
+    cost = sum(candidate.shape.parameters_per_unit() for candidate in candidates)
     if spare < cost or not cost:
-        return list(shapes)
-    return [shape.wider(max(min(spare // cost, WIDEST * shape.width - shape.units), 0)) for shape in shapes]
+        return list(candidates)
+    return [Candidate(block, shape.wider(max(min(spare // cost, WIDEST * shape.width - shape.units), 0)))
+            for block, shape in ((candidate.block, candidate.shape) for candidate in candidates)]

@@ -12,7 +12,6 @@ from kdprune.methods.common.target import Target
 _ONE_MORE = 1e5
 
 
-
 class Removable(Protocol):
     """Anything that takes out the layers from ``start`` up to ``stop``."""
 

@@ -71,10 +71,6 @@ class StandInFit:
         self.stand_in.readout.requires_grad_(True)
         self._shared_arguments: dict[int, Arguments] = {}
 
-    def place(self, stand_in: StandIn) -> None:
-        """Puts fitted weights into the stand-in's place (shapes must agree)."""
-        self.stand_in.load_state_dict(stand_in.state_dict())
-
     @torch.no_grad()
     def to_kernel(self, states: Tensor) -> Tensor:
         """States (…, d) as the kernel map sees them: under the layer norm, divided by their RMS, or as they are."""

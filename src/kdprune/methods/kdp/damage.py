@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,7 @@ from kdprune.model.block_states import boundary_states, states_between
 from kdprune.model.edits import Edit, Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, language_loss, mean_loss, next_tokens
-from kdprune.model.passes import standing_in
-from kdprune.model.surgery import apply_edits, folded, layers_replaced
+from kdprune.model.surgery import apply_edits, folded, running_from
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.store.cache import JsonCodec
@@ -178,7 +176,7 @@ def _measure(
     most, _ = trials(tokens, candidates, trial.held, model)
     promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
-    if max(reachable(tried, lambda _: 0.0, lambda c: budget.removal(c.block, c.shape))) < budget.target.parameters:
+    if budget.most_removed(tried) < budget.target.parameters:
         tried = list(candidates)  # the ratio is near the largest that any blocks reach
     with run.stage("damage", len(tried)) as progress:
         dense = mean_loss(model, scored, run.batch_size)
@@ -190,23 +188,18 @@ def _measure(
     with run.stage("damage of sets", len(sets)) as progress:
         together = []
         for chosen in sets:
-            full = [Candidate(c.block, shape) for c, shape in zip(
-                chosen, filled([c.shape for c in chosen], budget, [c.block for c in chosen]) if fill
-                else [c.shape for c in chosen], strict=True)]
-            together.append((tuple(chosen), measuring.loss_with_all(full) - dense))
+            loss = measuring.loss_with_all(filled(chosen, budget) if fill else chosen)
+            together.append((tuple(chosen), loss - dense))
             progress(1)
     return Damage(alone, sorted(together, key=lambda entry: entry[1]))
 
 
 def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
     """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks, by price."""
-
-    def removal(candidate: Candidate) -> int:
-        return budget.removal(candidate.block, candidate.shape)
-
     found: list[list[Candidate]] = []
     for price in PRICES:
-        table = reachable(list(alone), lambda c, price=price: -min(alone[c], 1e3) - price, removal)  # type: ignore[misc]
+        cost = {candidate: min(value, 1e3) + price for candidate, value in alone.items()}
+        table = reachable(list(cost), lambda candidate, cost=cost: -cost[candidate], budget.removed_by)  # type: ignore[misc]
         enough = [removed for removed in table if removed >= budget.target.parameters]
         near = [removed for removed in enough if removed <= max(min(enough), budget.target.parameters + budget.slack)]
         chosen = list(table[max(near, key=lambda removed: table[removed][0])][1])
@@ -278,12 +271,11 @@ class _Measuring:
         layers = layers_with(self.model, edit)
         first = candidate.start if edit.context is not None else max(candidate.start - 1, 0)  # folded into that layer
         known = self.scored_states[first]
-        with layers_replaced(self.model, layers):
-            for batch in self.scored.batches(self.run.batch_size):
-                state = known[torch.arange(seen, seen + len(batch))].to(self.model.device)
-                with _starting_with(layers[:first], state):
-                    loss, scored = language_loss(self.model, batch)
-                total, count, seen = total + float(loss), count + scored, seen + len(batch)
+        for batch in self.scored.batches(self.run.batch_size):
+            state = known[torch.arange(seen, seen + len(batch))].to(self.model.device)
+            with running_from(self.model, layers, first, state):
+                loss, scored = language_loss(self.model, batch)
+            total, count, seen = total + float(loss), count + scored, seen + len(batch)
         return total / max(count, 1) if math.isfinite(total) else math.inf
 
     def loss_with_all(self, candidates: Sequence[Candidate]) -> float:
@@ -291,13 +283,6 @@ class _Measuring:
         edits: list[Edit] = [self.fitted(candidate) for candidate in candidates]
         loss = mean_loss(apply_edits(self.model, edits), self.scored, self.run.batch_size)
         return loss if math.isfinite(loss) else math.inf
-
-
-@contextmanager
-def _starting_with(layers: Sequence[nn.Module], state: Tensor) -> Iterator[None]:
-    """While active these first layers give ``state`` (B, T, d) and compute nothing."""
-    with standing_in(layers, lambda *_: state):
-        yield
 
 
 def _real(states: States, tokens: TokenSet) -> Tensor:

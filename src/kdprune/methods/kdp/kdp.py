@@ -188,9 +188,9 @@ class KDP(RankedMethod):
         """Chooses the blocks, fits their stand-ins and returns the edits."""
         budget = self.budget(model)
         chosen, damage = self.choose(model, tokens, run, budget)
-        blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
         if self.fill:
-            shapes = filled(shapes, budget, blocks)
+            chosen = filled(chosen, budget)
+        blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
         plan = FitPlan(
             blocks, shapes, self.settings(budget.shape, tokens), tokens.held_out(self.held),
             self.path_rows(tokens, shapes[0]), bool(self.sequential))

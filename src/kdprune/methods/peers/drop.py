@@ -1,10 +1,9 @@
 """Methods that take layers out by a score and put nothing in their place: ShortGPT, UIDL, SLEB."""
 
-import contextlib
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import IGNORED, language_loss, next_tokens
 from kdprune.model.passes import let_pass, run_layers, standing_in
-from kdprune.model.surgery import Drop, layers_replaced
+from kdprune.model.surgery import Drop, layers_replaced, running_from
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
@@ -233,7 +232,8 @@ def losses_without(
     for batch in tokens.batches(batch_size):
         states = _entering(model, batch, alive, position)
         for layer in candidates:
-            with _starting_behind(model, [other for other in alive if other != layer], position[layer], states[layer]):
+            others = [decoder_layers(model)[other] for other in alive if other != layer]
+            with running_from(model, others, position[layer], states[layer]):
                 loss, count = language_loss(model, batch)
             totals[layer] += float(loss)
             progress(1)
@@ -252,11 +252,3 @@ def _entering(
     with layers_replaced(model, layers), standing_in(behind, let_pass), recorded(model, position.values()) as seen:
         run_layers(model, batch)
     return {layer: seen[at] for layer, at in position.items()}
-
-
-@contextlib.contextmanager
-def _starting_behind(model: PreTrainedModel, alive: Sequence[int], start: int, state: Tensor) -> Iterator[None]:
-    """While active, the layers ``alive`` alone run, from number ``start`` of them on, which is given ``state``."""
-    layers = [decoder_layers(model)[index] for index in alive]
-    with layers_replaced(model, layers), standing_in(layers[:start], lambda *_: state):
-        yield
