@@ -65,6 +65,23 @@ def test_failures_say_why_and_the_rest_goes_on(done: tuple[Comparison, Path]) ->
     assert [row.seeds for row in result.rows] == [[0, 1], [0, 1], []]
 
 
+def test_rows_by_text_and_window(bench: Bench, tmp_path: Path) -> None:
+    given = options(bench) | {"heldout": {"first": bench.heldout, "second": bench.calibration}, "heldout_tokens": 200}
+    found = kdprune.compare(str(bench.model), ["shortgpt"], seeds=1, windows=(64, 16), output_dir=tmp_path / "out",
+                            **given)
+    [row], [unit] = found.rows, found.units
+    assert [(one.dataset, one.window) for one in row.texts] == [
+        ("first", 64), ("first", 16), ("second", 64), ("second", 16)]
+    for one, measured in zip(row.texts, [unit.perplexity, *unit.texts], strict=True):
+        assert one.excess_loss.mean == measured.excess_loss
+        assert one.divergence.mean == measured.divergence > 0
+        assert 0 <= one.agreement.mean == measured.agreement <= 1
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert f"| {row.texts[3].excess_loss.mean:.3f} |" in table
+    assert "second, window 16" in table
+    assert "second, window 16" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 def test_rows_are_numpy_s_mean_and_deviation(done: tuple[Comparison, Path]) -> None:
     result, _ = done
     for row in result.rows[:2]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import kdprune.evaluation.perplexity as measured
 from kdprune.data.tokens import TokenSet, load_stream
 from kdprune.errors import KDPruneError
+from kdprune.evaluation.fidelity import fidelity
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.samples import compare_samples, continuation
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token, speed
@@ -61,6 +62,23 @@ def test_sliding_windows_score_every_token_once_with_its_context(model, window, 
     assert found.tokens == 50
     assert found.loss == pytest.approx(sum(sums) / 50, rel=1e-5)
     assert found.sums == pytest.approx(sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_fidelity_is_divergence_and_agreement_at_the_scored_positions(model, batch_size) -> None:
+    ids, other = random_ids(3, 20), tiny_llama(2)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.2)
+        p, q = (one(ids).logits[:, :-1].log_softmax(-1).double() for one in (model, other))
+    found = fidelity(model, other, token_set(ids), batch_size=batch_size)
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert found.divergence > 1e-3
+    assert found.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    assert found.dense == perplexity(model, token_set(ids), batch_size=batch_size)
+    assert found.pruned == perplexity(other, token_set(ids), batch_size=batch_size)
+    same = fidelity(model, model, token_set(ids))
+    assert (same.divergence, same.agreement) == (pytest.approx(0, abs=1e-7), 1)
 
 
 def test_padding_is_neither_scored_nor_seen(model) -> None:

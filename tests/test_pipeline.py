@@ -212,6 +212,25 @@ def test_held_out_text_as_given() -> None:
     assert (found.dataset, found.tokens) == ("token ids 3 × 20", 3 * 19)
 
 
+def test_several_texts_at_several_windows() -> None:
+    held = {"one": random_ids(3, 20, seed=3), "two": random_ids(2, 40, seed=4)}
+    found = kdprune.prune(tiny_llama(), heldout=held, windows=(32, 16), **IDS).results
+    shown = [found.perplexity, *found.texts]
+    assert [(one.dataset, one.window, one.tokens) for one in shown] == [
+        ("one", 32, 57), ("one", 16, 57), ("two", 32, 78), ("two", 16, 78)]
+    alone = kdprune.prune(tiny_llama(), heldout=held["two"], windows=(16,), **IDS).results.perplexity
+    assert alone.pruned == pytest.approx(found.texts[2].pruned)
+    assert 0 < alone.divergence == pytest.approx(found.texts[2].divergence)
+    with pytest.raises(KDPruneError, match="got window 65, expected 2 to 64 tokens"):
+        kdprune.prune(tiny_llama(), heldout=held, windows=(65,), **IDS)
+
+
+def test_a_second_window_of_the_calibration_length_where_that_is_much_shorter() -> None:
+    found = kdprune.prune(tiny_llama(), heldout=random_ids(3, 50), **{**IDS, "calibration": random_ids(6, 32)}).results
+    assert [one.window for one in (found.perplexity, *found.texts)] == [64, 32]
+    assert found.texts[0].tokens == found.perplexity.tokens
+
+
 def test_two_rows_are_enough() -> None:
     found = kdprune.prune(tiny_llama(), **{**IDS, "calibration": random_ids(2)}).results
     assert found.calibration.samples == 2

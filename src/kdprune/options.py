@@ -165,6 +165,14 @@ def parse_seeds(text: str) -> int | list[int]:
     return found if "," in text or not found else found[0]
 
 
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """``"512,2048"`` → these. Raises KDPruneError for anything else."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise KDPruneError(f"got {text!r}, expected whole numbers with commas") from error
+
+
 def check_values(options: Any) -> None:
     """Raises KDPruneError for a field of ``options``, a dataclass, outside its choices or its range; None passes."""
     for item in fields(options):

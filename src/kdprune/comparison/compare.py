@@ -161,7 +161,7 @@ def _bench(
                            "that all seeds are measured on the same text")
     tokens = session.calibration(data.calibration, data.samples, data.length)
     protocol = Protocol(
-        session.heldout(data.heldout, tokens, 0.1, data.heldout_tokens), suite.suite,
+        session.heldout(data.heldout, tokens, 0.1, data.heldout_tokens, data.windows), suite.suite,
         [Path(path) for path in suite.suite_data], suite.limit)
     texts = Texts(data.calibration, data.samples, data.length)
     with session.cache(tokens, None if folder is None else folder / "runs") as cache:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kdprune.comparison.variants import Variant
 from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.fidelity import HeldOut, fidelities
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.evaluation.tasks import run_suite
@@ -18,11 +19,10 @@ from kdprune.methods.common.method import RankedMethod
 from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
 from kdprune.report.heal_record import Heal
-from kdprune.report.records import Perplexity
 from kdprune.report.size_records import KVCache, Layers
 from kdprune.report.task_records import TaskScore
 from kdprune.run.pipeline import RunOutcome, run_method
-from kdprune.run.record import measured_speed, parameters, software_versions
+from kdprune.run.record import measured_speed, parameters, perplexity_record, software_versions
 from kdprune.run.session import Session
 from kdprune.runtime.machine import Meter, metered
 from kdprune.runtime.run import Run
@@ -46,7 +46,7 @@ class Texts:
 class Protocol:
     """How every model of a comparison is measured: perplexity on ``heldout``, and a suite of tasks if there is one."""
 
-    heldout: TokenSet
+    heldout: HeldOut
     suite: str | None = None
     data: Sequence[Path] = ()
     limit: int | None = None
@@ -113,9 +113,9 @@ class Bench:
         return run.cached("dense", None, lambda: self._measure_dense(run), JsonCodec(Dense))
 
     def _measure_dense(self, run: Run) -> Dense:
-        model, text = self.session.model, self.protocol.heldout
+        model, (text, window) = self.session.model, self.protocol.heldout.pairs()[0]
         with run.stage("evaluate dense model"):
-            loss = perplexity(model, text)
+            loss = perplexity(model, text, window)
         return Dense(
             layers=len(decoder_layers(model)), parameters=model.num_parameters(),
             parameters_layers=outside_embeddings(model), perplexity=loss.value, dataset=text.source,
@@ -155,19 +155,16 @@ class Bench:
 
     def _measured(self, run: Run, made: RunOutcome, dense: Dense) -> dict[str, Any]:
         """The pruned model's part of a unit."""
-        pruned = self.session.rounded(made.pruned)
-        with run.stage("evaluate", 2) as progress:
-            loss = perplexity(pruned, self.protocol.heldout)
-            progress(1)
+        pruned, heldout = self.session.rounded(made.pruned), self.protocol.heldout
+        with run.stage("evaluate", len(heldout.pairs()) + 1) as progress:
+            first, *others = fidelities(self.session.model, pruned, heldout, progress)
             pace = measured_speed(self.session.model, pruned)
             progress(1)
         return {
             "layers": Layers(dense=dense.layers, pruned=len(decoder_layers(pruned))),
             "parameters": parameters(self.session.model, pruned),
-            "perplexity": Perplexity(
-                dense=dense.perplexity, pruned=loss.value, dataset=dense.dataset, window=loss.window,
-                stride=loss.stride, tokens=loss.tokens),
-            "window_sums": [round(value, 4) for value in loss.sums],
+            "perplexity": perplexity_record(first), "texts": [perplexity_record(one) for one in others],
+            "window_sums": [round(value, 4) for value in first.pruned.sums],
             "speed": pace,
             "kv_cache_bytes_per_token": KVCache(
                 dense=dense.kv_cache_bytes_per_token, pruned=kv_cache_bytes_per_token(pruned)),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow
 import pyarrow.parquet
@@ -55,6 +55,23 @@ def parse_weighted(values: Sequence[str]) -> str | list[tuple[str, float]]:
         except ValueError:
             pairs.append((value, 1.0))
     return pairs[0][0] if len(pairs) == 1 else pairs
+
+
+def parse_named(values: Sequence[str]) -> str | dict[str, str]:
+    """``["a.txt", "chat=b.jsonl"]`` → {"a.txt": "a.txt", "chat": "b.jsonl"}; a single value stays a string.
+
+    A file whose own name holds ``=`` is taken as that file.
+    """
+    if len(values) == 1:
+        return values[0]
+    pairs = [(value, "", value) if Path(value).exists() else value.partition("=") for value in values]
+    return {name: source or name for name, _, source in pairs}
+
+
+def is_named(source: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether these are several texts by name, not one text, token ids or a mixture by weight."""
+    return isinstance(source, Mapping) and "input_ids" not in source and not any(
+        isinstance(weight, int | float) for weight in source.values())
 
 
 def weighted_sources(source: Any) -> list[tuple[Any, float]]:

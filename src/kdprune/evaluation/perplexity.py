@@ -1,7 +1,8 @@
 """Sliding-window perplexity: every token but the first of a row is scored once, padding never."""
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,39 +62,62 @@ def perplexity(
     Raises KDPruneError for a window or stride the model cannot use, and for a loss that is not finite.
     """
     window = default_window(model) if window is None else window
-    stride = max(1, window // 2) if stride is None else stride
-    _check(model, window, stride)
-    size = batch_size or max(1, LOGITS // (window * vocabulary_size(model)))
-    with evaluating(model):
-        total, count, sums = _summed_loss(model, tokens, _batches(tokens, window, stride, size))
-    if not count:
-        raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
-    mean = total / count
-    value = math.exp(mean) if mean < 700 else math.inf
-    if not math.isfinite(value):
-        raise KDPruneError(
-            f"got a mean loss of {mean:.4g} nats, too large for a perplexity; check the weights"
-        )
-    return Perplexity(value, mean, count, window, stride, sums)
+    stride = default_stride(window) if stride is None else stride
+    size = batch_size or default_batch(model, window)
+    count, sums = window_sums([model], tokens, window, stride, size,
+                              lambda logits, targets: batch_loss(logits[0], targets)[:, None])
+    mean = float(sums.sum()) / count
+    return Perplexity(perplexity_of(mean), mean, count, window, stride, tuple(sums[:, 0].tolist()))
 
 
-def _summed_loss(
-    model: PreTrainedModel, tokens: TokenSet, batches: Iterable[tuple[Tensor, Tensor]],
-) -> tuple[float, int, tuple[float, ...]]:
-    """Loss of all batches, number of scored positions, and each window's loss, over all processes. Raises as
-    perplexity does.
+def default_stride(window: int) -> int:
+    """Half the window."""
+    return max(1, window // 2)
+
+
+def default_batch(model: PreTrainedModel, window: int) -> int:
+    """Windows a forward pass, so that their logits fit."""
+    return max(1, LOGITS // (window * vocabulary_size(model)))
+
+
+def window_sums(
+    models: Sequence[PreTrainedModel], tokens: TokenSet, window: int, stride: int, batch_size: int,
+    measured: Callable[[Sequence[Tensor], Tensor], Tensor],
+) -> tuple[int, Tensor]:
+    """Sums over the scored positions of every window, of all processes of the run.
+
+    Args:
+        models: they see the same windows.
+        tokens: the text.
+        window: tokens a window.
+        stride: by which it moves on.
+        batch_size: windows a forward pass.
+        measured: of a batch's logits, one (B, W, V) a model, and targets (B, W) → sums (B, K), the first column a
+            loss.
+
+    Returns:
+        How many positions were scored, and the sums (windows, K) in float64, in order.
+
+    Raises:
+        KDPruneError: window or stride cannot be, nothing was scored, or a loss is not finite.
     """
-    own = [(number, *batch) for number, batch in enumerate(batches) if world().owner(number) == world().rank]
-    windows = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
-    total, count, wrong = 0.0, 0, None  # Python floats are float64
-    sums: dict[int, list[float]] = {}
-    for (number, _, targets), logits in zip(own, forward_streamed(model, windows), strict=True):
-        loss, sums[number] = _loss(logits, targets)
-        total += loss
-        count += int((targets != IGNORED).sum())
-        if not math.isfinite(loss):
-            wrong = (number, loss)
-            break
+    for model in models:
+        _check(model, window, stride)
+    batches = enumerate(_batches(tokens, window, stride, batch_size))
+    own = [(number, *batch) for number, batch in batches if world().owner(number) == world().rank]
+    inputs = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
+    count, wrong, sums = 0, None, {}
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(evaluating(model))
+        streams = zip(*(forward_streamed(model, inputs) for model in models), strict=True)
+        for (number, _, targets), logits in zip(own, streams, strict=True):
+            sums[number] = measured(logits, targets)
+            count += int((targets != IGNORED).sum())
+            loss = float(sums[number][:, 0].sum())
+            if not math.isfinite(loss):
+                wrong = (number, loss)
+                break
     # Whether to stop is decided together: a process that stopped alone would leave the others waiting for it.
     if found := [pair for pair in world().gather(wrong) if pair is not None]:
         number, loss = min(found)
@@ -101,15 +125,40 @@ def _summed_loss(
             f"got a loss of {loss} in batch {number} of {tokens.source}, expected a finite one; "
             "check the weights, or use --dtype float32"
         )
-    every = {number: found for part in world().gather(sums) for number, found in part.items()}
-    total, scored = world().total([total, count])
-    return total, int(scored), tuple(loss for number in sorted(every) for loss in every[number])
+    every = {number: part for one in world().gather(sums) for number, part in one.items()}
+    count = sum(world().gather(count))
+    if not count:
+        raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
+    return count, torch.cat([every[number] for number in sorted(every)])
 
 
-def _check(model: PreTrainedModel, window: int, stride: int) -> None:
+def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed loss of each window's scored positions, float64 (B,): logits (B, W, V), targets (B, W)."""
+    flat = targets.flatten().to(logits.device)
+    losses = [
+        functional.cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="none").cpu().double()
+        for part, wanted in zip(*(x.split(max(1, SLICE // logits.shape[-1])) for x in (logits.flatten(0, 1), flat)),
+                                strict=True)]
+    return torch.cat(losses).view(targets.shape).sum(1)
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a mean loss in nats. Raises KDPruneError where that is no number."""
+    value = math.exp(loss) if loss < 700 else math.inf
+    if not math.isfinite(value):
+        raise KDPruneError(f"got a mean loss of {loss:.4g} nats, too large for a perplexity; check the weights")
+    return value
+
+
+def check_window(model: PreTrainedModel, window: int) -> None:
+    """Raises KDPruneError for a window that the model cannot use."""
     longest = longest_context(model)
     if window < 2 or (longest and window > longest):
         raise KDPruneError(f"got window {window}, expected 2 to {longest or 'the longest context'} tokens")
+
+
+def _check(model: PreTrainedModel, window: int, stride: int) -> None:
+    check_window(model, window)
     if not 1 <= stride <= window:
         raise KDPruneError(f"got stride {stride}, expected 1 to {window}, the window")
 
@@ -152,17 +201,3 @@ def _stack(entries: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad([inputs for inputs, _ in entries], batch_first=True)
     return ids, pad([targets for _, targets in entries], batch_first=True, padding_value=IGNORED)
-
-
-def _loss(logits: Tensor, targets: Tensor) -> tuple[float, list[float]]:
-    """Summed loss of the scored positions of a batch, and of each row: logits (B, W, V), targets (B, W)."""
-    logits, every = logits.flatten(0, 1), []
-    flat = targets.flatten().to(logits.device)
-    total = torch.zeros((), dtype=torch.float64)
-    for part, wanted in zip(
-        *(x.split(max(1, SLICE // logits.shape[-1])) for x in (logits, flat)), strict=True
-    ):
-        losses = functional.cross_entropy(part.float(), wanted, ignore_index=IGNORED, reduction="none")
-        every.append(losses.cpu().double())
-        total += every[-1].sum()
-    return float(total), torch.cat(every).view(targets.shape).sum(1).tolist()

@@ -31,6 +31,7 @@ def render_comparison(comparison: Comparison) -> str:
         comparison=comparison, titles=titles, headline=headline(comparison), tiles=tiles(comparison),
         dense=table.dense_cells(comparison, titles), groups=groups(comparison),
         cells=lambda row: table.cells(row, titles), failure=table.failure, pictures=pictures(comparison),
+        texts=table.text_rows(comparison),
         tasks=table.task_rows(comparison), protocol=table.protocol(comparison), best=best(comparison),
         blocks=lambda row: "; ".join(_blocks(choice) for choice in row.blocks) or "–")
 

@@ -70,6 +70,8 @@ class Unit(Record):
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters and net ratios")
     perplexity: Perplexity = Field(description="on the same text for all")
+    texts: list[Perplexity] = Field(
+        default_factory=list, description="the same at other windows and on other held-out texts")
     window_sums: list[Number] = Field(
         default_factory=list,
         description="summed loss of each window of that text, nats; empty in older records")
@@ -109,6 +111,16 @@ class Variant(Record):
     options: FreeForm = Field(default_factory=dict, description="every option of method and run")
 
 
+class TextStat(Record):
+    """What a variant loses on one text at one window, over its seeds."""
+
+    dataset: str = Field(description="the held-out text")
+    window: int = Field(description="tokens per window")
+    excess_loss: Stat | None = Field(None, description="ln(pruned / dense perplexity), nats per token")
+    divergence: Stat | None = Field(None, description="KL(dense‖pruned), nats per token")
+    agreement: Stat | None = Field(None, description="share of tokens with the same most probable next token")
+
+
 class Row(Record):
     """One variant over its seeds."""
 
@@ -121,6 +133,9 @@ class Row(Record):
     parameters: Stat | None = Field(None, description="of the pruned model")
     perplexity: Stat | None = Field(None, description="of the pruned model")
     excess_loss: Stat | None = Field(None, description="ln(pruned / dense perplexity), nats per token")
+    divergence: Stat | None = Field(None, description="KL(dense‖pruned), nats per token")
+    agreement: Stat | None = Field(None, description="share of tokens with the same most probable next token")
+    texts: list[TextStat] = Field(default_factory=list, description="the first text and all others, at every window")
     retained: Stat | None = Field(None, description="mean over tasks of score / dense score")
     above_chance: Stat | None = Field(None, description="mean of (score − chance) / (dense − chance) over `signal`")
     prefill: Stat | None = Field(None, description="prefill speed over the dense model's")
@@ -180,6 +195,9 @@ class Comparison(Record):
             parameters=Stat.of(unit.parameters.pruned for unit in units),
             perplexity=Stat.of(unit.perplexity.pruned for unit in units),
             excess_loss=Stat.of(unit.perplexity.excess_loss for unit in units),
+            divergence=Stat.of(unit.perplexity.divergence for unit in units),
+            agreement=Stat.of(unit.perplexity.agreement for unit in units),
+            texts=_by_text(units),
             retained=Stat.of(found.mean for found in kept),
             above_chance=Stat.of(found.above_chance for found in kept),
             prefill=Stat.of(unit.speed.prefill.ratio for unit in units if unit.speed),
@@ -258,6 +276,19 @@ def _by_task(units: Sequence[Unit], dense: Mapping[str, TaskScore] | None = None
             values.setdefault(name, []).append(kept)
     stats = {task: Stat.of(found) for task, found in values.items()}
     return {task: stat for task, stat in stats.items() if stat is not None}
+
+
+def _by_text(units: Sequence[Unit]) -> list[TextStat]:
+    """One a text and window, where there is more than one."""
+    found: dict[tuple[str, int], list[Perplexity]] = {}
+    for unit in units:
+        for one in (unit.perplexity, *unit.texts):
+            found.setdefault((one.dataset, one.window), []).append(one)
+    return [] if len(found) < 2 else [
+        TextStat(dataset=dataset, window=window, **{
+            name: Stat.of(getattr(one, name) for one in every)
+            for name in ("excess_loss", "divergence", "agreement")})
+        for (dataset, window), every in found.items()]
 
 
 def _kept(score: TaskScore, dense: TaskScore | None) -> float | None:

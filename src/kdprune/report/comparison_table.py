@@ -1,7 +1,7 @@
 """A comparison as a table: the cells, ``table.md``, and what the terminal shows at the end."""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +18,8 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "layers' net ratio": ("net_ratio_layers", lambda x: f"{100 * x:.2f}", True),
     "perplexity": ("perplexity", lambda x: summary.decimals(x), True),
     "excess loss": ("excess_loss", lambda x: f"{x:.3f}", True),
+    "KL": ("divergence", lambda x: f"{x:.3f}", True),
+    "same next token": ("agreement", lambda x: f"{100 * x:.1f}", True),
     "retained": ("retained", lambda x: f"{100 * x:.1f}", True),
     "above chance": ("above_chance", lambda x: f"{100 * x:.1f}", True),
     "prefill": ("prefill", lambda x: f"{x:.2f}", True),
@@ -28,7 +30,8 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "tokens used": ("tokens", lambda x: summary.count(x), False),
 }
 UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
-         "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×", "kv_cache_saving": f"{SPACE}%"}
+         "agreement": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
+         "kv_cache_saving": f"{SPACE}%"}
 TASK_COLUMNS = ("retained", "above chance")
 
 
@@ -62,8 +65,8 @@ def dense_cells(comparison: Comparison, titles: Iterable[str]) -> list[str]:
     known = {
         "net ratio": f"0{SPACE}%", "layers' net ratio": f"0{SPACE}%",
         "perplexity": summary.decimals(comparison.dense.perplexity), "excess loss": "0",
-        "retained": f"100{SPACE}%", "above chance": f"100{SPACE}%", "prefill": "1×", "decode": "1×",
-        "KV cache saved": f"0{SPACE}%",
+        "KL": "0", "same next token": f"100{SPACE}%", "retained": f"100{SPACE}%", "above chance": f"100{SPACE}%",
+        "prefill": "1×", "decode": "1×", "KV cache saved": f"0{SPACE}%",
     }
     return [known.get(title, "") for title in titles]
 
@@ -146,8 +149,31 @@ def render_markdown(comparison: Comparison, titles: Sequence[str] | None = None)
     text = "\n".join(lines) + "\n"
     if notes:
         text += "\n" + "\n".join(notes) + "\n"
-    text += _task_markdown(comparison) + "\n"
+    text += _text_markdown(comparison) + _task_markdown(comparison) + "\n"
     return text + "\n".join(f"- {line}" for line in protocol(comparison, titles)) + "\n"
+
+
+def text_rows(comparison: Comparison) -> list[list[str]]:
+    """One row a variant: excess loss on every text at every window; a header row first, nothing where there is one."""
+    rows = [row for row in comparison.rows if row.texts]
+    if not rows:
+        return []
+    places = list(dict.fromkeys((one.dataset, one.window) for row in rows for one in row.texts))
+    found = [["", *(f"{PurePath(dataset).name}, window {window}" for dataset, window in places)]]
+    for row in rows:
+        known = {(one.dataset, one.window): one for one in row.texts}
+        found.append([_name(row), *(stat(known[place].excess_loss if place in known else None, lambda x: f"{x:.3f}")
+                                    for place in places)])
+    return found
+
+
+def _text_markdown(comparison: Comparison) -> str:
+    table = text_rows(comparison)
+    if not table:
+        return ""
+    head, *body = table
+    lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(row) for row in body)]
+    return "\nExcess loss by text and window.\n\n" + "\n".join(lines) + "\n"
 
 
 def task_rows(comparison: Comparison) -> list[list[str]]:
@@ -197,7 +223,8 @@ def _line(parts: Sequence[str]) -> str:
 
 def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
     """The table in the terminal, failures below it, and the paths written."""
-    titles = [title for title in columns(comparison) if title not in ("tokens used", "KV cache saved", "prefill")]
+    titles = [title for title in columns(comparison) if title not in (
+        "tokens used", "KV cache saved", "prefill", "same next token")]
     table = Table(title=Text(f"{summary.model_name(comparison.model)}, {comparison.kind}"), title_justify="left",
                   title_style="bold")
     table.add_column("")

@@ -75,6 +75,8 @@ class Perplexity(Record):
     tokens: int = Field(description="tokens whose loss was counted")
     excess_loss: Number = Field(None, description="ln(pruned / dense), nats per token; derived when left out")
     retained: Number = Field(None, description="dense / pruned, 1 = nothing lost; derived when left out")
+    divergence: Number = Field(None, description="KL(dense‖pruned) of the next token's distributions, nats per token")
+    agreement: Number = Field(None, description="share of tokens at which both find the same next token most probable")
 
     @model_validator(mode="after")
     def _derive(self) -> "Perplexity":

@@ -69,6 +69,8 @@ class Results(Record):
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters")
     perplexity: Perplexity | None = Field(None, description="perplexity on held-out text")
+    texts: list[Perplexity] = Field(
+        default_factory=list, description="the same at other windows and on other held-out texts")
     streamed: bool = Field(
         False, description="whether layers were read from disk as they ran; then neither speed nor samples are taken")
     speed: Speed | None = Field(None, description="tokens per second")

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from kdprune.report.records import Number, Pace
+from kdprune.report.records import Number, Pace, Perplexity
 from kdprune.report.results import Results
 from kdprune.report.size_records import Parameters
 from kdprune.store.files import readable_bytes
@@ -137,6 +137,12 @@ def comparison(results: Results) -> list[Row]:
         excess = "" if p.excess_loss is None else f"{p.excess_loss:+.3f} nats".replace("-", "−")
         rows.append(Row("perplexity", decimals(p.dense), decimals(p.pruned), excess))
         rows.append(Row("retained", "", percent(p.retained, 1)))
+        if p.divergence is not None:
+            rows.append(Row("KL(dense‖pruned), nats", "0", decimals(p.divergence, 3)))
+            rows.append(Row("same next token", "", percent(p.agreement, 1)))
+    for other in results.texts:
+        excess = "" if other.excess_loss is None else f"{other.excess_loss:+.3f} nats".replace("-", "−")
+        rows.append(Row(_where(other, results.perplexity), decimals(other.dense), decimals(other.pruned), excess))
     if (s := results.speed) is not None:
         rows += [_pace("prefill, tokens/s", s.prefill), _pace("decode, tokens/s", s.decode)]
     elif setting := speed_setting(results):
@@ -145,6 +151,13 @@ def comparison(results: Results) -> list[Row]:
         ratio = None if kv.pruned is None or not kv.dense else kv.pruned / kv.dense
         rows.append(Row("KV cache, bytes/token", whole(kv.dense), whole(kv.pruned), times(ratio)))
     return rows
+
+
+def _where(other: Perplexity, first: Perplexity | None) -> str:
+    """perplexity, window 512; with the text, where that is another one."""
+    window = f"window {other.window}"
+    return f"perplexity, {window}" if first is not None and other.dataset == first.dataset else (
+        f"perplexity, {PurePath(other.dataset).name}, {window}")
 
 
 def _pace(name: str, pace: Pace) -> Row:

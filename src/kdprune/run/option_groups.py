@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kdprune.data.sources import parse_weighted
+from kdprune.data.sources import parse_named, parse_weighted
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.common.method import Method, RankedMethod
-from kdprune.options import Option, option, options_of, parse_seeds, same_option
+from kdprune.options import Option, option, options_of, parse_numbers, parse_seeds, same_option
 from kdprune.run.heal import Heal
 from kdprune.run.resources import Resources
 
@@ -61,11 +61,15 @@ class DataOptions(TextOptions):
     """Calibration and held-out text."""
 
     heldout: Any = option(
-        None, "text for perplexity (the bundled text)", group="data",
-        in_python="or token ids; without a tokenizer the calibration rows kept out of every fit")
+        None, "text for perplexity; repeated, with or without NAME= before it: more texts, each on its own (the "
+        "bundled text)", group="data", several=True, parse=parse_named,
+        in_python="or {name: text}, or token ids; without a tokenizer the calibration rows kept out of every fit")
     heldout_tokens: int | None = option(
-        None, "tokens of it that are scored (an eighth of the calibration tokens; 4,096 to 65,536)",
+        None, "tokens of each that are scored (an eighth of the calibration tokens among all texts; 4,096 to 65,536)",
         group="data", least=32, rare=True)
+    windows: tuple[int, ...] = option(
+        (), "tokens a window of perplexity, with commas (the model's context, at most 2048, and the length of the "
+        "calibration rows)", group="data", rare=True, parse=parse_numbers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdprune.data.sources import check_source
+from kdprune.data.sources import check_source, is_named
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.evaluation.fidelity import HeldOut
 from kdprune.methods import METHODS, make_method
 from kdprune.methods.common.analysis import Scores, score_layers
 from kdprune.methods.common.method import Method, RankedMethod
@@ -136,7 +137,7 @@ def prune(
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
-        text = session.heldout(data.heldout, tokens, settings.held, data.heldout_tokens)
+        heldout = session.heldout(data.heldout, tokens, settings.held, data.heldout_tokens, data.windows)
         check_run(session, settings, tokens, healing)
         record = {
             **recorded(subject, name, data, draws, resources), **_sources(session, data),
@@ -146,7 +147,7 @@ def prune(
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
             made = run_method(session.model, settings, tokens, run, healing)
-            measured = evaluated(session, settings, healing, session.rounded(made.pruned), text, run)
+            measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
             probe = tokens.ids[:1, :VERIFIED_TOKENS]
@@ -183,7 +184,8 @@ def _check_named(data: TextOptions, output: OutputOptions, resources: Resources,
 def check_texts(data: TextOptions) -> None:
     """Raises KDPruneError for texts that cannot be read, before any work."""
     for source in _texts(data).values():
-        check_source(source)
+        for one in source.values() if is_named(source) else [source]:
+            check_source(one)
 
 
 def text_sources(data: TextOptions) -> dict[str, Any]:
@@ -251,15 +253,16 @@ def method_identity(method: Method) -> list[Any]:
 
 
 def evaluated(
-    session: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, text: TokenSet, run: Run
+    session: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, heldout: HeldOut,
+    run: Run,
 ) -> Evaluation:
     """Both models measured, found in the cache or made."""
     healing = None if heal is None else dataclasses.asdict(heal)
     tokenizer = session.tokenizer
     reader = None if tokenizer is None else [type(tokenizer).__name__, tokenizer.name_or_path]  # of samples
     return run.cached(
-        "evaluation", [method_identity(method), healing, text.identity(), reader],
-        lambda: evaluate(session.model, pruned, tokenizer, text, run), JsonCodec(Evaluation), "evaluate")
+        "evaluation", [method_identity(method), healing, heldout.identity(), reader],
+        lambda: evaluate(session.model, pruned, tokenizer, heldout, run), JsonCodec(Evaluation), "evaluate")
 
 
 @spelled_out(ANALYZE)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdprune.data.tokens import TokenSet
-from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.fidelity import Fidelity, HeldOut, fidelities
 from kdprune.evaluation.samples import compare_samples
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
 from kdprune.methods.common.analysis import Scores
@@ -45,6 +45,7 @@ _SOFTWARE = ("kdprune", "torch", "transformers", "safetensors", "numpy", "lm_eva
 class Evaluation:
     """Both models under one protocol, as the parts of ``results.json``.
 
+    texts: perplexities at other windows and on other texts.
     speed: None, as samples are empty, where the dense model was ``streamed``: reading its weights from disk for every
     token would measure the disk.
     """
@@ -53,11 +54,12 @@ class Evaluation:
     speed: Speed | None
     cache: KVCache
     samples: list[Sample]
+    texts: list[Perplexity]
     streamed: bool = False
 
 
 def evaluate(
-    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, text: TokenSet,
+    dense: PreTrainedModel, pruned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, heldout: HeldOut,
     run: Run,
 ) -> Evaluation:
     """Perplexity on the same windows, speed in turns, cache size, and a continuation of the same prompt.
@@ -69,18 +71,17 @@ def evaluate(
         dense: the dense model.
         pruned: the pruned one.
         tokenizer: for the samples; without one there are none.
-        text: held-out tokens.
+        heldout: held-out texts and windows; a continuation of the first text is sampled.
         run: shows the stage.
     """
     streamed = reads_weights(dense) or reads_weights(pruned)
-    with run.stage("evaluate", 3) as progress:
-        before, after = perplexity(dense, text), perplexity(pruned, text)
-        progress(1)
+    with run.stage("evaluate", len(heldout.pairs()) + 2) as progress:
+        first, *texts = map(perplexity_record, fidelities(dense, pruned, heldout, progress))
         pace = measured_speed(dense, pruned)
         progress(1)
         samples: list[Sample] = []
         if tokenizer is not None and not streamed and world().first:
-            prompts = [str(tokenizer.decode(text.ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
+            prompts = [str(tokenizer.decode(heldout.texts[0].ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
             samples = [
                 Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
                 for found in compare_samples(dense, pruned, tokenizer, prompts)
@@ -88,13 +89,21 @@ def evaluate(
         samples = world().broadcast(samples)
         progress(1)
     return Evaluation(
-        Perplexity(dense=before.value, pruned=after.value, dataset=text.source, window=before.window,
-                   stride=before.stride, tokens=before.tokens),
+        first,
         pace,
         KVCache(dense=kv_cache_bytes_per_token(dense), pruned=kv_cache_bytes_per_token(pruned)),
         samples,
+        texts,
         streamed,
     )
+
+
+def perplexity_record(found: Fidelity) -> Perplexity:
+    """What results.json says of one text at one window."""
+    dense = found.dense
+    return Perplexity(
+        dense=dense.value, pruned=found.pruned.value, dataset=found.dataset, window=dense.window, stride=dense.stride,
+        tokens=dense.tokens, divergence=found.divergence, agreement=found.agreement)
 
 
 def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed | None:
@@ -160,6 +169,7 @@ def pruning_results(
     base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
                    if isinstance(edit, Resize) and edit.layer is not None]
     base.heal = None if healed is None else Heal(**healed)
-    base.perplexity, base.speed, base.streamed = measured.perplexity, measured.speed, measured.streamed
+    base.perplexity, base.texts = measured.perplexity, measured.texts
+    base.speed, base.streamed = measured.speed, measured.streamed
     base.kv_cache_bytes_per_token, base.samples = measured.cache, measured.samples
     return base

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kdprune.data.sources import BUNDLED_MODEL
+from kdprune.data.sources import BUNDLED_MODEL, is_named
 from kdprune.data.tokens import (
     BUNDLED_SAMPLES,
     DEFAULT_SAMPLES,
@@ -22,7 +22,9 @@ from kdprune.data.tokens import (
     load_stream,
     load_tokens,
 )
+from kdprune.evaluation.fidelity import HeldOut
 from kdprune.evaluation.models import longest_context, vocabulary_size
+from kdprune.evaluation.perplexity import check_window, default_window
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import check_states_model, input_device, reads_weights
 from kdprune.run.resources import BOUNDARIES, NONE, Resources, model_part, run_key
@@ -116,22 +118,37 @@ class Session:
                 bundled_calibration() if source is None else source, self.tokenizer,
                 samples=rows, length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
-    def heldout(self, source: Any, tokens: TokenSet, share: float, limit: int | None = None) -> TokenSet:
-        """Tokens for perplexity: as given, or the bundled text, or the calibration rows kept out of every fit.
+    def heldout(
+        self, source: Any, tokens: TokenSet, share: float, limit: int | None = None, windows: Sequence[int] = (),
+    ) -> HeldOut:
+        """What perplexity is taken on: texts as given, or the bundled one, or the calibration rows out of every fit.
 
         Args:
-            source: text or token ids; None: the bundled text.
+            source: text, token ids, or several of them by name; None: the bundled text.
             tokens: the calibration rows.
             share: of them that no fit sees.
-            limit: tokens of text, at most; None: as many as are scored at the cost of half a pass over the
-                calibration rows. Windows overlap by half and two models run, so that this is an eighth as many.
+            limit: tokens of each text, at most; None: so many that all windows cost no more than a pass over the
+                calibration rows. A window is run twice, as it overlaps the next by half, by two models.
+            windows: tokens a window; none: the model's context, at most 2048, and the length of the calibration rows
+                where that is half of it or less.
+
+        Raises:
+            KDPruneError: a text cannot be read, or a window is longer than the model's context.
         """
+        whole = default_window(self.model)
+        windows = tuple(windows) or (whole, *([length] if 2 * (length := tokens.ids.shape[1]) <= whole else []))
+        for window in windows:
+            check_window(self.model, window)
         if source is None and self.tokenizer is None:
             rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
-            return dataclasses.replace(rows, source=f"held-out rows of {tokens.source}")
-        return load_stream(
-            bundled_heldout() if source is None else source, self.tokenizer, limit=limit or affordable(tokens),
-            vocabulary=vocabulary_size(self.model))
+            return HeldOut((dataclasses.replace(rows, source=f"held-out rows of {tokens.source}"),), windows)
+        named = {"": bundled_heldout() if source is None else source} if not is_named(source) else source
+        limit = limit or affordable(tokens, len(named))
+        texts = []
+        for name, text in named.items():
+            found = load_stream(text, self.tokenizer, limit=limit, vocabulary=vocabulary_size(self.model))
+            texts.append(dataclasses.replace(found, source=name or found.source))
+        return HeldOut(tuple(texts), windows)
 
     def rounded(self, pruned: PreTrainedModel) -> PreTrainedModel:
         """The pruned model with weights as they are saved: what is measured of it holds for the checkpoint."""
@@ -184,9 +201,9 @@ class Session:
         }
 
 
-def affordable(tokens: TokenSet) -> int:
-    """Held-out tokens whose scoring, with both models, costs no more than half a pass over the calibration rows."""
-    return max(LEAST_HELD_OUT, min(HELD_OUT_TOKENS, tokens.tokens // 8))
+def affordable(tokens: TokenSet, texts: int = 1) -> int:
+    """Tokens of each held-out text whose scoring at two windows costs no more than a pass over the calibration rows."""
+    return max(LEAST_HELD_OUT, min(HELD_OUT_TOKENS, tokens.tokens // (8 * texts)))
 
 
 def plain_source(source: Any) -> Any:
@@ -195,6 +212,8 @@ def plain_source(source: Any) -> Any:
         return source
     if isinstance(source, Path):
         return str(source)
+    if is_named(source):
+        return {name: plain_source(text) for name, text in source.items()}
     if isinstance(source, Mapping) and "input_ids" not in source:
         return {str(name): weight for name, weight in source.items()}
     if isinstance(source, list) and source and all(isinstance(entry, list | tuple) for entry in source):

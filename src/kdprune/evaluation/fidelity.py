@@ -1,0 +1,121 @@
+"""How near a pruned model stays to the dense one: divergence and agreement of their next-token distributions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.perplexity import (
+    SLICE,
+    Perplexity,
+    batch_loss,
+    default_batch,
+    default_stride,
+    default_window,
+    perplexity_of,
+    window_sums,
+)
+from kdprune.model.losses import IGNORED
+from kdprune.runtime.stages import Advance
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What models are measured on.
+
+    Attributes:
+        texts: token sets; the first is the one that is named first everywhere.
+        windows: tokens a window, likewise.
+    """
+
+    texts: tuple[TokenSet, ...]
+    windows: tuple[int, ...]
+
+    def pairs(self) -> list[tuple[TokenSet, int]]:
+        """Every text at every window."""
+        return [(text, window) for text in self.texts for window in self.windows]
+
+    def identity(self) -> list[Any]:
+        """What makes two of them the same, as plain data."""
+        return [[text.identity() for text in self.texts], list(self.windows)]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Both models on the same windows of one text.
+
+    Attributes:
+        dataset: the text.
+        dense: perplexity of the dense model.
+        pruned: of the pruned one.
+        divergence: mean over scored positions of KL(p‖q) = Σ_v p(v) (log p(v) − log q(v)), p the dense model's
+            distribution of the next token and q the pruned one's, in nats.
+        agreement: share of the positions at which both hold the same token for the most probable one.
+    """
+
+    dataset: str
+    dense: Perplexity
+    pruned: Perplexity
+    divergence: float
+    agreement: float
+
+
+@torch.no_grad()
+def fidelity(
+    dense: PreTrainedModel, pruned: PreTrainedModel, tokens: TokenSet, window: int | None = None,
+    stride: int | None = None, *, batch_size: int | None = None,
+) -> Fidelity:
+    """Perplexity of both models, divergence and agreement, from one pass of each; windows as of ``perplexity``.
+
+    Args:
+        dense: the dense model.
+        pruned: what was made of it; it has the same vocabulary.
+        tokens: the text.
+        window: tokens a window; None: the dense model's context, at most 2048.
+        stride: by which it moves on; None: half the window.
+        batch_size: windows a forward pass.
+
+    Raises:
+        KDPruneError: as of ``perplexity``.
+    """
+    window = default_window(dense) if window is None else window
+    stride = default_stride(window) if stride is None else stride
+    size = batch_size or max(1, default_batch(dense, window) // 2)
+    count, sums = window_sums([dense, pruned], tokens, window, stride, size, _compared)
+    means = (sums.sum(0) / count).tolist()
+    before, after = (
+        Perplexity(perplexity_of(means[number]), means[number], count, window, stride, tuple(sums[:, number].tolist()))
+        for number in (0, 1))
+    return Fidelity(tokens.source, before, after, divergence=means[2], agreement=means[3])
+
+
+def fidelities(
+    dense: PreTrainedModel, pruned: PreTrainedModel, heldout: HeldOut, progress: Advance,
+) -> list[Fidelity]:
+    """The same on every text at every window, in the order of :meth:`HeldOut.pairs`."""
+    found = []
+    for text, window in heldout.pairs():
+        found.append(fidelity(dense, pruned, text, window))
+        progress(1)
+    return found
+
+
+def _compared(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
+    """Sums (B, 4) over the scored positions: loss of the dense model and of the pruned one, divergence, agreement."""
+    dense, pruned = logits
+    scored = (targets != IGNORED).flatten().cpu()
+    divergence, same = torch.zeros(scored.shape, dtype=torch.float64), torch.zeros(scored.shape, dtype=torch.float64)
+    size = max(1, SLICE // dense.shape[-1])
+    for rows in scored.nonzero()[:, 0].split(size):
+        p, q = (functional.log_softmax(one.flatten(0, 1)[rows.to(one.device)].float(), -1).to(dense.device)
+                for one in (dense, pruned))
+        divergence[rows] = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).cpu().double()
+        same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu().double()
+    return torch.stack([
+        batch_loss(dense, targets), batch_loss(pruned, targets),
+        *(one.view(targets.shape).sum(1) for one in (divergence, same))], 1)
