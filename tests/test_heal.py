@@ -1,6 +1,7 @@
 """Healing: its losses, its budget, what it may change, and what it refuses."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.losses import language_loss
+from kdprune.model.recompute import activation_bytes, recomputing
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits
+from kdprune.model.teacher import Teacher
 from kdprune.report.results import Heal as HealRecord
-from kdprune.run.heal import Heal, budgeted, divergence, heal, linear_weights, make_heal, put_in
+from kdprune.run.heal import Heal, heal, linear_weights, make_heal, put_in
+from kdprune.run.heal_training import budgeted
 from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +69,7 @@ def test_language_loss_is_the_formula_without_padding(tiny_model) -> None:
 @torch.no_grad()
 def test_divergence_is_the_formula_without_padding(tiny_model) -> None:
     dense, model, batch = tiny_model("llama3"), tiny_model("llama3", seed=1), tokens(4, padded=True)
-    total, count = divergence(dense)(model, batch)
+    total, count = Teacher(dense, batch).divergence(model, batch, torch.arange(4))
     expected = 0.0
     for ids, mask in zip(batch.ids, batch.mask, strict=True):
         p = dense(ids[mask][None]).logits[0].double().softmax(-1)
@@ -75,10 +79,64 @@ def test_divergence_is_the_formula_without_padding(tiny_model) -> None:
     assert float(total) == pytest.approx(expected, rel=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_teacher_tells_the_most_probable_tokens_apart_and_remembers(
+    tiny_model, folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model, batch = tiny_model("llama3"), tiny_model("llama3", seed=1), tokens(4, padded=True)
+    monkeypatch.setattr("kdprune.model.teacher.KEPT", 0 if folder else 2**31)
+    teacher = Teacher(dense, batch, 3, keep=True, folder=tmp_path / "kept" if folder else None)
+    expected = 0.0
+    for ids, mask in zip(batch.ids, batch.mask, strict=True):
+        p = dense(ids[mask][None]).logits[0].double().softmax(-1)
+        q = model(ids[mask][None]).logits[0].double().softmax(-1)
+        top = p.topk(3).indices
+        p, q = (torch.cat([one.gather(-1, top), 1 - one.gather(-1, top).sum(-1, keepdim=True)], -1) for one in (p, q))
+        expected += float((p * (p / q).log()).sum())
+    order = torch.tensor([2, 0, 3, 1])
+    for _ in range(2):
+        total, count = teacher.divergence(model, batch.select(order), order)
+        assert (float(total), count) == (pytest.approx(expected, rel=1e-4), batch.tokens)
+        monkeypatch.setattr(teacher, "_compute", None)  # what was computed once is not computed again
+    assert (tmp_path / "kept").is_dir() == folder
+    assert float(total) < float(Teacher(dense, batch).divergence(model, batch, torch.arange(4))[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_that_are_run_again_give_the_same_gradient_from_less_memory(name: str) -> None:
+    model, batch = apply_edits(build(name), [in_context(build(name), BLOCK)]), tokens()
+    weights, found = list(model.parameters()), []
+    before = activation_bytes(model, batch)
+    for context in (nullcontext(), recomputing(model)):
+        with context:
+            less = activation_bytes(model, batch)
+            loss, _ = language_loss(model, batch)
+            found.append(torch.autograd.grad(loss, weights, allow_unused=True))
+    assert all(a is b or torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert 0 < less < 0.7 * before
+    assert not any(module.training for module in model.modules())
+
+
+def test_healing_ends_where_held_out_rows_gain_nothing_and_keeps_what_was_best() -> None:
+    model = build("llama3")
+    _, _, record = healed(
+        model, [Substitute(BLOCK, stand_in(3, scale=0.5))], loss="kl", tokens=4000, rate=3e-2, patience=2)
+    assert record["kept"]
+    best = min(range(len(record["watched"])), key=record["watched"].__getitem__)
+    assert record["after"] == pytest.approx(record["watched"][best], rel=1e-3)
+    assert record["after"] < record["watched"][0] == pytest.approx(record["before"], rel=1e-3)
+    assert len(record["watched"]) == len(record["curve"]) + 1
+    looks = 17  # 84 steps of 4 rows, at every fifth
+    assert len(record["curve"]) == min(best + 2, looks)
+    assert record["tokens"] == min(4000, round(4000 * len(record["curve"]) * 5 * 4 / 334))
+
+
 @pytest.mark.parametrize("budget", [1, 12, 13, 85, 86, 200])
 def test_the_budget_is_met_exactly_in_the_order_of_rows(budget: int) -> None:
     text = tokens(padded=True)  # 83 real tokens
-    found = budgeted(text, budget)
+    found, numbers = budgeted(text, budget)
+    assert torch.equal(found.ids, text.ids[numbers])
     assert found.tokens == budget
     stream = torch.cat([text.ids[text.mask]] * 3)
     assert torch.equal(found.ids[found.mask], stream[:budget])

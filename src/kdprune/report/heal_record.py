@@ -15,6 +15,8 @@ class Heal(Record):
     tokens: int = Field(description="calibration tokens seen, repeats counted")
     parameters: int = Field(description="parameters trained")
     curve: Numbers = Field(default_factory=list, description="training loss, means over successive stretches")
+    watched: Numbers = Field(
+        default_factory=list, description="the loss on held-out rows, before the first step and at those points")
     before: Number = Field(None, description="the loss trained on, before healing, nats")
     after: Number = Field(None, description="the same after healing")
     language_before: Number = Field(None, description="next-token loss before healing, nats")

@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import BoolTensor, Tensor, nn
-from torch.nn import functional
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -20,25 +19,19 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
 from kdprune.methods.common.method import Method
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import batch_logits, language_loss, mean_loss
+from kdprune.model.losses import language_loss, mean_loss
+from kdprune.model.placement import input_device
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
+from kdprune.model.teacher import Teacher
 from kdprune.options import check_values, option, options_of, recorded, taken
-from kdprune.runtime.distributed import world
+from kdprune.run.heal_training import PURPOSE, Objective, Training, budgeted, mean_objective
+from kdprune.runtime.machine import computes_in
 from kdprune.runtime.run import Run
-from kdprune.runtime.stages import Advance
 from kdprune.store.checkpoints import Checkpoint
-from kdprune.train.gradients import Sums
-from kdprune.train.loop import Schedule, fit
 
-_PURPOSE = 1_000  # of the generator: its draws disturb no method's
-_POINTS = 20  # of the curve
-
+WATCHED = 8_192  # tokens of held-out rows that are looked at
 RATE = 0.25  # of what was put in, times 1/width
 LORA_RATE = 1e-3
-CLIP = 1.0  # largest norm of a step's gradient
-
-Objective = Callable[[PreTrainedModel, TokenSet], tuple[Tensor, int]]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Heal:
@@ -61,6 +54,12 @@ class Heal:
     rate: float | None = option(
         None, "peak learning rate of healing (0.25 / the width; LoRA 1e-3)", above=0, name="heal_rate", rare=True)
     batch: int = option(8, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
+    top: int = option(
+        128, "most probable tokens of the dense model's distribution that KL tells apart; all others count as one",
+        least=1, name="heal_top", rare=True)
+    patience: int = option(
+        4, "healing ends after so many looks at held-out rows, of 20, without gain", least=1, name="heal_patience",
+        rare=True)
     rank: int = option(8, "rank of LoRA's updates", least=1, name="heal_rank", rare=True)
     alpha: float = option(
         16.0, "LoRA's updates are scaled by this over the rank", above=0, name="heal_alpha", rare=True)
@@ -106,11 +105,16 @@ def heal(
     pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, run: Run,
     *, held: int, follows_from: Any = None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Trains what ``settings`` names, in float32, on all but the last ``held`` rows of the calibration tokens.
+    """Trains what ``settings`` names on all but the last ``held`` rows of the calibration tokens.
 
     ``lm``: mean next-token cross-entropy −log q(x_{t+1} | x_{≤t}), in nats.
     ``kl``: mean over positions of KL(p‖q) = Σ_v p(v) (log p(v) − log q(v)), with p the dense model's distribution of
-    the next token and q the pruned one's. Padding enters neither. Dropout is off.
+    the next token and q the pruned one's; tokens of p beyond the ``top`` most probable ones are taken as one. Padding
+    enters neither. Dropout is off.
+
+    Twenty times on the way, held-out rows are looked at; what is kept is what they were best with, and healing ends
+    early where they gain nothing any more. What is trained is float32; the other weights stay as they are where the
+    device computes in bfloat16, in which matrix products are then made.
 
     Args:
         pruned: what ``edits`` made of ``dense``; neither is changed.
@@ -132,7 +136,7 @@ def heal(
     key = [follows_from, dataclasses.asdict(settings), held]
 
     def compute() -> tuple[PreTrainedModel, dict[str, Any]]:
-        return _heal(pruned, dense, edits, tokens, settings, held, run, run.checkpoint("heal", key))
+        return _heal(pruned, dense, edits, tokens, settings, held, run, key)
 
     return run.cached("heal", key, compute, HealedCodec(pruned))
 
@@ -156,22 +160,66 @@ class HealedCodec:
 
 def _heal(
     pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit], tokens: TokenSet, settings: Heal, held: int,
-    run: Run, checkpoint: Checkpoint,
+    run: Run, key: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     names = put_in(pruned, dense, edits) if settings.what == "stand-ins" else linear_weights(pruned)
-    watched = tokens.select(slice(len(tokens) - held, None))
-    rows = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
-    objective = language_loss if settings.loss == "lm" else divergence(dense)
-    tuned = sharing_copy(pruned, own=names) if pruned.dtype == torch.float32 else copy.deepcopy(pruned).float()
-    train = _train_lora if settings.what == "lora" else _train_put_in
-    with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense), evaluating(tuned):
-        with run.stage("heal", len(rows)) as progress:
-            training = _Training(tuned, objective, rows, progress, checkpoint)
-            count, curve = train(tuned, names, settings, run, training)
+    watched = _watched(tokens, held)
+    rows, numbers = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
+    fast = settings.what == "stand-ins" and computes_in(torch.bfloat16, input_device(pruned))
+    with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense):
+        before = _measured(pruned, dense, watched, settings)
+        tuned = _trainable(pruned, names, fast)
+        if settings.loss == "lm":
+            objective: Objective = lambda model, batch, _: language_loss(model, batch)  # noqa: E731
+            looked = objective
+        else:
+            spill = run.cache.spill_directory("teacher", run.key("teacher", key))
+            again = len(numbers.unique()) < len(numbers)
+            objective = Teacher(dense, tokens, settings.top, keep=again, folder=spill).divergence
+            looked = Teacher(dense, watched, settings.top, keep=True).divergence
+        train = _train_lora if settings.what == "lora" else _train_put_in
+        with evaluating(tuned), run.stage("heal", len(rows)) as progress:
+            training = Training(tuned, objective, rows, numbers, looked, watched, settings.batch, settings.patience,
+                                fast, run, progress)
+            count, curves = train(tuned, names, settings, run, training, run.checkpoint("heal", key))
         healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
-        record = {"loss": settings.loss, "what": settings.what, "tokens": rows.tokens, "parameters": count,
-                  "curve": curve}
-        return _better(pruned, healed, watched, objective, settings, record)
+        after = _measured(healed, dense, watched, settings)
+    kept = after[0] < before[0]
+    if not kept:  # what it came to, not the start that it ended with
+        after = max(after[0], min(curves["watched"][1:])), after[1]
+    record = {
+        "loss": settings.loss, "what": settings.what, "tokens": training.seen(curves), "parameters": count,
+        "curve": curves["loss"], "watched": curves["watched"], "before": before[0], "after": after[0],
+        "language_before": before[1], "language_after": after[1], "kept": kept}
+    return healed if kept else pruned, record
+
+
+def _watched(tokens: TokenSet, held: int) -> TokenSet:
+    """So many of the last ``held`` rows that there are ``WATCHED`` tokens, at least one."""
+    rows = tokens.select(slice(len(tokens) - held, None))
+    return rows.select(slice(max(1, int((rows.mask.sum(1).cumsum(0) <= WATCHED).sum()))))
+
+
+def _trainable(pruned: PreTrainedModel, names: Collection[str], fast: bool) -> PreTrainedModel:
+    """A copy whose named parameters are its own, in float32; the others are shared, or float32 too if not ``fast``."""
+    if not fast and pruned.dtype != torch.float32:
+        return copy.deepcopy(pruned).float()
+    tuned = sharing_copy(pruned, own=names)
+    for name in names:
+        parameter = tuned.get_parameter(name)
+        parameter.data = parameter.data.float()
+    return tuned
+
+
+@torch.no_grad()
+def _measured(
+    model: PreTrainedModel, dense: PreTrainedModel, watched: TokenSet, settings: Heal
+) -> tuple[float, float]:
+    """The loss that is trained on, of all tokens of the vocabulary, and the next-token loss, on the watched rows."""
+    language = mean_loss(model, watched, settings.batch)
+    if settings.loss == "lm":
+        return language, language
+    return mean_objective(Teacher(dense, watched).divergence, model, watched, settings.batch), language
 
 
 def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:
@@ -195,78 +243,30 @@ def linear_weights(model: PreTrainedModel) -> list[str]:
             if id(module) in inside and isinstance(module, nn.Linear | Conv1D)]
 
 
-def budgeted(tokens: TokenSet, budget: int) -> TokenSet:
-    """Rows with exactly ``budget`` real tokens: in order, again from the first when all are used, the last one cut."""
-    counts = tokens.mask.sum(1)
-    total = max(int(counts.sum()), 1)
-    numbers = torch.arange(-(-budget // total) * len(tokens)) % len(tokens)
-    ends = counts[numbers].cumsum(0)
-    chosen = tokens.select(numbers[: int(torch.searchsorted(ends, budget)) + 1])
-    mask = chosen.mask.clone()
-    mask[-1] &= mask[-1].cumsum(0) <= int(counts[numbers[len(chosen) - 1]] - ends[len(chosen) - 1]) + budget
-    return dataclasses.replace(chosen, mask=cast(BoolTensor, mask))
-
-
-def divergence(dense: PreTrainedModel) -> Objective:
-    """Summed KL(dense‖model) of the next-token distributions at a batch's real tokens, float32, and their number."""
-
-    def objective(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, int]:
-        with torch.no_grad():
-            logits = batch_logits(dense, batch)
-            mask = batch.mask.to(logits.device)
-            target = functional.log_softmax(logits[mask].float(), dim=-1)
-        found = functional.log_softmax(batch_logits(model, batch)[mask].float(), dim=-1)
-        return functional.kl_div(found, target, log_target=True, reduction="sum"), int(mask.sum())
-
-    return objective
-
-
-@dataclass(frozen=True)
-class _Training:
-    """One training: what is measured on which rows, and where it stands."""
-
-    model: PreTrainedModel
-    objective: Objective
-    rows: TokenSet
-    progress: Advance
-    checkpoint: Checkpoint
-
-    def loss_function(self, numbers: Tensor) -> Sums:
-        """The summed loss of these rows."""
-        total, count = self.objective(self.model, self.rows.select(numbers))
-        self.progress(len(numbers) * world().size)
-        return Sums({"loss": total}, count)
-
-    def fit(self, parameters: list[nn.Parameter], settings: Heal, rate: float, run: Run) -> list[float]:
-        """Trains these over the rows, once each; returns the mean loss of at most ``_POINTS`` successive stretches."""
-        steps = -(-len(self.rows) // settings.batch)
-        schedule = Schedule(1, settings.batch, settings.rate or rate, clip=CLIP, stretch=-(-steps // _POINTS))
-        curves = fit(
-            parameters, self.loss_function, len(self.rows), schedule, run.generator(_PURPOSE), name="healing",
-            local_rows=lambda rows: rows[world().share(len(rows))], checkpoint=self.checkpoint)
-        return curves["loss"]
-
-
-Told = tuple[int, list[float]]  # how many numbers were trained, the curve
+Told = tuple[int, dict[str, list[float]]]  # how many numbers were trained, the curves
 
 
 def _train_put_in(
-    model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: _Training
+    model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: Training,
+    checkpoint: Checkpoint,
 ) -> Told:
     """Trains the named parameters in place."""
     model.requires_grad_(False)
     parameters = [model.get_parameter(name) for name in names]
     for parameter in parameters:
         parameter.requires_grad_()
-    curve = training.fit(parameters, settings, RATE / model.config.hidden_size, run)
-    return _count(parameters), curve
+    curves = training.fit(parameters, settings.rate or RATE / model.config.hidden_size, checkpoint)
+    return _count(parameters), curves
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: _Training) -> Told:
+def _train_lora(
+    model: PreTrainedModel, names: Collection[str], settings: Heal, run: Run, training: Training,
+    checkpoint: Checkpoint,
+) -> Told:
     """Trains W + (α/r)·BA with A (r, in), B (out, r) for every named weight W, and adds the update to W in place.
 
     Source: Hu et al., "LoRA", ICLR 2022. B starts at 0, A uniform as PEFT has it but drawn from the seed.
@@ -281,7 +281,7 @@ def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, 
         # for a name that is going away.
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(model, config)
-    draw = run.generator(_PURPOSE + 1)
+    draw = run.generator(PURPOSE + 1)
     parameters = []
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
@@ -290,32 +290,9 @@ def _train_lora(model: PreTrainedModel, names: Collection[str], settings: Heal, 
                 bound = parameter.shape[1] ** -0.5
                 start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw)
                 parameter.data.copy_(start)
-    curve = training.fit(parameters, settings, LORA_RATE, run)
+    curves = training.fit(parameters, settings.rate or LORA_RATE, checkpoint)
     wrapped.merge_and_unload()
-    return _count(parameters), curve
-
-
-@torch.no_grad()
-def _better(
-    pruned: PreTrainedModel, healed: PreTrainedModel, watched: TokenSet, objective: Objective, settings: Heal,
-    record: dict[str, Any],
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model whose loss on the watched rows is the smaller one, in the dtype in which it will be used."""
-
-    def mean(model: PreTrainedModel) -> float:
-        batches = list(watched.batches(settings.batch))
-        parts = [objective(model, batches[number]) for number in world().share(len(batches)).tolist()]
-        total, count = world().total([sum(float(total) for total, _ in parts), sum(count for _, count in parts)])
-        return total / max(count, 1)
-
-    before, after = mean(pruned), mean(healed)
-    kept = after <= before
-    if settings.loss == "lm":
-        language = {"language_before": before, "language_after": after}
-    else:
-        language = {f"language_{when}": mean_loss(model, watched, settings.batch)
-                    for when, model in (("before", pruned), ("after", healed))}
-    return healed if kept else pruned, {**record, "before": before, "after": after, **language, "kept": kept}
+    return _count(parameters), curves
 
 
 @torch.no_grad()

@@ -99,6 +99,11 @@ class Memory:
         return None
 
 
+def total_memory(place: torch.device) -> int:
+    """Bytes of memory that the device has, taken or free."""
+    return int(torch.cuda.mem_get_info(place)[1] if place.type == "cuda" else psutil.virtual_memory().total)
+
+
 def resident_bytes() -> int:
     """Resident set of this process now."""
     return int(psutil.Process().memory_info().rss)

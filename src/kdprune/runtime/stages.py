@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[[int], None]
 
@@ -30,7 +38,7 @@ class Stages:
         """``with stages.stage("analyse", total=10) as progress: progress(1)``."""
         columns = (
             SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(compact=True),
         )
         start = time.perf_counter()
         # Where stderr is no terminal it is left to errors, and the finished bars go the way of the results.

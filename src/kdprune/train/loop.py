@@ -1,6 +1,7 @@
 """The one training loop, ``fit``, for all gradient fits. It survives kills, non-finite losses and little memory."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,15 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of AdamW's group; the annea
 OnEpoch = Callable[[int], Mapping[str, float] | None]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a fit is: the share of its steps, the seconds the others will take, and the watched figure, if any."""
+
+    share: float
+    seconds_left: float
+    watched: float | None
+
+
 def advancing(progress: Callable[[int], None]) -> Callable[[int], None]:
     """An ``on_epoch`` that moves a progress bar by one epoch."""
     return lambda _: progress(1)
@@ -39,6 +49,7 @@ class Schedule:
         clip: largest norm of a step's gradient, all parameters together; None: as it comes.
         weight_decay: share, times the rate, by which a step shrinks the weights.
         stretch: steps of an epoch that make a point of the curves; None: all.
+        patience: points without a better watched figure, one after the other, after which the fit ends; None: never.
     """
 
     epochs: int
@@ -48,6 +59,7 @@ class Schedule:
     clip: float | None = None
     weight_decay: float = 0.0
     stretch: int | None = None
+    patience: int | None = None
 
 
 def fit(
@@ -62,6 +74,9 @@ def fit(
     local_rows: Callable[[Tensor], Tensor] = lambda rows: rows,
     checkpoint: Checkpoint | None = None,
     notify: Notify = tell,
+    watch: Callable[[], float] | None = None,
+    on_point: Callable[[Progress], None] = lambda _: None,
+    part: int | None = None,
 ) -> dict[str, list[float]]:
     """Minimises the mean of ``loss_function(rows)``'s ``"loss"`` over mini-batches of row numbers.
 
@@ -80,20 +95,28 @@ def fit(
         checkpoint: a fit that was stopped goes on from there and ends in the same bits; a finished one gives its
             parameters, generator and curves at once.
         notify: is told in one line what went wrong and was mended.
+        watch: a figure of the parameters as they are, the smaller the better and the same in every process, taken
+            before the first step and at every point of the curves: the parameters end as they were when it was best.
+        on_point: told at every point how far the fit is.
+        part: most rows of a mini-batch that are measured at once; None: all.
 
     Returns:
-        Mean of every measure over an epoch's tokens, by name, one value an epoch (or stretch).
+        Mean of every measure over an epoch's tokens, by name, one value an epoch (or stretch); ``"watched"``, with the
+        value before the first step in front.
 
     Raises:
         Diverged: the loss stayed NaN or infinite (says where and what to try).
         KDPruneError: one row alone is too large.
     """
-    gradients = Gradients(list(parameters), loss_function, local_rows, schedule.batch, name, notify)
-    fit_state = _FitState(gradients, rows, schedule, generator)
+    gradients = Gradients(
+        list(parameters), loss_function, local_rows, min(part or schedule.batch, schedule.batch), name, notify)
+    fit_state = _FitState(gradients, rows, schedule, generator, watch, on_point)
     checkpoint = checkpoint or Checkpoint(None)
     _resume(fit_state, checkpoint)
     if fit_state.finished:
         return fit_state.place.curves
+    if fit_state.best.parameters is None:
+        fit_state.look()
     fit_state.keep()
     while not fit_state.finished:
         if not fit_state.place.begun:
@@ -102,6 +125,7 @@ def fit(
             _step(fit_state, checkpoint)
         else:
             fit_state.end()
+    fit_state.take_best()
     checkpoint.save(fit_state.state(), force=True)
     return fit_state.place.curves
 
@@ -165,12 +189,27 @@ class _Place:
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
     curves: dict[str, list[float]] = field(default_factory=dict)
+    since: int = 0  # points since the best one
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The least watched figure so far, and the parameters it was taken with."""
+
+    value: float = math.inf
+    parameters: list[Tensor] | None = None
 
 
 class _FitState:
     """What is trained, how fast, and how far it has come. ``state`` is all that the rest of the fit follows from."""
 
-    def __init__(self, gradients: Gradients, rows: int, schedule: Schedule, generator: torch.Generator):
+    def __init__(
+        self, gradients: Gradients, rows: int, schedule: Schedule, generator: torch.Generator,
+        watch: Callable[[], float] | None, on_point: Callable[[Progress], None],
+    ):
+        self.watch, self.on_point, self.best = watch, on_point, _Best()
+        self.began, self.made = time.perf_counter(), 0  # steps of this process
         self.gradients, self.rows, self.schedule, self.generator = gradients, rows, schedule, generator
         self.parameters = gradients.parameters
         self.steps = -(-rows // schedule.batch)
@@ -187,7 +226,7 @@ class _FitState:
 
     @property
     def finished(self) -> bool:
-        return self.place.epoch == self.schedule.epochs
+        return self.place.stopped or self.place.epoch == self.schedule.epochs
 
     def chosen(self) -> Tensor:
         """Row numbers of the next mini-batch."""
@@ -218,15 +257,42 @@ class _FitState:
             place.sums[key] = place.sums.get(key, 0.0) + float(total)
         place.count += seen.count
         place.step += 1
+        self.made += 1
         if self.schedule.stretch is not None and place.step % self.schedule.stretch == 0:
             self._point()
 
     def _point(self) -> None:
         """Adds a point to the curves."""
         place = self.place
+        if not place.sums:  # the last stretch ended with its epoch
+            return
         for key, summed in place.sums.items():
             place.curves.setdefault(key, []).append(summed / max(place.count, 1))
         place.sums, place.count = {}, 0
+        self.look()
+        done, total = self.annealing.last_epoch, self.schedule.epochs * self.steps
+        pace = (time.perf_counter() - self.began) / max(self.made, 1)
+        self.on_point(Progress(
+            done / total, pace * (total - done), place.curves["watched"][-1] if self.watch is not None else None))
+
+    def look(self) -> None:
+        """Takes the watched figure, keeps the parameters where it is the best so far, and ends a fit without gain."""
+        if self.watch is None:
+            return
+        place, value = self.place, self.watch()
+        place.curves.setdefault("watched", []).append(value)
+        if self.best.parameters is None or value < self.best.value:
+            self.best = _Best(value, [parameter.detach().clone() for parameter in self.parameters])
+            place.since = 0
+        else:
+            place.since += 1
+        place.stopped = self.schedule.patience is not None and place.since >= self.schedule.patience
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Ends with the parameters that the watched figure was best with."""
+        for parameter, value in zip(self.parameters, self.best.parameters or self.parameters, strict=True):
+            parameter.copy_(value)
 
     @torch.no_grad()
     def align(self) -> None:
@@ -245,6 +311,7 @@ class _FitState:
             "place": dict(vars(self.place)), "parameters": [parameter.detach() for parameter in self.parameters],
             "moments": moments, "rates": {key: group[key] for key in _RATES},
             "annealing": self.annealing.state_dict(), "generator": self.generator.get_state(),
+            "best": [self.best.value, self.best.parameters if not self.finished else None],
         }
 
     @torch.no_grad()
@@ -258,6 +325,7 @@ class _FitState:
         self.annealing.load_state_dict(_copy(state["annealing"]))
         self.generator.set_state(state["generator"])
         self.place, self.halvings = _Place(**_copy(state["place"])), state["halvings"]
+        self.best = _Best(*_copy(state["best"]))
         self.gradients.part = min(self.gradients.part, state["part"])
 
     def keep(self) -> None:

@@ -1,0 +1,121 @@
+"""The dense model as a teacher: its distributions of the next token, the most probable tokens of each."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.model.losses import batch_logits
+from kdprune.store.states import open_states
+
+SLICE = 2**25  # most logits turned into float32 at once
+KEPT = 2**31  # bytes of distributions that are kept in memory; more go to disk, or are computed again
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Distributions at n positions.
+
+    Attributes:
+        log_probabilities: log p of the k most probable tokens, float32 (n, k).
+        ids: these tokens, int64 (n, k).
+        whole: whether k is the whole vocabulary.
+    """
+
+    log_probabilities: Tensor
+    ids: Tensor
+    whole: bool
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """Summed KL(p‖q) in nats, all tokens but the k most probable ones taken as one.
+
+        Σ_{v ∈ top} p(v) (log p(v) − log q(v)) + p(rest) (log p(rest) − log q(rest)), q = softmax(logits): at most
+        KL(p‖q), and equal to it where k is the vocabulary.
+
+        Args:
+            logits: of the other model at the same positions, (n, V).
+        """
+        logits = logits.float()
+        found = logits.gather(-1, self.ids) - logits.logsumexp(-1, keepdim=True)
+        total = functional.kl_div(found, self.log_probabilities, log_target=True, reduction="sum")
+        if not self.whole:
+            p, q = _log_rest(self.log_probabilities), _log_rest(found)
+            total = total + (p.exp() * (p - q)).sum()
+        return total
+
+
+def _log_rest(log_probabilities: Tensor) -> Tensor:
+    """log(1 − Σ p), of sums that rounding brings to 1 at most by 10⁻⁶."""
+    return torch.log1p(-log_probabilities.exp().sum(-1).clamp(max=1 - 1e-6))
+
+
+class Teacher:
+    """Next-token distributions of a set of rows, computed where they are asked for.
+
+    Args:
+        dense: the model.
+        rows: the rows, N of T tokens.
+        top: k, how many tokens of a distribution are told apart; None, or more than there are: the vocabulary.
+        keep: whether what was computed is kept, because it is asked for again: N·T·k·8 bytes.
+        folder: where it is kept if it is too much for memory; None: it is computed again then.
+    """
+
+    def __init__(
+        self, dense: PreTrainedModel, rows: TokenSet, top: int | None = None, *, keep: bool = False,
+        folder: Path | None = None,
+    ):
+        vocabulary = int(dense.get_output_embeddings().weight.shape[0])
+        self.dense, self.rows, self.top = dense, rows, min(top or vocabulary, vocabulary)
+        self.whole = self.top == vocabulary
+        shape = (*rows.ids.shape, 2 * self.top)  # float32 holds ids up to 2²⁴ as they are
+        much = math.prod(shape) * 4 > KEPT
+        self.kept = open_states(
+            shape, torch.float32, "the dense model's distributions", folder if much else None
+        ) if keep and (folder is not None or not much) else None
+
+    def __call__(self, numbers: Tensor, mask: Tensor) -> Targets:
+        """The distributions at the positions of ``mask`` (b, T) in the rows of these numbers (b,)."""
+        if self.kept is None:
+            return self._targets(self._compute(numbers, mask))
+        fresh = numbers[torch.isin(numbers, self.kept.missing)].unique()
+        if len(fresh):
+            # Of a whole row, whatever part of it is wanted now.
+            found = self._compute(fresh, self.rows.mask[fresh])
+            values = torch.zeros(len(fresh), *self.kept.shape[1:])
+            values[self.rows.mask[fresh]] = found.cpu()
+            self.kept.put(fresh, values)
+        return self._targets(self.kept[numbers][mask.cpu()])
+
+    def divergence(self, model: PreTrainedModel, batch: TokenSet, numbers: Tensor) -> tuple[Tensor, int]:
+        """Summed KL(dense‖model), as :meth:`Targets.divergence`, at a batch's real tokens, and how many these are.
+
+        Args:
+            model: the other model.
+            batch: rows as it sees them; what the mask leaves out does not count.
+            numbers: of these rows.
+        """
+        targets = self(numbers, batch.mask)
+        logits = batch_logits(model, batch)
+        return targets.divergence(logits[batch.mask.to(logits.device)]), batch.tokens
+
+    @torch.no_grad()
+    def _compute(self, numbers: Tensor, mask: Tensor) -> Tensor:
+        """log p and ids beside each other, (n, 2k)."""
+        logits = batch_logits(self.dense, self.rows.select(numbers))
+        rows = logits[mask.to(logits.device)]
+        parts = []
+        for part in rows.split(max(1, SLICE // rows.shape[-1])):
+            log_probabilities = part.float().log_softmax(-1)
+            values, ids = log_probabilities.topk(self.top, -1) if not self.whole else (
+                log_probabilities, torch.arange(self.top, device=rows.device).expand_as(log_probabilities))
+            parts.append(torch.cat([values, ids.float()], -1))
+        return torch.cat(parts)
+
+    def _targets(self, packed: Tensor) -> Targets:
+        log_probabilities, ids = packed.to(self.dense.device).split(self.top, -1)
+        return Targets(log_probabilities, ids.long(), self.whole)

@@ -1,0 +1,137 @@
+"""Training of a pruned model: the loop of healing, with an eye on held-out rows, in the memory there is."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import BoolTensor, Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.models import vocabulary_size
+from kdprune.model.placement import input_device
+from kdprune.model.recompute import activation_bytes, recomputing
+from kdprune.report.summary import duration
+from kdprune.runtime.distributed import world
+from kdprune.runtime.memory import total_memory
+from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Advance
+from kdprune.store.checkpoints import Checkpoint
+from kdprune.train.gradients import Sums
+from kdprune.train.loop import Progress, Schedule, fit
+
+PURPOSE = 1_000  # of the generator: its draws disturb no method's
+POINTS = 20  # of the curve, each with a look at held-out rows
+LOGITS = 2**27  # of a batch at work; larger ones are made of parts whose gradients add up
+ACTIVATIONS = 0.4  # of the machine's memory that they may take; beyond, layers are run again for the gradient
+CLIP = 1.0  # largest norm of a step's gradient
+
+# Model, rows as they are trained on, and their numbers among all rows → summed loss, and of how many positions.
+Objective = Callable[[PreTrainedModel, TokenSet, Tensor], tuple[Tensor, int]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a pruned model: what is measured on which rows, and what watches.
+
+    Attributes:
+        model: what is trained.
+        objective: what is made small.
+        rows: in which order does not matter.
+        numbers: of these rows, as the objective wants them.
+        looked: the objective on the watched rows.
+        watched: held-out rows.
+        batch: rows a step.
+        patience: looks at the watched rows without gain after which it ends.
+        fast: whether matrix products are made in bfloat16.
+        run: seed and stages.
+        progress: moved by a row at a time.
+    """
+
+    model: PreTrainedModel
+    objective: Objective
+    rows: TokenSet
+    numbers: Tensor
+    looked: Objective
+    watched: TokenSet
+    batch: int
+    patience: int
+    fast: bool
+    run: Run
+    progress: Advance
+
+    def loss_function(self, numbers: Tensor) -> Sums:
+        """The summed loss of these rows."""
+        with self._precision():
+            total, count = self.objective(self.model, self.rows.select(numbers), self.numbers[numbers])
+        self.progress(len(numbers) * world().size)
+        return Sums({"loss": total}, count)
+
+    def watch(self) -> float:
+        """The mean loss of the watched rows."""
+        with self._precision():
+            return mean_objective(self.looked, self.model, self.watched, self.part)
+
+    def say(self, progress: Progress) -> None:
+        """A line for a look at held-out rows."""
+        seen = round(progress.share * self.rows.tokens)
+        left = f", about {duration(progress.seconds_left)} left" if progress.share < 1 else ""
+        self.run.stages.tell(f"healing: {progress.watched:.4f} nats on held-out rows after {seen:,} tokens{left}")
+
+    @property
+    def stretch(self) -> int:
+        """Steps from one look to the next."""
+        return -(-len(self.rows) // (self.batch * POINTS))
+
+    def seen(self, curves: Mapping[str, Sequence[float]]) -> int:
+        """Tokens that were seen until these curves ended."""
+        rows = len(curves["loss"]) * self.stretch * self.batch
+        return round(self.rows.tokens * min(1.0, rows / len(self.rows)))
+
+    @property
+    def part(self) -> int:
+        """Rows whose logits fit."""
+        return max(1, LOGITS // (self.rows.ids.shape[1] * vocabulary_size(self.model)))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(input_device(self.model).type, torch.bfloat16, enabled=self.fast)
+
+    def fit(self, parameters: list[nn.Parameter], rate: float, checkpoint: Checkpoint) -> dict[str, list[float]]:
+        """Trains these over the rows, once each; curves of at most ``POINTS`` points, what was watched among them."""
+        schedule = Schedule(1, self.batch, rate, clip=CLIP, stretch=self.stretch, patience=self.patience)
+        rows = min(self.part, self.batch)
+        with self._precision():
+            size = rows * self.rows.ids.shape[1] * activation_bytes(self.model, self.rows)
+        memory = total_memory(input_device(self.model))
+        with recomputing(self.model) if size > ACTIVATIONS * memory else nullcontext():
+            return fit(
+                parameters, self.loss_function, len(self.rows), schedule, self.run.generator(PURPOSE), name="healing",
+                local_rows=lambda rows: rows[world().share(len(rows))], checkpoint=checkpoint, watch=self.watch,
+                on_point=self.say, part=rows)
+
+
+@torch.no_grad()
+def mean_objective(objective: Objective, model: PreTrainedModel, rows: TokenSet, batch: int) -> float:
+    """The mean of an objective over rows, dealt out to the processes."""
+    parts = torch.arange(len(rows)).split(batch)
+    own = [parts[number] for number in world().share(len(parts)).tolist()]
+    found = [objective(model, rows.select(numbers), numbers) for numbers in own]
+    total, count = world().total([sum(float(total) for total, _ in found), sum(count for _, count in found)])
+    return total / max(count, 1)
+
+
+def budgeted(tokens: TokenSet, budget: int) -> tuple[TokenSet, Tensor]:
+    """Rows with exactly ``budget`` real tokens, and their numbers among ``tokens``: in order, again from the first when
+    all are used, the last one cut."""
+    counts = tokens.mask.sum(1)
+    total = max(int(counts.sum()), 1)
+    numbers = torch.arange(-(-budget // total) * len(tokens)) % len(tokens)
+    ends = counts[numbers].cumsum(0)
+    numbers = numbers[: int(torch.searchsorted(ends, budget)) + 1]
+    chosen = tokens.select(numbers)
+    mask = chosen.mask.clone()
+    mask[-1] &= mask[-1].cumsum(0) <= int(counts[numbers[-1]] - ends[len(chosen) - 1]) + budget
+    return dataclasses.replace(chosen, mask=cast(BoolTensor, mask)), numbers
