@@ -1,6 +1,7 @@
 """Makes the results book, docs/results, from one YAML a page in benchmarks/pages.
 
-    python benchmarks/book.py run PAGE [--suite-data DIR]   runs what the page's records lack, and writes the page
+    python benchmarks/book.py run PAGE [--folder DIR] [--suite-data DIR]
+                                                            runs what the page's records lack, and writes the page
     python benchmarks/book.py page PAGE | --all             page and pictures again, from records and notes
     python benchmarks/book.py check                         which pages are not what their records give
 
@@ -22,40 +23,53 @@ from book_tables import TABLES
 
 import kdprune
 
-PATHS = ("heldout", "calibration")  # options that may name a file of the repository
+PATHS = ("heldout", "calibration")  # options that may name a file of the repository, or of a given folder
 END = "<!-- end -->"
 
 # ------------------------------------------------------------------------------------------------- run
 
 
-def run(page: Page, work: Path, suite_data: Sequence[str] = ()) -> None:
+def run(
+    page: Page, work: Path, suite_data: Sequence[str] = (), folders: Sequence[Path] = (), only: Sequence[str] = (),
+    records: Sequence[str] = (),
+) -> None:
     """Runs what the records lack, one comparison after the other, and keeps each as soon as it ends.
 
     Args:
         work: folder of unfinished comparisons.
         suite_data: folders with the tasks' data, for runs that score tasks.
+        folders: where models and texts are looked for that the repository does not hold.
+        only: names of models; none: all.
+        records: of the runs that are looked at; none: all.
     """
+    places = (page.root, *folders)
     for number, one in enumerate(page.spec["runs"]):
         options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
             name: value for name, value in one.items() if name not in ("name", "record", "models", "ratios")}
         if suite_data and options.get("suite"):
             options["suite_data"] = list(suite_data)
+        if records and one.get("record", page.spec.get("record")) not in records:
+            continue
         chosen = one.get("models", list(page.models))
         for model, ratio in itertools.product(chosen, one.get("ratios", [options["ratio"]])):
-            for call in missing(page, one, model, options | {"ratio": ratio}):
+            if only and model not in only:
+                continue
+            for call in missing(page, one, model, options | {"ratio": ratio}, places):
                 folder = work / page.name / f"{number}-{model}-{ratio:g}-{'_'.join(map(str, call['seeds']))}"
                 measure = kdprune.ablate if "base" in call else kdprune.compare
-                dense = _path(page, page.models[model])
+                dense = _path(page.models[model], places)
                 page.keep(measure(dense, output_dir=folder, progress=True, **call), model, one)
 
 
-def missing(page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def missing(
+    page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any], places: Sequence[Path] = (),
+) -> Iterator[dict[str, Any]]:
     """The calls of compare or ablate that give what the record lacks of a run: variants that lack the same seeds."""
     seeds = range(options["seeds"]) if isinstance(options["seeds"], int) else options["seeds"]
     record, ratio = one.get("record"), options["ratio"]
     done = {(unit.variant, unit.seed) for unit in page.units(record)
             if (unit.model, unit.run, unit.ratio) == (model, one.get("name", ""), ratio)}
-    call = {name: _path(page, value) if name in PATHS else value for name, value in options.items()}
+    call = {name: _path(value, places) if name in PATHS else value for name, value in options.items()}
     if "base" in options:
         lacking = [seed for seed in seeds if seed not in {seed for _, seed in done}]
         if lacking:
@@ -69,9 +83,12 @@ def missing(page: Page, one: Mapping[str, Any], model: str, options: Mapping[str
             yield call | {"methods": variants, "seeds": list(lacking)}
 
 
-def _path(page: Page, value: Any) -> Any:
-    """A path of the repository as one that can be opened from anywhere; all else as it is."""
-    return str(page.root / value) if isinstance(value, str) and (page.root / value).exists() else value
+def _path(value: Any, places: Sequence[Path]) -> Any:
+    """A path below one of these folders as one that can be opened from anywhere; all else as it is."""
+    if isinstance(value, Mapping):
+        return {name: _path(one, places) for name, one in value.items()}
+    there = [place / value for place in places if isinstance(value, str) and (place / value).exists()]
+    return str(there[0].absolute()) if there else value
 
 
 # ------------------------------------------------------------------------------------------------- page
@@ -149,6 +166,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("pages", nargs="*", metavar="PAGE", help=f"of {', '.join(names(root))}")
     parser.add_argument("--all", action="store_true", help="every page")
     parser.add_argument("--work", type=Path, default=Path("kdprune-out-book"), help="unfinished runs (%(default)s)")
+    parser.add_argument("--folder", action="append", type=Path, default=[],
+                        help="where models and texts are that the repository does not hold; may be repeated")
+    parser.add_argument("--only", action="append", default=[], help="a model of the page; may be repeated (all)")
+    parser.add_argument("--record", action="append", default=[],
+                        help="only runs of this record, as the page names it; may be repeated (all)")
     parser.add_argument("--suite-data", action="append", help="a folder with data of the tasks; may be repeated")
     options = parser.parse_args(arguments)
     if options.what == "check":
@@ -159,7 +181,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         parser.error("got no page, or pages and --all; expected one of both")
     for page in [Page.load(name, root) for name in options.pages or names(root)]:
         if options.what == "run":
-            run(page, options.work, options.suite_data or ())
+            run(page, options.work, options.suite_data or (), options.folder, options.only,
+                options.record)
         render(page)
     return 0
 

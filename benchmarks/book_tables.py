@@ -113,6 +113,38 @@ def by_model(page: Page, section: Section) -> str:
     return markdown(["", *found, *(["mean"] if least else [])], rows)
 
 
+def texts(page: Page, section: Section) -> str:
+    """A table a model: what every variant loses, mean over the texts, at each window, and on each text at the first.
+
+    ``record`` names another record than the page's.
+    """
+    parts = []
+    for model, found in page.comparisons(section.get("record")).items():
+        rows = [row for row in found.rows if row.texts]
+        windows = list(dict.fromkeys(one.window for row in rows for one in row.texts))
+        names = list(dict.fromkeys(one.dataset for row in rows for one in row.texts))
+        table = []
+        for row in sorted(rows, key=lambda row: _text_mean(row, "excess_loss", windows[0])):
+            at = {(one.dataset, one.window): mean(one.excess_loss) for one in row.texts}
+            table.append([
+                title([found], row.variant.name), stat(row.net_ratio_layers, lambda x: f"{100 * x:.1f}", False, " %"),
+                *(f"{_text_mean(row, 'excess_loss', window):.3f}" for window in windows),
+                f"{_text_mean(row, 'divergence', windows[0]):.3f}",
+                f"{100 * _text_mean(row, 'agreement', windows[0]):.1f} %",
+                *(GAP if (value := at.get((name, windows[0]))) is None else f"{value:.3f}" for name in names),
+                len(row.seeds), stat(row.seconds, summary.duration, False)])
+        heads = ["", "net, of the layers", *(f"excess, window {window}" for window in windows), "KL", "same next token",
+                 *names, "seeds", "time"]
+        parts += [f"### {model}", markdown(heads, table)]
+    return "\n\n".join(parts)
+
+
+def _text_mean(row: Row, field: str, window: int) -> float:
+    """A figure of a row at one window, mean over texts and seeds."""
+    found = [mean(getattr(one, field)) for one in row.texts if one.window == window]
+    return statistics.fmean(value for value in found if value is not None)
+
+
 def failures(page: Page, section: Section) -> str:
     """What failed, and why; "" where nothing did."""
     failed = [unit for unit in page.units() if unit.failure]
@@ -257,5 +289,5 @@ def lead_tables(page: Page, section: Section) -> str:
 
 
 TABLES: Mapping[str, Callable[[Page, Mapping[str, Any]], str]] = {
-    "models": models, "by-model": by_model, "failures": failures, "comparison": comparison, "short": short,
-    "changes": changes, "variants": variants, "by-ratio": by_ratio, "leads": lead_tables}
+    "models": models, "by-model": by_model, "failures": failures, "comparison": comparison, "texts": texts,
+    "short": short, "changes": changes, "variants": variants, "by-ratio": by_ratio, "leads": lead_tables}

@@ -25,7 +25,8 @@ from kdprune.train.loop import Progress, Schedule, fit
 
 PURPOSE = 1_000  # of the generator: its draws disturb no method's
 POINTS = 20  # of the curve, each with a look at held-out rows
-LOGITS = 2**27  # of a batch at work; larger ones are made of parts whose gradients add up
+# Of a batch at work, on a CPU and on an accelerator; larger ones are made of parts whose gradients add up.
+LOGITS, LOGITS_FAST = 2**27, 2**29
 ACTIVATIONS = 0.4  # of the machine's memory that they may take; beyond, layers are run again for the gradient
 CLIP = 1.0  # largest norm of a step's gradient
 
@@ -94,7 +95,8 @@ class Training:
     @property
     def part(self) -> int:
         """Rows whose logits fit."""
-        return max(1, LOGITS // (self.rows.ids.shape[1] * vocabulary_size(self.model)))
+        most = LOGITS if input_device(self.model).type == "cpu" else LOGITS_FAST
+        return max(1, most // (self.rows.ids.shape[1] * vocabulary_size(self.model)))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(input_device(self.model).type, torch.bfloat16, enabled=self.fast)
