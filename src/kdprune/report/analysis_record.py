@@ -16,8 +16,8 @@ class Analysis(Record):
     pair_linear_cka: Matrix = Field(description="[L+1, L+1] linear CKA of h_s and h_e")
     pair_rbf_cka: Matrix = Field(description="[L+1, L+1] RBF CKA of h_s and h_e")
     pair_damage: Matrix = Field(
-        default_factory=list, description="[L+1, L+1] nats a token that the loss grows by with a closed-form stand-in "
-        "for [s, e), held-out rows; null where not measured; empty where blocks were not ranked by it")
+        default_factory=list, description="[L+1, L+1] nats a token, KL(dense‖pruned) with a closed-form stand-in for "
+        "[s, e), held-out rows; null where not measured; empty where blocks were not ranked by it")
     state_norm: Numbers = Field(default_factory=list, description="[L+1] mean ‖h_l‖ over tokens")
     tokens: int = Field(description="tokens the statistics were taken over")
     left_out: int = Field(0, description="tokens left out of these statistics, massive at some boundary")

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from kdprune.methods.kdp.fit_block import Fit, FitSettings, fit_closed_form
 from kdprune.model.block_states import boundary_states, states_between
 from kdprune.model.edits import Edit, Substitute
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import IGNORED, language_loss, mean_loss, next_tokens
+from kdprune.model.losses import batch_logits
 from kdprune.model.surgery import apply_edits, folded, running_from
+from kdprune.model.teacher import Teacher
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.store.cache import JsonCodec
@@ -29,7 +31,8 @@ from kdprune.store.states import States
 
 FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fitted to, …
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
-LOSS_TOKENS = 4_096  # of the held-out rows that its loss is taken over
+LOSS_TOKENS = 4_096  # of the held-out rows that its damage is taken over
+TOP = 128  # most probable tokens of the dense model's distribution that are told apart
 PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, …
 MOST = 4  # … and the most blocks of every length that are measured
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
@@ -54,7 +57,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Damage:
-    """What was measured: Δ in nats of every candidate alone, and of the sets that were tried together.
+    """What was measured: Δ, KL(dense‖pruned) in nats a token, of every candidate alone and of the sets tried together.
 
     Attributes:
         alone: by candidate.
@@ -72,7 +75,7 @@ class Damage:
 
 
 def loss_rows(tokens: TokenSet, held: float) -> TokenSet:
-    """The rows the loss is taken over: the first of those that no fit sees, ``LOSS_TOKENS`` real tokens or less."""
+    """The rows that damage is taken over: the first of those that no fit sees, ``LOSS_TOKENS`` real tokens or less."""
     return _first(tokens.select(slice(len(tokens) - tokens.held_out(held), None)), LOSS_TOKENS)
 
 
@@ -100,35 +103,28 @@ def trials(
     return most, most * lengths * cost + len(PRICES) * scored + fitted + scored
 
 
-def check_damage(model: PreTrainedModel, tokens: TokenSet, held: float) -> None:
+def check_damage() -> None:
     """Raises KDPruneError where damage cannot be measured: the model has to run whole, many times, in one process."""
-    advice = "or rank by similarity (ranking=similarity)"
     if world().size > 1:
         raise KDPruneError(
-            f"got ranking 'damage' in {world().size} processes, expected one: start it without launcher, {advice}")
-    if not scorable(tokens, held):
-        raise KDPruneError(
-            f"got held-out calibration rows without two tokens in a row from {tokens.source}, expected text to take a "
-            f"loss on: give longer rows (length=…), {advice}")
-
-
-def scorable(tokens: TokenSet, held: float) -> bool:
-    """Whether the held-out rows have a token to predict."""
-    return bool((next_tokens(loss_rows(tokens, held)) != IGNORED).any())
+            f"got ranking 'damage' in {world().size} processes, expected one: start it without launcher, or rank "
+            "by similarity (ranking=similarity)")
 
 
 def choose_by_damage(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
     fill: bool,
 ) -> tuple[list[Candidate], Damage]:
-    """The set of separated candidates that meets the budget and, all in place at once, costs the least loss found.
+    """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
 
     1. Of every length the blocks, as many as ``PASSES`` allow, that a linear map of the state models best, held out,
        and which are half a length apart.
     2. Δ of each of these alone, with every form of stand-in:
 
-           Δ = E[ −log p(x_t | x_<t) ] of the model with the closed-form stand-in − the same of the dense model
+           Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
+       over held-out tokens; of p the ``TOP`` most probable tokens are told apart. A difference of next-token losses
+       would be as much as twenty times noisier, and says little of a model that is unsure of the text.
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``.
     4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes.
 
@@ -141,7 +137,7 @@ def choose_by_damage(
     follows_from = [
         dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
         budget.target.parameters, budget.slack, fill,
-        [FIT_TOKENS, PER_INPUT, LOSS_TOKENS, PASSES, MOST, PRICES]]
+        [FIT_TOKENS, PER_INPUT, LOSS_TOKENS, TOP, PASSES, MOST, PRICES]]
     measured = run.cached(
         "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
         JsonCodec(dict))
@@ -172,24 +168,23 @@ def _measure(
     needed = sorted({index for block in blocks for index in range(max(block.start - 1, 0), block.stop + 1)})
     measuring = _Measuring(
         model, rows, scored, trial, run, boundary_states(model, rows, needed, run, stage="damage states"),
-        boundary_states(model, scored, needed, run, stage="held-out states"))
+        boundary_states(model, scored, needed, run, stage="held-out states"),
+        Teacher(model, scored, TOP, keep=True))
     most, _ = trials(tokens, candidates, trial.held, model)
     promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
     if budget.most_removed(tried) < budget.target.parameters:
         tried = list(candidates)  # the ratio is near the largest that any blocks reach
     with run.stage("damage", len(tried)) as progress:
-        dense = mean_loss(model, scored, run.batch_size)
         alone = {}
         for candidate in tried:
-            alone[candidate] = measuring.loss_with(candidate) - dense
+            alone[candidate] = measuring.damage_of(candidate)
             progress(1)
     sets = proposed(alone, budget)
     with run.stage("damage of sets", len(sets)) as progress:
         together = []
         for chosen in sets:
-            loss = measuring.loss_with_all(filled(chosen, budget) if fill else chosen)
-            together.append((tuple(chosen), loss - dense))
+            together.append((tuple(chosen), measuring.damage_together(filled(chosen, budget) if fill else chosen)))
             progress(1)
     return Damage(alone, sorted(together, key=lambda entry: entry[1]))
 
@@ -210,7 +205,7 @@ def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Cand
 
 @dataclass
 class _Measuring:
-    """A dense model with the states at its boundaries, of rows to fit on and of rows to take a loss on."""
+    """A dense model with the states at its boundaries, of rows to fit on and of rows to measure damage on."""
 
     model: PreTrainedModel
     rows: TokenSet
@@ -219,6 +214,7 @@ class _Measuring:
     run: Run
     states: Mapping[int, States]
     scored_states: Mapping[int, States]
+    teacher: Teacher
 
     def promising(self, blocks: Sequence[range], most: int) -> list[range]:
         """The blocks worth a measurement: of every length those of least :meth:`_linear_errors`, half a length apart,
@@ -261,28 +257,34 @@ class _Measuring:
         fit_closed_form(self.model, this)
         return this.fitting.edit()
 
-    @torch.no_grad()
-    def loss_with(self, candidate: Candidate) -> float:
-        """Mean next-token loss with the candidate alone in place; infinite where it is not a number.
+    def damage_of(self, candidate: Candidate) -> float:
+        """Mean KL(dense‖pruned) with the candidate alone in place; infinite where it is not a number.
 
         What enters the block is known, so that only what is behind it is run.
         """
-        edit, total, count, seen = self.fitted(candidate), 0.0, 0, 0
+        edit = self.fitted(candidate)
         layers = layers_with(self.model, edit)
         first = candidate.start if edit.context is not None else max(candidate.start - 1, 0)  # folded into that layer
         known = self.scored_states[first]
-        for batch in self.scored.batches(self.run.batch_size):
-            state = known[torch.arange(seen, seen + len(batch))].to(self.model.device)
-            with running_from(self.model, layers, first, state):
-                loss, scored = language_loss(self.model, batch)
-            total, count, seen = total + float(loss), count + scored, seen + len(batch)
-        return total / max(count, 1) if math.isfinite(total) else math.inf
+        return self._mean(self.model, lambda numbers: running_from(
+            self.model, layers, first, known[numbers].to(self.model.device)))
 
-    def loss_with_all(self, candidates: Sequence[Candidate]) -> float:
-        """Mean next-token loss with all of them in place."""
+    def damage_together(self, candidates: Sequence[Candidate]) -> float:
+        """The same with all of them in place."""
         edits: list[Edit] = [self.fitted(candidate) for candidate in candidates]
-        loss = mean_loss(apply_edits(self.model, edits), self.scored, self.run.batch_size)
-        return loss if math.isfinite(loss) else math.inf
+        return self._mean(apply_edits(self.model, edits), lambda _: nullcontext())
+
+    @torch.no_grad()
+    def _mean(self, model: PreTrainedModel, running: Callable[[Tensor], AbstractContextManager[Any]]) -> float:
+        """Mean divergence over the scored rows; the teacher speaks before anything runs in its layers' place."""
+        total = 0.0
+        for numbers in torch.arange(len(self.scored)).split(self.run.batch_size):
+            batch = self.scored.select(numbers)
+            targets = self.teacher(numbers, batch.mask)
+            with running(numbers):
+                logits = batch_logits(model, batch)
+            total += float(targets.divergence(logits[batch.mask.to(logits.device)]))
+        return total / self.scored.tokens if math.isfinite(total) else math.inf
 
 
 def _real(states: States, tokens: TokenSet) -> Tensor:

@@ -13,7 +13,7 @@ from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, 
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Candidate, Shape
-from kdprune.methods.kdp.damage import Damage, Trial, check_damage, choose_by_damage, scorable
+from kdprune.methods.kdp.damage import Damage, Trial, check_damage, choose_by_damage
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
 from kdprune.model.block_states import PathRows
@@ -174,10 +174,10 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
-        check_budget(self if self.measures(model, tokens) else replace(self, ranking="similarity"), self.budget(model))
+        check_budget(self if self.measures(model) else replace(self, ranking="similarity"), self.budget(model))
         check_rows(tokens)
         if self.ranking == "damage" and self.blocks is None:
-            check_damage(model, tokens, self.held)
+            check_damage()
 
     @property
     def needs_whole_model(self) -> bool:
@@ -201,7 +201,7 @@ class KDP(RankedMethod):
     ) -> tuple[list[Candidate], Damage | None]:
         """The blocks with the form of their stand-ins, and what was measured to find them."""
         shape = budget.shape
-        if not self.measures(model, tokens):
+        if not self.measures(model):
             method = replace(self, ranking="similarity")
             return [Candidate(block, shape) for block in choose_blocks(method, model, tokens, run, budget)], None
         candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
@@ -229,12 +229,12 @@ class KDP(RankedMethod):
         """A single layer may go behind a linear map."""
         return 2 if self.ranking == "similarity" or self.refine else 1
 
-    def measures(self, model: PreTrainedModel, tokens: TokenSet) -> bool:
+    def measures(self, model: PreTrainedModel) -> bool:
         """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""
         if self.blocks is not None or self.ranking == "similarity":
             return False
         able = world().size == 1 and not is_streamed(model) and not is_dispatched(model)
-        return self.ranking == "damage" or (able and scorable(tokens, self.held))
+        return self.ranking == "damage" or able
 
     def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
         """Rows that step 1 sees: enough tokens for the operators' solves."""
