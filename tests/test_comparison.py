@@ -82,6 +82,14 @@ def test_rows_by_text_and_window(bench: Bench, tmp_path: Path) -> None:
     assert "second, window 16" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_healing_of_a_model_that_is_read_from_disk_is_refused_before_any_work(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdprune.run.pipeline.is_streamed", lambda model: True)
+    [failed] = kdprune.compare(str(bench.model), ["linear:heal=kl"], seeds=1, **options(bench)).failures
+    assert "got heal for a model whose layers are read from disk" in failed.reason
+
+
 def test_rows_are_numpy_s_mean_and_deviation(done: tuple[Comparison, Path]) -> None:
     result, _ = done
     for row in result.rows[:2]:

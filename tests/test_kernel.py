@@ -130,7 +130,7 @@ def test_dynamics_keep_the_matrices_they_start_from() -> None:
 
 def test_power_iteration_agrees_with_singular_values() -> None:
     matrices = torch.eye(40) + 0.3 * torch.randn(3, 40, 40, generator=generator())
-    torch.testing.assert_close(spectral_norm(matrices, exact=8), spectral_norm(matrices), rtol=1e-3, atol=0)
+    torch.testing.assert_close(spectral_norm(matrices), torch.linalg.svdvals(matrices)[:, 0], rtol=1e-3, atol=0)
 
 
 # ------------------------------------------------------------------------------------------ similarity

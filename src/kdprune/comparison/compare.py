@@ -38,7 +38,7 @@ from kdprune.run.option_groups import (
     given,
     spelled_out,
 )
-from kdprune.run.pipeline import check_texts, open_session, text_sources
+from kdprune.run.pipeline import check_heal, check_texts, open_session, text_sources
 from kdprune.run.record import software_versions
 from kdprune.run.resources import make_resources
 from kdprune.run.session import Session
@@ -206,7 +206,7 @@ def _refusals(
         tokens = bench.tokens(seeds[0], variant)
         try:
             if variant.heal is not None:
-                variant.heal.check(variant.method, tokens)
+                check_heal(bench.session, variant.method, tokens, variant.heal)
             if blocks_from in (None, variant.name) or not variant.takes_blocks:
                 variant.method.check(bench.session.model, tokens)
         except Exception as error:  # as in _unit

@@ -141,6 +141,8 @@ class Curve(Record):
 
     loss: Numbers = Field(description="mean ‖S(h_s) − h_e‖² in units of mean ‖h_e − h_s‖²: 1 = as dropped")
     cosine: Numbers = Field(default_factory=list, description="mean cosine of S(h_s) and h_e")
+    watched: Numbers = Field(
+        default_factory=list, description="the loss on held-out rows, before the first epoch and after each")
 
 
 class Norms(Record):

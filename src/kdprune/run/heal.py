@@ -30,7 +30,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 
 WATCHED = 8_192  # tokens of held-out rows that are looked at
-RATE = 0.25  # of what was put in, times 1/width
+RATE = 2.0  # of what was put in, times 1/width
 LORA_RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Heal:
     tokens: int = option(
         1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1, name="heal_tokens")
     rate: float | None = option(
-        None, "peak learning rate of healing (0.25 / the width; LoRA 1e-3)", above=0, name="heal_rate", rare=True)
+        None, "peak learning rate of healing (2 / the width; LoRA 1e-3)", above=0, name="heal_rate", rare=True)
     batch: int = option(8, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
     top: int = option(
         128, "most probable tokens of the dense model's distribution that KL tells apart; all others count as one",
         least=1, name="heal_top", rare=True)
     patience: int = option(
-        4, "healing ends after so many looks at held-out rows, of 20, without gain", least=1, name="heal_patience",
+        10, "healing ends after so many looks at held-out rows, of 20, without gain", least=1, name="heal_patience",
         rare=True)
     rank: int = option(8, "rank of LoRA's updates", least=1, name="heal_rank", rare=True)
     alpha: float = option(

@@ -213,13 +213,18 @@ def _sources(session: Session, data: TextOptions) -> dict[str, Any]:
 def check_run(session: Session, method: Method, tokens: TokenSet, heal: Heal | None = None) -> None:
     """Raises KDPruneError if the session's model cannot be pruned, or healed, so: before any work."""
     if heal is not None:
-        if is_streamed(session.model) or is_dispatched(session.model):
-            raise KDPruneError("got heal for a model whose layers are read from disk or spread over devices, expected "
-                               "one that fits on one; give it more memory (--host-memory), or leave healing out")
-        heal.check(method, tokens)
+        check_heal(session, method, tokens, heal)
     if session.states_model is not None:
         method.check_states_model()
     method.check(session.model, tokens)
+
+
+def check_heal(session: Session, method: Method, tokens: TokenSet, heal: Heal) -> None:
+    """Raises KDPruneError if what the method makes of the session's model cannot be healed so."""
+    if is_streamed(session.model) or is_dispatched(session.model):
+        raise KDPruneError("got heal for a model whose layers are read from disk or spread over devices, expected one "
+                           "that fits on one; give it more memory (--host-memory), or leave healing out")
+    heal.check(method, tokens)
 
 
 def scored(model: PreTrainedModel, tokens: TokenSet, method: Method, run: Run) -> Run:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +149,7 @@ class StandInFit:
 
     def train(
         self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
-        draw: torch.Generator, run: Run, checkpoint: Checkpoint,
+        draw: torch.Generator, run: Run, checkpoint: Checkpoint, watch: Callable[[], float] | None = None,
     ) -> dict[str, list[float]]:
         """Trains over the fitted rows and returns the curves.
 
@@ -161,11 +161,13 @@ class StandInFit:
             draw: orders the rows.
             run: shows the stage.
             checkpoint: where the fit stands.
+            watch: a figure whose best value decides what is kept, as of :func:`kdprune.train.loop.fit`.
         """
         with run.stage(f"{step} {self.states.name}", schedule.epochs) as progress:
             return fit(
                 parameters, loss_function, self.fit_rows, schedule, draw, name=self.states.name,
-                on_epoch=advancing(progress), local_rows=self.states.local_rows, checkpoint=checkpoint)
+                on_epoch=advancing(progress), local_rows=self.states.local_rows, checkpoint=checkpoint,
+                watch=watch)
 
     def edit(self) -> Substitute:
         """The architecture change this fitting stands for."""

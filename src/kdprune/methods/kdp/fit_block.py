@@ -1,6 +1,5 @@
 """One block from states to a fitted edit: steps 1, 2 and 3, and the record of what happened."""
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -66,11 +65,12 @@ class Fit:
         return Fit(fitting, shape, settings, draw, run, follows_from)
 
     def train(
-        self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule
+        self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
+        watch: Callable[[], float] | None = None,
     ) -> dict[str, list[float]]:
         """Trains over the fitted rows, as the stage and from the checkpoint of this name; returns the curves."""
         checkpoint = self.run.checkpoint(step, self.follows_from)
-        return self.fitting.train(step, parameters, loss_function, schedule, self.draw, self.run, checkpoint)
+        return self.fitting.train(step, parameters, loss_function, schedule, self.draw, self.run, checkpoint, watch)
 
 
 def fit_block(
@@ -241,20 +241,17 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
 
 
 def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
-    """Trains stand-in and context together; undone if held-out rows say that it did harm (few tokens, high rate).
+    """Trains stand-in and context together, up to the epoch that held-out rows find best, the start among them.
 
     Returns:
-        The curves, and whether the result was kept.
+        The curves, and whether any epoch was better than the start.
     """
     fitting, loss_function = this.fitting, this.fitting.state_loss(energy)
-    before, start = average(loss_function, fitting, held=True), copy.deepcopy(fitting.module.state_dict())
     trained = [parameter for parameter in fitting.module.parameters() if parameter.requires_grad]
-    curves = this.train("refine", trained, loss_function, this.settings.step3)
-    after = average(loss_function, fitting, held=True)
-    better = after["loss"] <= before["loss"]
-    if not better:
-        fitting.module.load_state_dict(start)
-    return curves, better
+    curves = this.train(
+        "refine", trained, loss_function, this.settings.step3,
+        lambda: average(loss_function, fitting, held=True)["loss"][0])
+    return curves, min(curves["watched"]) < curves["watched"][0]
 
 
 @torch.no_grad()

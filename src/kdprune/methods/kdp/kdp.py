@@ -52,6 +52,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # Where no preset says it, step 3 lasts so many epochs: the least, or where rows are few as many as make LEAST_STEPS, up
 # to the most (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
 REFINE_EPOCHS = (15, 60)
+LEAST_PATIENCE = 5  # epochs without gain on held-out rows; more where there are many, as the rate ends small
 LEAST_STEPS = 1200
 
 
@@ -249,13 +250,13 @@ class KDP(RankedMethod):
         # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows, and a step's
         # noise as its rows grow in number.
         batch = self.batch or 1
-        rate = self.rate or batch / 2 / shape.width
+        rate, epochs = self.rate or batch / 2 / shape.width, self._refine_epochs(tokens, batch)
         return FitSettings(
             kernel=self.kernel or "", rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),
-            step3=Schedule(self._refine_epochs(tokens, batch), batch, rate),
+            step3=Schedule(epochs, batch, rate, patience=max(LEAST_PATIENCE, epochs // 3)),
             without=tuple(sorted(set(self.without))),
         )
 
