@@ -44,7 +44,7 @@ class Other(FamilyCase):
 
 def test_one_model_is_edited_in_every_way() -> None:
     cases = Llama.cases()
-    assert [case.kind for case in cases] == [*(k for k in KINDS if not KINDS[k].stock), "drop", "rewrite"]
+    assert [case.kind for case in cases] == [*(k for k in KINDS if not KINDS[k].stock), "drop", "rewrite", "whole"]
     Llama().test_it_computes_what_its_edits_say(cases[0])
     for contract in (FamilyContract, MethodContract):
         with pytest.raises(NotImplementedError, match="give "):
@@ -92,7 +92,7 @@ def test_checks_that_take_long_are_of_the_first_cases() -> None:
     every, pruned, full = (cases_of(Some, f"test_{name}") for name in (
         "it_computes_what_its_edits_say", "left_padding", "generation_with_and_without_cache"))
     assert [case.kind for case in full] == ["mixed", "stream"]
-    assert (len(pruned), len(every)) == (len(KINDS) - 2, len(KINDS))
+    assert (len(pruned), len(every)) == (len(KINDS) - 3, len(KINDS))
     assert every[:len(pruned)] == pruned
     assert pruned[:len(full)] == full
     every, twice, refused = (cases_of(SomeMethods, f"test_{name}", argument) for name, argument in (

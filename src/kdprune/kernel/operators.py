@@ -54,14 +54,16 @@ class Moments:
         matrix = torch.linalg.solve(_add_ridge(xx, ridge), xy).T
         return matrix, (self.y - matrix @ self.x) / self.n
 
-    def cost_of_leaving_out(self, ridge: float) -> Tensor:
+    def cost_of_leaving_out(self, ridge: float, intercept: bool = True) -> Tensor:
         """By how much the least Σ ‖M x + c − y‖² + ρ‖M‖² grows without input j, for each of them: (p,).
 
             ‖m_j‖² / [C⁻¹]_jj,   C the centred moments with the ridge, m_j column j of M
 
+        Without ``intercept`` c = 0, and C is not centred.
+
         Source: Hassibi & Stork, "Optimal Brain Surgeon" (1993), whose Hessian is C here.
         """
-        xx, xy = self._centred()
+        xx, xy = self._centred() if intercept else (self.xx, self.xy)
         inverse = torch.linalg.inv(_add_ridge(xx, ridge))
         return (inverse @ xy).square().sum(1) / inverse.diagonal()
 

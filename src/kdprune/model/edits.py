@@ -24,23 +24,27 @@ class Drop:
 
 @dataclass(frozen=True)
 class Substitute:
-    """Put ``stand_in`` in the place of the layers of ``block``.
+    """Put ``stand_in``, or an ordinary layer, in the place of the layers of ``block``.
 
     Without ``context`` the stand-in acts token by token and is folded into a layer beside the block.
     ``context`` is an ordinary decoder layer (made by :func:`context_layer` from a layer of the block) that
     holds ``stand_in`` in its MLP place; it gets a slot and a KV-cache entry of its own. ``source`` is that layer, whose
     attention type the slot has; None: ``block.start``. ``groups`` are the key-value heads, with their queries, that are
     left of its attention; None: all.
+    With a context and no stand-in, ``context`` is an ordinary decoder layer of the family
+    (:func:`kdprune.model.surgery.ordinary_layer`), with its own MLP, of as many channels as it has.
     """
 
     block: range
-    stand_in: StandIn
+    stand_in: StandIn | None
     context: nn.Module | None = None
     source: int | None = None
     groups: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises KDPruneError for a source outside the block."""
+        """Raises KDPruneError for a source outside the block, and for nothing to put there."""
+        if self.stand_in is None and self.context is None:
+            raise KDPruneError("got neither a stand-in nor a layer for a block, expected one: use Drop for nothing")
         if self.source is not None and self.source not in self.block:
             raise KDPruneError(f"got a context made from layer {self.source}, expected a layer of its block "
                                f"[{self.block.start}, {self.block.stop}): make it from one of those")

@@ -81,6 +81,11 @@ def normalises_behind(model: PreTrainedModel) -> bool:
     return bool(family.post_norms) or bool(family.pre_norm and not getattr(model.config, family.pre_norm))
 
 
+def norms_behind_mlp(family: Family) -> list[str]:
+    """The attributes of a layer's MLP path that are norms between its output and the residual sum (Gemma)."""
+    return [name for name in family.mlp if name in family.post_norms]
+
+
 def numbered_modules(layer: nn.Module) -> list[Any]:
     """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
     return [module for module in layer.modules() if "layer_idx" in module.__dict__]

@@ -439,7 +439,7 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
         elif width:
             thin_attention(layer, width["groups"], family, model.config)
             if "channels" in width:
-                _thin_mlp(layer, width["channels"], family)
+                thin_mlp(layer, width["channels"], family)
 
 
 def key_value_heads(config: Any) -> int:
@@ -478,7 +478,7 @@ def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -
     all_groups, out = key_value_heads(config), layer.get_submodule(family.attention_out)
     if not 1 <= groups <= all_groups:
         raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads")
-    columns = _inputs(out) * groups // all_groups
+    columns = columns_of(out) * groups // all_groups
     for module in map(layer.get_submodule, family.qkv):
         resize(module, outputs=_outputs(module) * groups // all_groups)
     resize(out, inputs=columns)
@@ -491,10 +491,13 @@ def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -
         setattr(attention.config if owner else attention, leaf, sizes[what])
 
 
-def _thin_mlp(layer: nn.Module, channels: int, family: Family) -> None:
-    """Leave the first ``channels`` MLP channels in ``layer``, in place."""
+def thin_mlp(layer: nn.Module, channels: int, family: Family) -> None:
+    """Leave the first ``channels`` MLP channels in ``layer``, in place.
+
+    Raises ValueError for a number of channels that it does not have.
+    """
     down = layer.get_submodule(family.mlp_out)
-    all_channels = _inputs(down)
+    all_channels = columns_of(down)
     if not 1 <= channels <= all_channels:
         raise ValueError(f"config.kdp gives a layer {channels}/{all_channels} channels")
     for module in map(layer.get_submodule, family.mlp_in):
@@ -507,7 +510,7 @@ def _outputs(module: Any) -> int:
     return module.out_features if isinstance(module, nn.Linear) else module.nf
 
 
-def _inputs(module: Any) -> int:
+def columns_of(module: Any) -> int:
     """Columns of what a projection takes in."""
     return module.in_features if isinstance(module, nn.Linear) else module.nx
 

@@ -1,6 +1,6 @@
 """Coupled structures of a layer: heads with their queries, MLP channels, as rows and columns of its projections."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.model.modeling_kdp import key_value_heads
+from kdprune.model.modeling_kdp import columns_of, key_value_heads
 from kdprune.model.surgery import plain_copy
 
 
@@ -130,9 +130,47 @@ class Channels:
 
     def through(self, scale: Tensor, shift: Tensor) -> "Channels":
         """The same as functions of γ ∘ n + β, (d,) each, instead of n; a dimension that γ takes away stays away."""
-        inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
-        lines = self.lines.to(scale.device) * inverse
+        lines = self.lines.to(scale.device) * reciprocal(scale)
         return Channels(lines, self.biases.to(scale.device) - lines @ shift, self.outgoing.to(scale.device))
+
+
+@torch.no_grad()
+def mlp_weights(
+    model: PreTrainedModel, layer: nn.Module, into: Sequence[nn.Linear], out: nn.Linear
+) -> dict[str, Tensor]:
+    """The parameters, by name, of the MLP of ``layer`` with which it computes out(act(gate(n)) ∘ up(n)), or
+    out(act(up(n))): the inverse of :func:`mlp_channels` for its channels.
+
+    Args:
+        model: says how its family stores them.
+        layer: with as many channels as ``into`` has rows.
+        into: gate and up, or up alone, Linear(d, c).
+        out: Linear(c, d).
+
+    Where the layer has no biases these must be zero.
+    """
+    family, found = family_of(model), {}
+    *parts, last = mlp_parts(model, layer)
+    rows = torch.cat([module.weight for module in into]).chunk(len(parts))  # fused: gate above up
+    biases = torch.cat([module.bias for module in into]).chunk(len(parts))
+    for part, weight, bias in zip([*parts, last], [*rows, out.weight], [*biases, out.bias], strict=True):
+        module = layer.get_submodule(part.path)
+        found[f"{part.path}.weight"] = weight if isinstance(module, nn.Linear) else weight.T
+        if getattr(module, "bias", None) is not None:
+            found[f"{part.path}.bias"] = bias
+        else:
+            assert not bias.any(), f"{family.layer} has no bias in {part.path}"
+    return found
+
+
+def has_mlp_biases(model: PreTrainedModel) -> bool:
+    """Whether the projections of this model's MLPs have biases."""
+    return getattr(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out), "bias", None) is not None
+
+
+def channels_of(model: PreTrainedModel) -> int:
+    """How many MLP channels a layer of this model has."""
+    return columns_of(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out))
 
 
 def activation_of(model: PreTrainedModel) -> str:
@@ -162,6 +200,11 @@ def mlp_channels(model: PreTrainedModel, index: int) -> Channels:
     lines = torch.cat([part.lines(layer) for part in into], dim=1).float()
     biases = torch.cat([part.biases(layer) for part in into], dim=1).float() + lines @ shift
     return Channels(lines * scale, biases, out.lines(layer).norm(dim=-1)[:, 0].float())
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1/γ of a norm's scale, (d,); 0 where γ takes a dimension away."""
+    return torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
 
 
 def norm_affine(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:

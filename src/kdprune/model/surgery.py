@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -38,10 +38,12 @@ from .modeling_kdp import (
     OwnConfig,
     StandIn,
     auto_map,
+    columns_of,
     generated,
     key_value_heads,
     place_stand_in,
     thin_attention,
+    thin_mlp,
 )
 from .passes import standing_in
 from .placement import device_of, follow, free, hooks_of, is_meta_model, release, renumber, unhooked
@@ -50,23 +52,18 @@ from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "folded", "layers_replaced", "plain_copy", "running_from",
+    "folded", "layers_replaced", "ordinary_layer", "plain_copy", "running_from",
 ]  # fmt: skip
 
 
 @dataclass
 class _Slot:
     """A layer of the pruned model, with the index that it, or the layer it is a copy of, has in the dense
-    one; ``groups``: the key-value heads left of a context's, None: all."""
+    one; ``width``: its entry of ``config.kdp["widths"]``."""
 
     layer: nn.Module
     source: int
-    groups: int | None = None
-
-    @property
-    def width(self) -> dict[str, Any]:
-        """Its entry of ``config.kdp["widths"]``."""
-        return {} if self.groups is None else {"groups": self.groups}
+    width: dict[str, Any] = field(default_factory=dict)
 
 
 def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedModel:
@@ -74,7 +71,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     stays as it was. Stand-ins, context layers and new weights are copied, to the model's dtype and the device of the
     layers around them.
 
-    With Drops and Rewrites alone the result is of the stock class, else of the family's ``KDP<X>ForCausalLM``.
+    With Drops, Rewrites and ordinary layers of the model's own sizes alone the result is of the stock class, else of
+    the family's ``KDP<X>ForCausalLM``.
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
     two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside edits that
@@ -98,8 +96,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
-    if substitutes or resizes:
-        widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
+    widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
+    if any(widths) or resizes or any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts):
         with unhooked(pruned):
             _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
@@ -162,6 +160,29 @@ def bypassed(model: PreTrainedModel, block: range) -> AbstractContextManager[Non
     return layers_replaced(model, [layer for index, layer in enumerate(own) if index not in block])
 
 
+def ordinary_layer(
+    model: PreTrainedModel, index: int, groups: int | None = None, channels: int | None = None
+) -> nn.Module:
+    """A copy of layer ``index``, with weights of its own, of which the first ``groups`` key-value heads, with their
+    queries, and the first ``channels`` MLP channels are left; None: all. Others' weights can be put there.
+
+    It is the ``context`` of a :class:`Substitute` without stand-in. Raises KDPruneError for an index, heads or channels
+    that the model does not have.
+    """
+    family, layers = family_of(model), decoder_layers(model)
+    if not 0 <= index < len(layers):
+        raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
+    layer = plain_copy(layers[index], {id(model.config): model.config})
+    try:
+        if groups is not None:
+            thin_attention(layer, groups, family, model.config)
+        if channels is not None:
+            thin_mlp(layer, channels, family)
+    except ValueError as error:
+        raise KDPruneError(str(error)) from error
+    return layer
+
+
 def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups: int | None = None) -> nn.Module:
     """A copy of layer ``index``, with weights of its own, whose MLP place holds ``stand_in`` (itself, no
     copy).
@@ -170,16 +191,8 @@ def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups:
     ``residual=False, normalize=False``. With ``groups`` only the first so many key-value heads are left, with their
     queries: others' weights can be put there. Raises KDPruneError for an index or heads that the model does not have.
     """
-    family, layers = family_of(model), decoder_layers(model)
-    if not 0 <= index < len(layers):
-        raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
-    layer = plain_copy(layers[index], {id(model.config): model.config})
-    place_stand_in(layer, stand_in, "mlp", family)
-    if groups is not None:
-        try:
-            thin_attention(layer, groups, family, model.config)
-        except ValueError as error:
-            raise KDPruneError(str(error)) from error
+    layer = ordinary_layer(model, index, groups)
+    place_stand_in(layer, stand_in, "mlp", family_of(model))
     return layer
 
 
@@ -267,11 +280,10 @@ def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: 
         if edit is None:
             sequence.append(_Slot(layer, index))
         elif isinstance(edit, Substitute) and index == edit.block.start:
-            if edit.context is None:
+            if edit.context is not None:
+                sequence.append(_context_slot(edit.context, pruned, edit))
+            elif edit.stand_in is not None:
                 sequence.append(_adapted(edit.stand_in, pruned, layer))
-            else:
-                context = _context_slot(edit.context, pruned, layers[edit.origin], edit.groups)
-                sequence.append(_Slot(context, edit.origin, edit.groups))
     slots = [item for item in sequence if isinstance(item, _Slot)]
     if not slots:
         raise KDPruneError("the blocks take out every layer; keep at least one")
@@ -314,11 +326,14 @@ def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Modul
     return result.to(device=device, dtype=model.dtype).train(model.training)
 
 
-def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module, groups: int | None) -> nn.Module:
-    """A copy of ``context`` for the slot of layer ``source``, whose output-capturing hooks it takes over."""
-    family, heads = family_of(model), key_value_heads(model.config)
-    if type(context) is not type(source) or not isinstance(getattr(context, family.mlp[0]), StandIn):
-        raise KDPruneError(f"got a context layer that is not a {family.layer} with a stand-in in its MLP place")
+def _context_slot(context: nn.Module, model: PreTrainedModel, edit: Substitute) -> _Slot:
+    """A copy of ``context`` in the slot of the layer it was made from, whose output-capturing hooks it takes over."""
+    family, heads, groups = family_of(model), key_value_heads(model.config), edit.groups
+    source = decoder_layers(model)[edit.origin]
+    ordinary = edit.stand_in is None
+    if type(context) is not type(source) or isinstance(getattr(context, family.mlp[0]), StandIn) is ordinary:
+        what = "its own MLP" if ordinary else "a stand-in in its MLP place"
+        raise KDPruneError(f"got a context layer that is not a {family.layer} with {what}")
     out, whole = (part.get_parameter(f"{family.attention_out}.weight") for part in (context, source))
     if out.numel() * heads != whole.numel() * (groups or heads):
         raise KDPruneError(
@@ -331,7 +346,12 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, source: nn.Module,
         if name in twins:
             twins[name]._forward_hooks = copy.copy(part._forward_hooks)
             twins[name]._forward_hooks_with_kwargs = copy.copy(part._forward_hooks_with_kwargs)
-    return result
+    width: dict[str, Any] = {} if groups is None else {"groups": groups}
+    if ordinary:
+        channels, all_channels = (columns_of(part.get_submodule(family.mlp_out)) for part in (context, source))
+        if width or channels != all_channels:
+            width = {"groups": groups or heads, "channels": channels}
+    return _Slot(result, edit.origin, width)
 
 
 def _become_kdp(

@@ -23,7 +23,7 @@ from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
 from kdprune.model.families import family_of
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
-from kdprune.model.surgery import apply_edits, context_layer
+from kdprune.model.surgery import apply_edits, context_layer, ordinary_layer
 from kdprune.planning.forecast import Job
 from kdprune.runtime.machine import generator, quiet_libraries
 
@@ -99,6 +99,9 @@ def prune_meta(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> Pre
         with torch.device("meta"):
             stand_in = shape.build(generator(0))
         source = shape.source(block)
+        if shape.ordinary and source is not None:
+            edits.append(Substitute(block, None, ordinary_layer(dense, source, channels=shape.channels), source))
+            continue
         context = None if source is None else context_layer(dense, source, stand_in)
         edits.append(Substitute(block, stand_in, context, source))
     return apply_edits(dense, edits).eval()

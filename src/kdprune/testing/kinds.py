@@ -13,7 +13,7 @@ from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, key_value_heads, narrow
 from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
-from kdprune.model.surgery import context_layer
+from kdprune.model.surgery import context_layer, ordinary_layer
 from kdprune.model.widths import set_weights
 
 NARROWED = range(2, 4)  # layers that the kind "channels" narrows
@@ -133,6 +133,23 @@ def _channels(model: PreTrainedModel) -> list[Edit]:
     return found
 
 
+def _layer(model: PreTrainedModel) -> list[Edit]:
+    """An ordinary layer for a block: its last one, with half of its heads and two of three channels."""
+    heads, channels = kept_heads(model), kept_channels(model)
+    source, narrower = decoder_layers(model)[3], ordinary_layer(model, 3, len(heads), len(channels))
+    weights = _selected(source, attention_parts(model, source), heads)
+    weights |= _selected(source, mlp_parts(model, source), channels)
+    set_weights(narrower, weights, "the layer")
+    return [Substitute(range(2, 4), None, narrower, 3, len(heads))]
+
+
+def _whole(model: PreTrainedModel) -> list[Edit]:
+    """An ordinary layer of the model's size for a block, with weights of another layer."""
+    layer = ordinary_layer(model, 2)
+    layer.load_state_dict(decoder_layers(model)[4].state_dict())
+    return [Substitute(range(2, 4), None, layer)]
+
+
 def _stream(model: PreTrainedModel) -> list[Edit]:
     """A residual stream of three quarters of the width, half of it within a layer; the first rows of every weight."""
     family, small, width = family_of(model), copy.deepcopy(model), model.config.hidden_size
@@ -166,6 +183,8 @@ KINDS: Mapping[str, Kind] = {
     "heads": Kind(
         lambda model: [context_edit(model, range(2, 4), heads=kept_heads(model))], gone=1, new=frozenset({2})),
     "mixed": Kind(_mixed, gone=3, new=frozenset({1})),
+    "layer": Kind(_layer, gone=1, new=frozenset({2})),
+    "whole": Kind(_whole, gone=1, new=frozenset({2}), stock=True),
     "channels": Kind(_channels, new=frozenset(NARROWED)),
     "stream": Kind(_stream, new=frozenset(range(1024))),
 }
@@ -174,9 +193,10 @@ KINDS: Mapping[str, Kind] = {
 def edits_of(model: PreTrainedModel, kind: str) -> list[Edit]:
     """Edits of a dense model, of one kind.
 
-    "drop" and "rewrite" leave a stock model. "after", "before": stand-ins folded into the layer beside their block;
-    "mlp": one in the MLP place of the block's first layer, "last": of its last, "heads": with half of the key-value
-    heads; "mixed": all of it at once. "channels": two layers with fewer heads and channels; "stream": a narrower
-    residual stream.
+    "drop", "rewrite" and "whole", an ordinary layer of the model's size, leave a stock model. "after", "before":
+    stand-ins folded into the layer beside their block; "mlp": one in the MLP place of the block's first layer, "last":
+    of its last, "heads": with half of the key-value heads; "layer": an ordinary layer with half of the heads and two of
+    three channels; "mixed": all stand-ins at once. "channels": two layers with fewer heads and channels; "stream": a
+    narrower residual stream.
     """
     return KINDS[kind].make(model)

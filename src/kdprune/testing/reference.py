@@ -39,11 +39,13 @@ def reference_logits(dense: PreTrainedModel, edits: list[Edit]) -> Tensor:
 def _bypass(model: PreTrainedModel, edit: Drop | Substitute) -> None:
     """Layers of the block hand on their input, or what the stand-in makes of it."""
     layers = decoder_layers(model)
+    stand_in = edit.stand_in if isinstance(edit, Substitute) else None
+    context = edit.context if isinstance(edit, Substitute) else None
     for index in edit.block:
-        if isinstance(edit, Substitute) and edit.context is not None and index == edit.origin:
+        if isinstance(edit, Substitute) and context is not None and index == edit.origin:
             _in_context(model, layers[index], edit)
-        elif isinstance(edit, Substitute) and edit.context is None and index == edit.block.start:
-            _answer(layers[index], edit.stand_in)
+        elif stand_in is not None and context is None and index == edit.block.start:
+            _answer(layers[index], stand_in)
         else:
             _answer(layers[index], nn.Identity())
 
@@ -59,13 +61,19 @@ def _answer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
 
 
 def _in_context(model: PreTrainedModel, layer: nn.Module, edit: Substitute) -> None:
-    """The layer's MLP path becomes the stand-in; heads that are gone are silent."""
-    family, seen = family_of(model), list[Tensor]()
-    first, last = (getattr(layer, family.mlp[end]) for end in (0, -1))
-    first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    last.register_forward_hook(lambda module, args, output: edit.stand_in(seen.pop()))
+    """The layer's MLP path becomes the stand-in, or the layer the ordinary one of its size; heads and channels that are
+    gone are silent."""
+    family, seen, stand_in = family_of(model), list[Tensor](), edit.stand_in
     if edit.groups is not None:
         _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
+    if stand_in is not None:
+        first, last = (getattr(layer, family.mlp[end]) for end in (0, -1))
+        first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        last.register_forward_hook(lambda module, args, output: stand_in(seen.pop()))
+    elif edit.groups is None and edit.context is not None:
+        layer.load_state_dict(edit.context.state_dict())
+    else:
+        _silence(layer, mlp_parts(model, layer)[-1], kept_channels(model))
 
 
 def _silence(layer: nn.Module, out: StructurePart, kept: Tensor) -> None:

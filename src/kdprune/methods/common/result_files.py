@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.methods.common.result import MethodResult
+from kdprune.model.families import family_of
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, context_layer
+from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, context_layer, ordinary_layer
 
 Plain = dict[str, Any]
 
@@ -59,10 +60,11 @@ def _pack_edit(edit: Edit) -> tuple[Plain, Mapping[str, Tensor]]:
         case Drop(block):
             return {"kind": "drop", "block": _ends(block)}, {}
         case Substitute(block, stand_in, context, source, groups):
-            entry = {"kind": "substitute", "block": _ends(block), "width": stand_in.width,
-                     "stand_in": stand_in.spec(), "context": context is not None, "source": source,
+            entry = {"kind": "substitute", "block": _ends(block), "width": stand_in and stand_in.width,
+                     "stand_in": stand_in and stand_in.spec(), "context": context is not None, "source": source,
                      "groups": groups}
-            return entry, (stand_in if context is None else context).state_dict()
+            module: Any = stand_in if context is None else context
+            return entry, module.state_dict()
         case Rewrite(layer, weights):
             return {"kind": "rewrite", "layer": layer}, weights
         case Resize(layer, width, weights):
@@ -84,6 +86,8 @@ def _unpack_edit(model: PreTrainedModel, entry: Plain, tensors: Mapping[str, Ten
 
 def _substitute(model: PreTrainedModel, entry: Plain, tensors: Mapping[str, Tensor]) -> Substitute:
     block = range(*entry["block"])
+    if entry["stand_in"] is None:
+        return _ordinary(model, block, entry, tensors)
     stand_in = StandIn(entry["width"], **entry["stand_in"])
     if not entry["context"]:
         stand_in.load_state_dict(tensors)
@@ -93,6 +97,16 @@ def _substitute(model: PreTrainedModel, entry: Plain, tensors: Mapping[str, Tens
     context = context_layer(model, edit.origin, stand_in, edit.groups).to(_dtype(tensors))
     context.load_state_dict(tensors)
     return dataclasses.replace(edit, context=context)
+
+
+def _ordinary(
+    model: PreTrainedModel, block: range, entry: Plain, tensors: Mapping[str, Tensor]
+) -> Substitute:
+    origin = block.start if entry["source"] is None else entry["source"]
+    channels = tensors[f"{family_of(model).mlp_out}.weight"].numel() // model.config.hidden_size
+    layer = ordinary_layer(model, origin, entry["groups"], channels).to(_dtype(tensors))
+    layer.load_state_dict(tensors)
+    return Substitute(block, None, layer, entry["source"], entry["groups"])
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:

@@ -22,6 +22,8 @@ class Shape:
         channels: c, of the part "data".
         gated: whether those have gates.
         activation: of those, or of the hidden layer.
+        ordinary: in the end it is the MLP of that layer: channels and a read-out, nothing else.
+        biased: such an MLP has biases.
     """
 
     width: int
@@ -33,6 +35,8 @@ class Shape:
     channels: int = 0
     gated: bool = True
     activation: str = "gelu"
+    ordinary: bool = False
+    biased: bool = True
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -59,10 +63,10 @@ class Shape:
 
     def parameters(self) -> int:
         """Parameters of the folded stand-in: (d + 1)(m + c, twice c if gated) into the features, D·d + d out of them,
-        D·h + h + h·d + d with a hidden layer; D entries of all parts."""
-        d, h = self.width, self.hidden
-        into = (d + 1) * ((self.features if self._drawn else 0) + (1 + self.gated) * self.channels)
-        return into + (self.entries * h + h + h * d + d if h else self.entries * d + d)
+        D·h + h + h·d + d with a hidden layer; D entries of all parts. Without biases less."""
+        d, h, bias = self.width, self.hidden, int(self.biased)
+        into = (d + bias) * ((self.features if self._drawn else 0) + (1 + self.gated) * self.channels)
+        return into + (self.entries * h + h + h * d + d if h else self.entries * d + bias * d)
 
     @property
     def entries(self) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 from kdprune.kernel.features import rms_normalize
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, norms_behind_mlp
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
-from kdprune.model.surgery import Substitute, context_layer, plain_copy
+from kdprune.model.structures import has_mlp_biases, mlp_weights, norm_affine, reciprocal
+from kdprune.model.surgery import Substitute, context_layer, ordinary_layer, plain_copy
+from kdprune.model.widths import set_weights
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
@@ -52,23 +55,40 @@ class StandInFit:
         template: an unfitted stand-in of the wanted shape.
         context: the layer into a copy of which it is put; None: it is alone.
         run: says which model runs; fits run on its device.
+        ordinary: whether it becomes the MLP of that copy in the end, with what stands behind an MLP in this family, and
+            without biases where its layers have none.
+
+    Attributes:
+        intercept: whether the read-out has a bias.
     """
 
     def __init__(
         self, model: PreTrainedModel, states: BlockStates, template: StandIn, context: int | None, run: Run,
+        ordinary: bool = False,
     ):
         self.states, self.context, self._running = states, context, run.running(model)
+        self._model, self._ordinary = model, ordinary
+        self.intercept = not ordinary or has_mlp_biases(model)
         self.device = device = input_device(self._running)
         self.fit_rows = len(states.tokens.ids) - states.held
         self.stand_in = template.to(device)
         self.module: nn.Module = self.stand_in
         self._norm: nn.Module | None = None
+        self._behind: Any = None  # the norm between an ordinary layer's MLP and its residual sum
         if context is not None:
             self.module = context_layer(model, context, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
             norm = getattr(decoder_layers(model)[context], family_of(model).mlp_norm)
             self._norm = plain_copy(norm).float().to(device)
+            for name in norms_behind_mlp(family_of(model)) if ordinary else ():
+                self._behind = plain_copy(getattr(decoder_layers(model)[context], name)).float().to(device)
+                setattr(self.module, name, self._behind)
         self.stand_in.readout.requires_grad_(True)
+        if not self.intercept:
+            for name, parameter in self.stand_in.named_parameters():
+                if name.endswith("bias"):
+                    parameter.data.zero_()
+                    parameter.requires_grad_(False)
         self._shared_arguments: dict[int, Arguments] = {}
 
     @torch.no_grad()
@@ -118,6 +138,36 @@ class StandInFit:
         if self.stand_in.normalize:
             kernel_input = rms_normalize(kernel_input)
         return Probe(kernel_input, readout_input, base[mask], target[mask])
+
+    @torch.no_grad()
+    def wanted(self, probe: Probe) -> Tensor:
+        """What the read-out should give, (n, d): target − base. Where a norm γ ∘ n(·) stands behind it, of that the
+        direction before the norm, n((target − base) / γ): the norm takes its length away."""
+        update = probe.target - probe.base
+        if self._behind is None:
+            return update
+        scale, _ = norm_affine(self._behind, update.shape[-1])
+        return rms_normalize(update * reciprocal(scale))
+
+    @torch.no_grad()
+    def solve_norm_behind(self) -> None:
+        """Gives the norm behind an ordinary layer's MLP, where its family has one, the scale of least squared error:
+
+            γ_j = Σ y_j n_j / Σ n_j²,   y = target − base,   n = n(read-out)
+        """
+        if self._behind is None:
+            return
+        scale, _ = norm_affine(self._behind, self.stand_in.width)
+        products, squares = torch.zeros(2, len(scale), dtype=torch.float64, device=self.device)
+        for rows in self.row_batches(PASS_ROWS):
+            probe = self.probe(rows)
+            _, mask = self.target(rows)
+            given = (self.predict(rows)[mask] - probe.base).double() * reciprocal(scale)
+            products += (given * (probe.target - probe.base)).sum(0)
+            squares += given.square().sum(0)
+        world().sum(products, squares)
+        stored = self._behind.weight - scale  # 0, or −1 where a family stores γ − 1
+        self._behind.weight.copy_(products / squares.clamp_min(1e-30) + stored)
 
     def row_batches(self, size: int, held: bool = False) -> Iterator[Tensor]:
         """This process's row numbers in order, in batches: of the rows to fit on, or of the held-out ones."""
@@ -173,7 +223,20 @@ class StandInFit:
         """The architecture change this fitting stands for."""
         if self.context is None:
             return Substitute(self.states.block, self.stand_in)
+        if self._ordinary:
+            return Substitute(self.states.block, None, self._ordinary_layer(self.context), self.context)
         return Substitute(self.states.block, self.stand_in, self.module, self.context)
+
+
+    def _ordinary_layer(self, context: int) -> nn.Module:
+        """The layer, with the stand-in's channels and read-out as its MLP."""
+        stand_in, model = self.stand_in, self._model
+        layer = ordinary_layer(model, context, channels=stand_in.channels).float().to(self.device)
+        inside = f"{family_of(model).mlp[0]}."
+        weights = {name: p.detach() for name, p in self.module.named_parameters() if not name.startswith(inside)}
+        into = [stand_in.gate, stand_in.up] if stand_in.gated else [stand_in.up]
+        set_weights(layer, weights | mlp_weights(model, layer, into, stand_in.readout), "the layer in a block's place")
+        return layer
 
 
 @contextlib.contextmanager

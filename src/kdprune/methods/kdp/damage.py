@@ -301,6 +301,7 @@ def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
     front, back = layers[: block.start], layers[block.stop :]
     if edit.context is not None:
         return [*front, edit.context.to(model.dtype), *back]
+    assert edit.stand_in is not None
     stand_in = edit.stand_in.to(model.dtype)
     if front:
         return [*front[:-1], folded(model, front[-1], stand_in), *back]

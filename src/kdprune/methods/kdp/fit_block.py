@@ -61,7 +61,8 @@ class Fit:
     ) -> "Fit":
         """The fit of block ``number`` of a run, with an unfitted stand-in of this shape."""
         draw = run.generator(number + 1)
-        fitting = StandInFit(model, states, shape.build(draw), shape.source(states.block), run)
+        fitting = StandInFit(
+            model, states, shape.build(draw), shape.source(states.block), run, shape.ordinary)
         return Fit(fitting, shape, settings, draw, run, follows_from)
 
     def train(
@@ -110,7 +111,7 @@ def fit_block(
     record |= held_out(fitting, energy, PASS_ROWS)
     edit = fitting.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
-    added = edit.context if edit.context is not None else edit.stand_in
+    added: Any = edit.context if edit.context is not None else edit.stand_in
     return edit, record | {
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "channels": shape.channels, "hidden": shape.hidden, "rank": _rank(shape, settings),
@@ -256,12 +257,17 @@ def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
 
 @torch.no_grad()
 def _solve_plain(fitting: StandInFit, ridge: float) -> None:
-    """Read-out of a stand-in without a kernel (GELU features as drawn, or the input itself) by ridge regression."""
+    """Read-out of a stand-in without a Fourier part by ridge regression; of an ordinary layer without intercept where
+    its MLP has no biases, and then the scale of the norm behind that, where there is one."""
     stand_in = fitting.stand_in
     moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, fitting.device)
     for rows in fitting.row_batches(PASS_ROWS):
         probe = fitting.probe(rows)
-        moments.update(probe.readout_input, probe.target - probe.base)
-    matrix, offset = moments.add_processes().solve_affine(ridge)
-    stand_in.readout.weight.copy_(matrix)
-    stand_in.readout.bias.copy_(offset)
+        moments.update(probe.readout_input, fitting.wanted(probe))
+    if fitting.intercept:
+        matrix, offset = moments.add_processes().solve_affine(ridge)
+        stand_in.readout.weight.copy_(matrix)
+        stand_in.readout.bias.copy_(offset)
+    else:
+        stand_in.readout.weight.copy_(moments.add_processes().solve(ridge))
+    fitting.solve_norm_behind()

@@ -19,7 +19,7 @@ from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
 from kdprune.model.block_states import PathRows
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
-from kdprune.model.structures import activation_of, is_gated
+from kdprune.model.structures import activation_of, channels_of, has_mlp_biases, is_gated
 from kdprune.model.surgery import check_model
 from kdprune.options import option
 from kdprune.runtime.distributed import world
@@ -56,6 +56,12 @@ LEAST_PATIENCE = 5  # epochs without gain on held-out rows; more where there are
 LEAST_STEPS = 1200
 
 
+# What an ordinary layer asks for, and what one of the model's own sizes asks for besides; None: nothing may be given.
+_ORDINARY: Mapping[str, Any] = {
+    "kernel": "data", "inverse": "residual", "context": "attention", "hidden": 0, "features": None}
+_ONE_SIZE: Mapping[str, Any] = {"channels": None, "fill": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class KDP(RankedMethod):
     """Replaces blocks of layers by folded kernel stand-ins. Source: KDP, sections 2 to 6.
@@ -83,11 +89,15 @@ class KDP(RankedMethod):
     kernel: Kernel | None = option(
         None, "feature map, a sum of parts: linear, the state itself; learned, random Fourier features of a learned "
         "anisotropic kernel, or fixed, as drawn; data, the block's own MLP channels; or mlp, a GELU layer as drawn")
+    form: Literal["folded", "layer", "stock"] = option(
+        "folded", "what a stand-in is in the end: a module of its own; an ordinary decoder layer, of fewer MLP "
+        "channels; or one of the model's own size, for a stock checkpoint, which loads without kdprune", group="size",
+        rare=True)
     features: int | None = option(
         None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size", rare=True)
     channels: int | None = option(
-        None, "c, number of the block's own MLP channels (half the width; fill adds to them)", least=1, group="size",
-        rare=True)
+        None, "c, number of the block's own MLP channels (half the width, which fill adds to; form stock: those of a "
+        "layer)", least=1, group="size", rare=True)
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
@@ -136,6 +146,10 @@ class KDP(RankedMethod):
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise KDPruneError(f"got preset {self.preset!r}, expected one of {', '.join(PRESETS)}")
+        if self.form != "folded":
+            self._take(_ORDINARY, "an ordinary layer has attention and MLP channels alone", "folded")
+        if self.form == "stock":
+            self._take(_ONE_SIZE, "the classes of transformers build layers of one size", "layer")
         # A direct inverse rebuilds the whole state, which a decoder layer around it would add to its input.
         if self.inverse == "direct" and self.context is None:
             object.__setattr__(self, "context", "none")
@@ -148,6 +162,16 @@ class KDP(RankedMethod):
         if self.inverse == "direct" and self.context == "attention":
             raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
                                "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
+
+    def _take(self, asked: Mapping[str, Any], why: str, other: str) -> None:
+        """Fills in what the form asks for; raises KDPruneError for an option that it cannot have."""
+        for name, value in asked.items():
+            given = getattr(self, name)
+            if given is not None and given != value:
+                expected = "none" if value is None else repr(value)
+                raise KDPruneError(f"got {name} {given!r} with form {self.form!r}, expected {expected}: {why}. Leave "
+                                   f"{name} out, or choose form {other!r}")
+            object.__setattr__(self, name, value)
 
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
@@ -169,7 +193,11 @@ class KDP(RankedMethod):
         if "data" not in parts:
             return shape
         channels = self.channels or (width // 4 if both else width // 2)
-        return replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
+        shape = replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
+        if self.form == "folded":
+            return shape
+        channels = channels_of(model) if self.form == "stock" else channels
+        return replace(shape, channels=channels, ordinary=True, biased=has_mlp_biases(model))
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
@@ -223,12 +251,13 @@ class KDP(RankedMethod):
         where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
         alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
+        alone = alone or shape.ordinary
         return [shape] if alone else [linear, shape]
 
     @property
     def shortest(self) -> int:
         """A single layer may go behind a linear map."""
-        return 2 if self.ranking == "similarity" or self.refine else 1
+        return 2 if self.ranking == "similarity" or self.refine or self.form != "folded" else 1
 
     def measures(self, model: PreTrainedModel) -> bool:
         """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""

@@ -45,8 +45,9 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
             probe = fitting.probe(rows)
             x = probe.kernel_input
             z = pool.of(x, stand_in.act)
-            moments.update(torch.cat((x, z), dim=1) if linear else z, probe.target - probe.base)
-        pool = pool.select(moments.add_processes().cost_of_leaving_out(ridge)[linear:].topk(stand_in.channels).indices)
+            moments.update(torch.cat((x, z), dim=1) if linear else z, fitting.wanted(probe))
+        cost = moments.add_processes().cost_of_leaving_out(ridge, fitting.intercept)
+        pool = pool.select(cost[linear:].topk(stand_in.channels).indices)
     maps = [stand_in.gate, stand_in.up] if stand_in.gated else [stand_in.up]
     for number, projection in enumerate(maps):
         projection.weight.copy_(pool.lines[:, number])
