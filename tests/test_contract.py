@@ -28,7 +28,7 @@ OF_VARIANTS = {
 }
 # Loaded without the package: every family, and in more kinds those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
-    "mixed": {*REPRESENTATIVES, *WIRINGS},
+    "mixed": {*REPRESENTATIVES, *WIRINGS}, "whole": REPRESENTATIVES, "layer": ("phi3", "gemma3"),
     "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
 
 

@@ -155,7 +155,7 @@ def mlp_weights(
     biases = torch.cat([module.bias for module in into]).chunk(len(parts))
     for part, weight, bias in zip([*parts, last], [*rows, out.weight], [*biases, out.bias], strict=True):
         module = layer.get_submodule(part.path)
-        found[f"{part.path}.weight"] = weight if isinstance(module, nn.Linear) else weight.T
+        found[f"{part.path}.weight"] = weight if isinstance(module, nn.Linear) else weight.T.contiguous()
         if getattr(module, "bias", None) is not None:
             found[f"{part.path}.bias"] = bias
         else:

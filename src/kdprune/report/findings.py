@@ -174,6 +174,9 @@ def relative_error(points: Outliers, *dimensions: int) -> float | None:
 
 def stand_in(fit: Fit) -> str:
     """The module in one line."""
+    if fit.ordinary:
+        return (f"ordinary decoder layer with {fit.channels} of the block's own channels, "
+                f"{count(fit.parameters)} parameters")
     kinds = {"fourier": f"{fit.features} random Fourier frequencies", "mlp": f"{fit.features} MLP features",
              "linear": "linear map", "data": f"{fit.channels} of the block's own channels"}
     parts = [" + ".join(kinds[part] for part in fit.kind.split("+"))]

@@ -196,6 +196,7 @@ class Fit(Record):
     context_groups: int | None = Field(
         None, description="key-value heads, with the queries that read them, that it kept; null: all"
     )
+    ordinary: bool = Field(False, description="whether it is an ordinary decoder layer of the model's family")
     parameters: int = Field(description="parameters of the stand-in, its context included")
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")

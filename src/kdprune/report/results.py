@@ -80,6 +80,9 @@ class Results(Record):
     fit: list[Fit] = Field(default_factory=list, description="one entry per stand-in, in the order of blocks")
     heal: Heal | None = Field(None, description="training of the pruned model after pruning")
     widths: list[LayerWidth] = Field(default_factory=list, description="the layers that were made narrower")
+    stock: bool | None = Field(
+        None, description="whether the checkpoint is of a class of transformers, which loads without kdprune; null in "
+        "older records")
     samples: list[Sample] = Field(default_factory=list, description="text from both models")
     seconds: dict[str, Number] = Field(default_factory=dict, description="wall-clock seconds per stage")
     peak_memory_bytes: int | None = Field(None, description="largest memory in use, bytes")

@@ -168,6 +168,7 @@ def pruning_results(
         base.analysis.pair_damage = [[outcome.damage.get(range(s, e)) for e in states] for s in states]
     base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
                    if isinstance(edit, Resize) and edit.layer is not None]
+    base.stock = pruned.config.model_type == family_of(pruned).model_type
     base.heal = None if healed is None else Heal(**healed)
     base.perplexity, base.texts = measured.perplexity, measured.texts
     base.speed, base.streamed = measured.speed, measured.streamed

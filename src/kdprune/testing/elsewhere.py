@@ -37,7 +37,7 @@ with torch.no_grad():
     notes["again"] = torch.equal(again(ids).logits, logits[path.name])
 shutil.copytree(path, work / "bare")
 config = json.loads((work / "bare" / "config.json").read_text())
-config.pop("auto_map", None)
+del config["auto_map"]
 (work / "bare" / "config.json").write_text(json.dumps(config))
 for name, where in (("untrusted", path), ("bare", work / "bare")):
     for auto in (AutoConfig, AutoModelForCausalLM):

@@ -227,12 +227,13 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
 def filled(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
     """The same blocks with stand-ins, of those that can be wider, widened evenly by what all remove beyond the target.
 
-    The count grows while the target is still met, up to ``WIDEST`` · d; the net ratio ends above the target by less
-    than one feature, or channel, a block unless that cap is reached.
+    The count grows while the target is still met, up to ``WIDEST`` · d or the shape's most; the net ratio ends above
+    the target by less than one feature, or channel, a block unless that cap is reached.
     """
     spare = sum(map(budget.removed_by, candidates)) - budget.target.parameters
     cost = sum(candidate.shape.parameters_per_unit() for candidate in candidates)
     if spare < cost or not cost:
         return list(candidates)
-    return [Candidate(block, shape.wider(max(min(spare // cost, WIDEST * shape.width - shape.units), 0)))
-            for block, shape in ((candidate.block, candidate.shape) for candidate in candidates)]
+    return [
+        Candidate(block, shape.wider(max(min(spare // cost, (shape.most or WIDEST * shape.width) - shape.units), 0)))
+        for block, shape in ((candidate.block, candidate.shape) for candidate in candidates)]

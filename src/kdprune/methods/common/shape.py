@@ -24,6 +24,7 @@ class Shape:
         activation: of those, or of the hidden layer.
         ordinary: in the end it is the MLP of that layer: channels and a read-out, nothing else.
         biased: such an MLP has biases.
+        most: channels or features at most, where it is widened; None: as many as are of use.
     """
 
     width: int
@@ -37,6 +38,7 @@ class Shape:
     activation: str = "gelu"
     ordinary: bool = False
     biased: bool = True
+    most: int | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:

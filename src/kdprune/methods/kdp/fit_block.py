@@ -116,7 +116,7 @@ def fit_block(
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "channels": shape.channels, "hidden": shape.hidden, "rank": _rank(shape, settings),
         "context": "attention" if shape.context else "none", "context_layer": fitting.context,
-        "parameters": sum(parameter.numel() for parameter in added.parameters()),
+        "ordinary": shape.ordinary, "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 
 

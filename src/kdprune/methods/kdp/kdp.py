@@ -179,7 +179,10 @@ class KDP(RankedMethod):
         return Budget(model, self.shape(model), self.target(model), slack)
 
     def shape(self, model: PreTrainedModel) -> Shape:
-        """The stand-in before any spare budget is spent on it, for this model."""
+        """The stand-in before any spare budget is spent on it, for this model.
+
+        Raises KDPruneError for more channels than a layer has, where it is to be one.
+        """
         width, kernel = model.config.hidden_size, self.kernel or ""
         parts = kernel.replace("learned", "fourier").replace("fixed", "fourier").split("+")
         hidden = (width if self.hidden == -1 else self.hidden or 0) if parts == ["fourier"] else 0
@@ -196,8 +199,12 @@ class KDP(RankedMethod):
         shape = replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
         if self.form == "folded":
             return shape
-        channels = channels_of(model) if self.form == "stock" else channels
-        return replace(shape, channels=channels, ordinary=True, biased=has_mlp_biases(model))
+        most = channels_of(model)
+        if channels > most and self.channels is not None:
+            raise KDPruneError(f"got channels {channels} with form {self.form!r}, expected at most the {most} that a "
+                               f"layer of this model has: give fewer, or choose form 'folded'")
+        channels = most if self.form == "stock" else min(channels, most)
+        return replace(shape, channels=channels, ordinary=True, biased=has_mlp_biases(model), most=most)
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
