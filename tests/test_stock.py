@@ -19,6 +19,7 @@ from kdprune.methods.common.result_files import ResultCodec
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of, norms_behind_mlp
+from kdprune.model.streaming import load_streamed
 from kdprune.model.structures import channels_of, has_mlp_biases, mlp_channels, norm_affine
 from kdprune.model.surgery import apply_edits
 from kdprune.planning.plan import plan
@@ -172,6 +173,16 @@ def test_refined_and_from_the_cache(name: str, form: str) -> None:
     assert put_in(pruned, model, result.edits) == [inside + key for key, _ in slot.named_parameters()]
 
 
+@pytest.mark.parametrize("name", ["gemma3", "phi3"])
+def test_of_a_streamed_model_it_is_the_same(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    streamed = load_streamed(tmp_path, dtype=torch.float32, device=torch.device("cpu"))
+    [first], [second] = fitted(model).edits, fitted(streamed).edits
+    for key, weight in first.context.state_dict().items():
+        assert torch.equal(weight, second.context.state_dict()[key]), key
+
+
 def test_damage_is_measured_with_it() -> None:
     model = build("llama3")
     tokens = random_tokens(rows=40)
@@ -214,4 +225,4 @@ def test_the_plan_counts_it(form: str, tmp_path: Path) -> None:
     found = plan(tmp_path, form=form, blocks=((1, 4),))
     pruned = apply_edits(model, fitted(model, form=form, fill=form == "layer").edits)
     assert found.pruned.parameters == pruned.num_parameters()
-    assert found.kind == "data"
+    assert found.ordinary

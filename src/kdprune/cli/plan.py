@@ -86,8 +86,9 @@ def _layout(found: PruningPlan) -> str:
     sizes = ", ".join(
         f"{name} {size}" for name, size in (("m =", found.features), ("c =", found.channels), ("hidden", found.hidden))
         if size)
+    module = "an ordinary decoder layer" if found.ordinary else f"{context}{found.kind} features"
     words = (f"{replaced} of {found.dense.layers} layers in {count} block{'s' * (count > 1)}, {spans}; each gets "
-             f"{context}{found.kind} features{sizes and ', ' + sizes} ({size} parameters)")
+             f"{module}{sizes and ', ' + sizes} ({size} parameters)")
     return words if found.given else (
         f"{words}. How many layers and blocks follows from the ratio; which ones, the data will say.")
 

@@ -85,6 +85,7 @@ class PruningPlan:
         channels: c of each.
         hidden: width of the inverse's hidden layer.
         context: whether an attention sublayer stands before them.
+        ordinary: whether each is an ordinary decoder layer.
         added: parameters of each with what stands before it.
         states_bytes: on disk, or in memory without a work directory.
         scratch_bytes: of a streamed model's analysis.
@@ -105,6 +106,7 @@ class PruningPlan:
     channels: int
     hidden: int
     context: bool
+    ordinary: bool
     added: list[int]
     samples: int
     length: int
@@ -169,6 +171,7 @@ def plan(
         net_ratio_layers=1 - pruned_side.parameters_layers / dense_side.parameters_layers,
         blocks=[(block.start, block.stop) for block in blocks], given=method.blocks is not None, kind=shape.kind,
         features=shape.features, channels=shape.channels, hidden=shape.hidden, context=shape.context,
+        ordinary=shape.ordinary,
         added=added_parameters(method, dense, blocks, shape),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,
