@@ -12,7 +12,8 @@ from kdprune.model.surgery import plain_copy
 from kdprune.runtime.distributed import world
 
 CHUNK = 4096  # tokens a chunk: bounds the memory of all the block's channels
-POOL = 4  # times the channels wanted are regressed on before most of them go
+POOL = 4  # times the channels wanted are regressed on before most of them go, …
+WIDE = (2, 4)  # … but not more than twice as many, or 4 d: work and memory go with the square
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
         k_ψ(x, y) = ψ(x)ᵀψ(y),   ψ_j(x̂) = act(g_jᵀx̂ + a_j) (u_jᵀx̂ + b_j)
 
     with g, a, u, b those of the dense model's channels of *all* layers of the block, re-scaled for the norm that the
-    stand-in reads them through. ``POOL`` times as many as are wanted are taken by
+    stand-in reads them through. ``POOL`` times as many as are wanted, or as ``WIDE`` allows, are taken by
 
         rms(ψ_j) ‖w_j‖
 
@@ -65,7 +66,8 @@ def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
         for x in fitting.probe(rows).kernel_input.split(CHUNK):
             squares += every.of(x, stand_in.act).square().sum(0, dtype=torch.float64)
     world().sum(squares)
-    size = min(POOL * stand_in.channels, len(squares))
+    times, widths = WIDE
+    size = min(POOL * stand_in.channels, max(times * stand_in.channels, widths * stand_in.width), len(squares))
     return every.select((squares.sqrt() * every.outgoing).topk(size).indices)
 
 
