@@ -13,7 +13,7 @@ from kdprune.runtime.distributed import world
 
 CHUNK = 4096  # tokens a chunk: bounds the memory of all the block's channels
 POOL = 4  # times the channels wanted are regressed on before most of them go, …
-WIDE = (2, 4)  # … but not more than twice as many, or 4 d: work and memory go with the square
+WIDE = (2, 4)  # … at most 4 d, or twice as many if that is more: work and memory go with the square
 
 
 @torch.no_grad()
