@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from families import LAYERS, WIRINGS
 from pruned import edits, in_context, prune, stand_in
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
@@ -283,3 +284,12 @@ def test_a_context_with_fewer_heads_keeps_a_smaller_cache(tiny_model: Build, nam
     model = tiny_model(name)
     whole, half = (kv_cache_bytes_per_token(prune(model, place)) for place in ("mlp", "heads"))
     assert whole - half == whole // 5 // 2  # one of five layers
+
+
+def test_a_loaded_models_config_becomes_that_of_the_pruned_class(tiny_model: Build, tmp_path: Path) -> None:
+    tiny_model("llama3").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    pruned = prune(model, "mixed")
+    assert (model.config.model_type, pruned.config.model_type) == ("llama", "kdp_llama")
+    with pytest.raises(KDPruneError, match="holds stand-ins already"):
+        apply_edits(pruned, [Drop(range(1))])

@@ -368,6 +368,7 @@ def _become_kdp(
             found.append({"layer": index, "place": "mlp", **mlp.spec()})
     config: Any = model.config
     object.__setattr__(config, "__class__", generated(family, "Config"))
+    config.__dict__.pop("model_type", None)  # of the stock class, where the config was read from a file
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
     if any(widths):
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
