@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.fidelity import HeldOut
+from kdprune.evaluation.perplexity import default_window, perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.common.result import MethodResult
 from kdprune.model.checkpoint import save_model, verify
@@ -260,7 +261,8 @@ def test_speed_and_samples_of_a_streamed_model_are_not_measured(both: Both, benc
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     for model, pruned in (both("llama3", "dense")[:1] + both("llama3", "after")[:1],
                           both("llama3", "dense")[1:] + both("llama3", "after")[1:]):
-        found = evaluate(model, pruned, None if not is_streamed(model) else tokenizer, held_out(), Run())
+        heldout = HeldOut((held_out(),), (default_window(model),))
+        found = evaluate(model, pruned, None if not is_streamed(model) else tokenizer, heldout, Run())
         assert (found.speed is None) == found.streamed == is_streamed(model)
         assert found.samples == []
         base = analysis_results("tiny", model, {"seed": 0}, held_out(), Run(), "kdp")
@@ -300,7 +302,7 @@ def measured(checkpoint: str) -> dict[str, Any]:
     found: dict[str, Any] = {"whole": perplexity(whole, held_out(), batch_size=2), "batches": sum(seen)}
     hook.remove()
     found["streamed"] = perplexity(streamed, held_out(), batch_size=2)
-    evaluation = evaluate(whole, whole, tokenizer, held_out(), Run())
+    evaluation = evaluate(whole, whole, tokenizer, HeldOut((held_out(),), (default_window(whole),)), Run())
     found["speed"], found["samples"] = evaluation.speed, evaluation.samples
     with torch.no_grad():
         whole.get_submodule("model.norm").weight[0] = float("nan")  # type: ignore[index]

@@ -24,12 +24,12 @@ from kdprune.model.placement import input_device
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.model.teacher import Teacher
 from kdprune.options import check_values, option, options_of, recorded, taken
-from kdprune.run.heal_training import PURPOSE, Objective, Training, budgeted, mean_objective
+from kdprune.run.heal_training import POINTS, PURPOSE, Objective, Training, budgeted, mean_objective
 from kdprune.runtime.machine import computes_in
 from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 
-WATCHED = 8_192  # tokens of held-out rows that are looked at
+WATCHED = 8_192  # tokens of held-out rows that are looked at, or as many as are trained on between two looks
 RATE = 2.0  # of what was put in, times 1/width
 LORA_RATE = 1e-3
 
@@ -163,7 +163,7 @@ def _heal(
     run: Run, key: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     names = put_in(pruned, dense, edits) if settings.what == "stand-ins" else linear_weights(pruned)
-    watched = _watched(tokens, held)
+    watched = _watched(tokens, held, min(WATCHED, settings.tokens // POINTS))
     rows, numbers = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
     fast = settings.what == "stand-ins" and computes_in(torch.bfloat16, input_device(pruned))
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense):
@@ -194,10 +194,10 @@ def _heal(
     return healed if kept else pruned, record
 
 
-def _watched(tokens: TokenSet, held: int) -> TokenSet:
-    """So many of the last ``held`` rows that there are ``WATCHED`` tokens, at least one."""
+def _watched(tokens: TokenSet, held: int, most: int) -> TokenSet:
+    """So many of the last ``held`` rows that there are at most so many tokens, but one row at least."""
     rows = tokens.select(slice(len(tokens) - held, None))
-    return rows.select(slice(max(1, int((rows.mask.sum(1).cumsum(0) <= WATCHED).sum()))))
+    return rows.select(slice(max(1, int((rows.mask.sum(1).cumsum(0) <= most).sum()))))
 
 
 def _trainable(pruned: PreTrainedModel, names: Collection[str], fast: bool) -> PreTrainedModel:
