@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from kdprune.data.sources import bundled_heldout, check_source
+from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import vocabulary_size
@@ -30,7 +30,7 @@ from kdprune.report.page import write_page
 from kdprune.report.results import Results, write_file
 from kdprune.report.retention import Retention, retention
 from kdprune.report.summary import MISSING, percent
-from kdprune.run.option_groups import ModelOptions, SuiteOptions
+from kdprune.run.option_groups import ModelOptions, SuiteOptions, TextOptions
 from kdprune.run.resources import Resources, make_resources
 from kdprune.run.session import HELD_OUT_TOKENS
 from kdprune.runtime.machine import resolve_device
@@ -41,13 +41,16 @@ from kdprune.runtime.stages import Stages
 class EvalOptions:
     """What a checkpoint is measured on."""
 
-    text: str | None = option(None, "text file or hub data set for perplexity (the bundled text)", group="data")
+    text: str | None = option(
+        None, "text file or hub data set for perplexity (the bundled text)", group="data", path=True)
+    text_field: str | None = same_option(TextOptions, "text_field")
     window: int | None = option(None, "tokens a window (the model's context, at most 2048)", group="data")
     stride: int | None = option(None, "tokens between windows (half the window)", group="data")
     batch_size: int | None = option(
         None, "requests of tasks a forward pass (64; 8 on a CPU)", group="resources", least=1)
     dense: str | None = option(
-        None, "with --suite: the model it was pruned from, for retained performance", group="model")
+        None, "with --suite: the model it was pruned from, for retained performance", group="model",
+        path=True)
     dtype: str | None = same_option(ModelOptions, "dtype")
     trust_remote_code: bool = same_option(ModelOptions, "trust_remote_code")
 
@@ -69,16 +72,18 @@ def eval_command(
     wanted, suite, resources = taken(EvalOptions, chosen), taken(SuiteOptions, chosen), make_resources(chosen)
     data = [Path(folder) for folder in suite.suite_data]
     _check(suite.suite, data, suite.limit, wanted.dense)
-    check_source(wanted.text)
+    text = in_column(wanted.text, wanted.text_field)
+    check_source(text)
     with opened(checkpoint, wanted, resources) as (model, tokenizer):
         tokens = load_stream(
-            wanted.text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
+            text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
         found = perplexity(model, tokens, wanted.window, wanted.stride)
         typer.echo(
             f"perplexity {found.value:.3f} on {tokens.source} ({found.tokens} tokens, window {found.window}, "
             f"stride {found.stride})")
         record: dict[str, Any] = {
-            "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source},
+            "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source,
+                                                 "skipped": tokens.skipped},
             "speed": _speed(model), "parameters": model.num_parameters()}
         scores = None if suite.suite is None else _scores(model, tokenizer, suite.suite, data, suite, wanted)
     if suite.suite is not None and scores is not None:

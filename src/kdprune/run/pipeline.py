@@ -150,6 +150,10 @@ def prune(
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
+            skipped = {text.source: text.skipped for text in heldout.texts}  # not what an evaluation is found again by
+            for measure in (results.perplexity, *results.texts):
+                if measure is not None:
+                    measure.skipped = skipped.get(measure.dataset, 0)
             probe = tokens.ids[:1, :VERIFIED_TOKENS]
             result = PruneResult(session.as_stored(made.pruned), results, session.tokenizer, probe)
             if output.output_dir is not None:

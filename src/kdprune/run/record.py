@@ -147,6 +147,7 @@ def analysis_results(
         layers=Layers(dense=len(decoder_layers(model))), parameters=parameters(model),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
+            skipped=tokens.skipped,
             shares=[part.tokens for part in tokens.shares(run.batch_size)] if world().size > 1 else []),
         analysis=run.scores.record() if isinstance(run.scores, Scores) else None, seconds=dict(run.stages.seconds),
         peak_memory_bytes=peak_memory_bytes(),

@@ -41,7 +41,8 @@ class Resources:
     work_dir: str | None = option(
         None, "directory that keeps finished stages, for the same command after a kill and for other ratios; none: "
         "keep nothing (a directory of the cache; of a comparison runs/ in its output)", group="resources",
-        takes=str | Path | None, recorded=False, in_python="nothing is kept where left out, but by a comparison")
+        takes=str | Path | None, recorded=False, path=True,
+        in_python="nothing is kept where left out, but by a comparison")
     host_memory: str | None = option(
         None, "memory this process may take, 6GiB: what does not fit is read layer by layer and spilled to the work "
         "directory (most of what is free)", group="resources", takes=str | int | None)
