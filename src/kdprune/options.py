@@ -244,10 +244,15 @@ def at_home(value: Any, each: bool = False) -> Any:
     if type(value) is dict and "input_ids" not in value:
         return {at_home(name): at_home(part) for name, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(
-            type(part)((at_home(part[0]), part[1])) if isinstance(part, list | tuple) and len(part) == 2
-            else at_home(part) if each or isinstance(part, Path) else part for part in value)
+        return type(value)(_part_at_home(part, each) for part in value)
     return value
+
+
+def _part_at_home(part: Any, each: bool) -> Any:
+    if isinstance(part, list | tuple) and len(part) == 2:
+        pair = at_home(part[0]), part[1]
+        return list(pair) if isinstance(part, list) else pair
+    return at_home(part) if each or isinstance(part, Path) else part
 
 
 def _typed(item: Option, value: Any) -> Any:

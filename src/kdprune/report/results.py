@@ -87,6 +87,8 @@ class Results(Record):
     seconds: dict[str, Number] = Field(default_factory=dict, description="wall-clock seconds per stage")
     peak_memory_bytes: int | None = Field(None, description="largest memory in use, bytes")
     versions: dict[str, str] = Field(default_factory=dict, description="versions of the software used")
+    files: list[str] = Field(
+        default_factory=list, description="what was written beside it: with --overwrite nothing else is replaced")
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":

@@ -8,7 +8,7 @@ import yaml
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
-from kdprune.options import Option, options_of, reject_unknown, typed_options
+from kdprune.options import Option, at_home, options_of, reject_unknown, typed_options
 from kdprune.run.option_groups import PRUNE
 
 
@@ -22,10 +22,10 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         KDPruneError: the file is missing, is not YAML, or holds something else than a mapping of options.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(at_home(path)).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise KDPruneError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no name
         raise KDPruneError(f"the recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(found, Mapping):
         raise KDPruneError(

@@ -22,6 +22,7 @@ from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import computes_in, resolve_device
 from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
+from kdprune.store.directories import check_apart
 from kdprune.store.files import tell
 from kdprune.store.hashing import IdentityPart, code_identity, digest, files_identity, model_identity
 
@@ -62,9 +63,7 @@ class Resources:
     def check_apart(self, output_dir: str | Path) -> None:
         """Raises KDPruneError for a work directory in the output's place, which is written whole at the end."""
         if self.work_dir not in (None, NONE, AUTO):
-            work, output = Path(str(self.work_dir)).resolve(), Path(output_dir).resolve()
-            if output in (work, *work.parents):
-                raise KDPruneError(f"got work directory {self.work_dir} in output {output_dir}, expected it elsewhere")
+            check_apart(output_dir, {"work directory": [Path(str(self.work_dir))]})
 
     def memory(self, device: str) -> Memory:
         """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""
