@@ -20,6 +20,12 @@ class ProcessLost(KDPruneError):
     """Another process of the run is gone; the same command goes on from the finished stages."""
 
 
+def shortened(name: object, most: int = 100) -> str:
+    """A name as a message shows it, quoted; a text that was taken for one is cut."""
+    text = str(name)
+    return repr(text) if len(text) <= most else f"{text[:40]!r}… ({len(text):,} characters)"
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an exception as one line of at most `most` characters; its kind where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

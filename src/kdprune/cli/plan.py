@@ -164,7 +164,11 @@ def _notes(found: PruningPlan) -> list[str]:
     device = found.device
     share = "the rates measured" if device.utilisation == 1 else (
         f"{summary.percent(device.utilisation)} of the device's peaks, which is assumed")
+    stored = [] if found.stored is None else [
+        f"weights: quantised with {found.stored}; they are turned back into {found.dtype}, in which they are counted "
+        "here and saved"]
     return [
+        *stored,
         f"states: {summary.size(found.states_bytes)} in the work directory (in memory with --work-dir none); layer by "
         f"layer {summary.size(found.scratch_bytes)} more there, or in a quarter of --host-memory, while layers are "
         "scored",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdprune.data.columns import Columns
 from kdprune.data.readers import READERS, Piece, first_split, named_as_text, read_path, read_rows
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.runtime.machine import quiet_libraries
 from kdprune.store.files import is_there
 
@@ -161,8 +161,8 @@ def read_pieces(source: Any, seed: int, columns: Columns | None = None) -> Itera
         if isinstance(source, str) and HUB_NAME.fullmatch(source) and not named_as_text(source):
             return _read_hub(source, seed, columns)
         raise KDPruneError(
-            f"got {_shown(source)}, which does not exist; expected a file ({', '.join(READERS)}), "
-            "a directory of them, or a hub data set org/name[:config]"
+            f"got {shortened(source)}, which does not exist; expected a file ({', '.join(READERS)}), "
+            "a directory of them, or a hub data set org/name[:config]; texts themselves go into a list"
         )
     if _is_data_set(source):
         return read_rows(first_split(source), columns, "the data set")
@@ -197,13 +197,6 @@ def _is_data_set(source: Any) -> bool:
 
 def _is_pair(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str | Path)
-
-
-def _shown(source: str | Path, most: int = 200) -> str:
-    """A name in a message; texts that were taken for one are cut."""
-    text = str(source)
-    return repr(text) if len(text) <= most else (
-        f"{text[:40]!r}… ({len(text):,} characters; a text itself goes into a list)")
 
 
 def _read_strings(texts: Sequence[Any], columns: Columns) -> Iterator[Piece]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from kdprune.errors import KDPruneError
+from kdprune.model.forms import located
 from kdprune.model.loading import checkpoint_errors, load_model, read_config
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
@@ -24,7 +25,7 @@ from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
 from kdprune.store.directories import check_apart
 from kdprune.store.files import tell
-from kdprune.store.hashing import IdentityPart, code_identity, digest, files_identity, model_identity
+from kdprune.store.hashing import IdentityPart, code_identity, digest, file_hash, files_identity, model_identity
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
 BOUNDARIES = 4               # whose states are held at once: two blocks' ends
@@ -211,5 +212,8 @@ def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, nam
             raise KDPruneError("got a loaded model with offloaded weights and a work directory, expected the name of "
                                "its checkpoint: what is kept is found again by the checkpoint's files")
         return IdentityPart(name, model_identity(loaded))
+    place, file = located(model)
+    if file:
+        return IdentityPart(name, file_hash(Path(place) / file["gguf_file"]))
     folder = Path(model) if Path(model).is_dir() else Path(str(cached_file(model, CONFIG_NAME))).parent
     return IdentityPart(name, files_identity(folder, cache_dir() / "files.json"))
