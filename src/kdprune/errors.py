@@ -20,10 +20,12 @@ class ProcessLost(KDPruneError):
     """Another process of the run is gone; the same command goes on from the finished stages."""
 
 
-def shortened(name: object, most: int = 100) -> str:
-    """A name as a message shows it, quoted; a text that was taken for one is cut."""
+def shortened(name: object, most: int = 200, quoted: bool = True) -> str:
+    """A name as a message shows it, quoted or not; a text that was taken for one is cut."""
     text = str(name)
-    return repr(text) if len(text) <= most else f"{text[:40]!r}… ({len(text):,} characters)"
+    if len(text) > most:
+        return f"{text[:40]!r}… ({len(text):,} characters)"
+    return repr(text) if quoted else text
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, shortened
 
 HEADINGS = ("model", "data", "size", "training", "resources", "output")
 Place = Literal["shell", "python", "recipe"]
@@ -257,7 +257,10 @@ def _part_at_home(part: Any, each: bool) -> Any:
 
 def _typed(item: Option, value: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
-    value = at_home(value, each=get_origin(item.kind) is tuple) if item.path else value
+    if item.path:
+        value = at_home(value, each=get_origin(item.kind) is tuple)
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise KDPruneError(f"got {item.name} {shortened(value)} with a NUL, which no name holds; give a path")
     if item.parse is not None and not item.several and isinstance(value, str):
         return item.parse(value)
     if takes_several(item.kind) and isinstance(value, str):

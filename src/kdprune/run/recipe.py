@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.methods import METHODS
 from kdprune.options import Option, at_home, options_of, reject_unknown, typed_options
 from kdprune.run.option_groups import PRUNE
@@ -24,9 +24,9 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(Path(at_home(path)).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise KDPruneError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
+        raise KDPruneError(f"cannot read the recipe {shortened(path)}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no name
-        raise KDPruneError(f"the recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
+        raise KDPruneError(f"the recipe {shortened(path)} is not valid YAML: {one_line(error)}") from error
     if not isinstance(found, Mapping):
         raise KDPruneError(
             f"got a {type(found).__name__} in the recipe {str(path)!r}, expected a mapping such as 'ratio: 0.25'")

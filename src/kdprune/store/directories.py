@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from kdprune.errors import DiskError, KDPruneError
+from kdprune.errors import DiskError, KDPruneError, shortened
 from kdprune.store.files import refusal
 
 RECORD = "results.json"  # of a result; its "files" name all that the run wrote
@@ -185,7 +185,8 @@ def _check_ours(target: Path, path: str | Path) -> None:
 
 
 def _refusal(path: str | Path, error: OSError) -> DiskError:
-    return DiskError(f"cannot write {path}: {error.strerror or error}; choose another directory")
+    where = shortened(path, quoted=False)
+    return DiskError(f"cannot write {where}: {error.strerror or error}; choose another directory")
 
 
 def _new_sibling(target: Path, kind: str) -> Path:
