@@ -265,10 +265,14 @@ def _typed(item: Option, value: Any) -> Any:
         return item.parse(value)
     if takes_several(item.kind) and isinstance(value, str):
         value = [part.strip() for part in re.split(r"[,+]", value) if part.strip()]
+    if takes_several(item.kind) and not isinstance(value, list | tuple):
+        raise KDPruneError(f"got {item.name} of type {type(value).__name__}, expected names, with commas or in a list")
     if allowed := choices(item.kind):
         reject_unknown(value if takes_several(item.kind) else [value], allowed, item.name)
     try:
         return TypeAdapter(item.kind).validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
-        raise KDPruneError(f"got {item.name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error
+        shown = " ".join(repr(value).split())
+        shown = shown if len(shown) <= 200 else f"{shown[:199]}…"
+        raise KDPruneError(f"got {item.name} {shown}: {problem[:1].lower()}{problem[1:]}") from error

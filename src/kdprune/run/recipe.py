@@ -36,7 +36,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def prune_options(given: Mapping[str, Any]) -> dict[str, Option]:
     """The options that a run has, the fields of the method it asks for among them."""
-    name = given.get("method") or "kdp"
+    name = "kdp" if given.get("method") is None else given["method"]
     reject_unknown([name], METHODS, "method")
     return options_of(*PRUNE, METHODS[name])
 
@@ -64,6 +64,8 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run, checked: the recipe's, and over them those given, also where None or the default is given.
     """
+    if recipe is not None and not isinstance(recipe, str | Path | Mapping):
+        raise KDPruneError(f"got a recipe of type {type(recipe).__name__}, expected a file, or a mapping of options")
     options = {} if recipe is None else check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     options |= given
     return typed_options(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")

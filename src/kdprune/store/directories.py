@@ -17,7 +17,8 @@ from kdprune.store.files import refusal
 
 RECORD = "results.json"  # of a result; its "files" name all that the run wrote
 Inputs = Mapping[str, Iterable[Path]]  # what is read, by what a message calls it
-FILLED = ("cache", "work directory", "package")  # of them by programs: many files, and no user's links
+FILLED = ("cache", "work directory", "package")  # by programs: many files, and no user's links
+DEEP = ("text",)  # read with all folders below; of others what lies in them
 
 
 def check_apart(output: str | Path, inputs: Inputs) -> None:
@@ -28,7 +29,7 @@ def check_apart(output: str | Path, inputs: Inputs) -> None:
     target = _real(output)
     for what, paths in inputs.items():
         for path in paths:
-            for place in _places(path, links=what not in FILLED):
+            for place in _places(path, what):
                 relation = ("is" if _same(place, target) else "holds" if _within(place, target)
                             else "lies in" if _within(target, place) else None)
                 if relation is not None:
@@ -56,7 +57,7 @@ def check_file(path: str | Path, inputs: Inputs, key: str) -> None:
         raise DiskError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
     for what, paths in inputs.items():
         for read in paths:
-            if any(_same(place, target) or _within(target, place) for place in _places(read, links=what not in FILLED)):
+            if any(_same(place, target) or _within(target, place) for place in _places(read, what)):
                 raise KDPruneError(f"got {path} to write, which is a part of the {what} ({read}); choose another name")
 
 
@@ -82,12 +83,12 @@ def _within(inner: Path, outer: Path) -> bool:
     return any(_same(folder, outer) for folder in inner.parents)
 
 
-def _places(path: Path, links: bool) -> Iterator[Path]:
-    """Where what is read lies: the path itself, and what ``links`` in it lead to."""
+def _places(path: Path, what: str) -> Iterator[Path]:
+    """Where what is read lies: the path itself, and what links in it lead to."""
     start = _real(path)
     yield start
-    if links:
-        for folder, folders, names in os.walk(start):
+    if what not in FILLED:
+        for folder, folders, names in itertools.islice(os.walk(start), None if what in DEEP else 1):
             yield from (_real(Path(folder, name)) for name in (*folders, *names) if Path(folder, name).is_symlink())
 
 
