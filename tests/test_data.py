@@ -200,6 +200,8 @@ def test_bundled_text_is_there() -> None:
         (torch.zeros(2, 8, dtype=torch.long), "got 16 tokens"),
         (torch.full((4, 16), -1), "got token id -1"),
         (torch.full((4, 16), 100), "got token id 100 .* expected 0 to 99"),
+        ({"input_ids": "x"}, "got input_ids that make no tensor"),
+        ({"input_ids": [[1, 2], [3]]}, "got input_ids that make no tensor"),
         ({"input_ids": torch.ones(4, 16), "attention_mask": torch.ones(4, 16)}, "float32"),
         ({"input_ids": [[1] * 16] * 4, "attention_mask": [[1] * 8] * 4}, "attention_mask of shape"),
     ],

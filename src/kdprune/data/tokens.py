@@ -24,7 +24,7 @@ from kdprune.data.sources import (
     read_pieces,
     weighted_sources,
 )
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, one_line
 from kdprune.runtime.distributed import World, world
 from kdprune.store.files import tell
 from kdprune.store.hashing import feed
@@ -292,19 +292,28 @@ def _padding(tokenizer: Any) -> int:
 
 def _given(source: Any) -> TokenSet:
     """Token ids as they are: a LongTensor (N, T) or a mapping with input_ids and perhaps attention_mask."""
-    ids = source if isinstance(source, Tensor) else torch.as_tensor(source["input_ids"])
+    ids = source if isinstance(source, Tensor) else _tensor(source["input_ids"], "input_ids")
     kind = f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise KDPruneError(f"got token ids as {kind}, expected int64 of shape (N, T); give a LongTensor")
     mask = torch.ones_like(ids)
     if not isinstance(source, Tensor) and source.get("attention_mask") is not None:
-        mask = torch.as_tensor(source["attention_mask"])
+        mask = _tensor(source["attention_mask"], "attention_mask")
     if mask.shape != ids.shape:
         raise KDPruneError(f"got attention_mask of shape {tuple(mask.shape)}, expected {tuple(ids.shape)}")
     ids, mask = ids.detach().cpu().long(), mask.detach().cpu().bool()
     ids = ids.masked_fill(~mask, 0)  # what stands under the mask must be a token the model can look up
     rows = mask.any(1) if ids.numel() else mask.new_zeros(len(ids))
     return _token_set(ids[rows], mask[rows], f"token ids {ids.shape[0]} × {ids.shape[1]}", None)
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """Numbers in nested lists, an array or a tensor, as a tensor. Raises KDPruneError for anything else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise KDPruneError(f"got {name} that make no tensor ({one_line(error)}); expected rows of equal length, int64 "
+                           "of shape (N, T)") from error
 
 
 def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None, skipped: int = 0) -> TokenSet:
