@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, shortened
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_window, perplexity
 from kdprune.evaluation.speed import speed
@@ -219,8 +219,8 @@ def report_command(
     """Rebuild the HTML page, and the table of a comparison, from results.json alone."""
     results = at_home(results)
     if not is_there(results):
-        raise KDPruneError(f"got {results[:200]!r}, which does not exist; expected the results.json of a run, or its "
-                           "directory")
+        raise KDPruneError(f"got {shortened(results)}, which does not exist; expected the results.json of a run, or "
+                           "its directory")
     folder = Path(results) if Path(results).is_dir() else Path(results).parent
     page = Path(at_home(output)) if output else folder / "report.html"
     check_page(page)
