@@ -25,6 +25,7 @@ from kdprune.model.surgery import (
     folded,
     layers_replaced,
 )
+from kdprune.testing.models import saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Build = Callable[..., PreTrainedModel]
@@ -231,6 +232,27 @@ def test_stand_ins_that_meet_over_dropped_layers_are_refused(tiny_model: Build) 
     change = [Substitute(range(1, 2), stand_in()), Drop(range(2, 3)), Substitute(range(3, 4), stand_in())]
     with pytest.raises(KDPruneError, match="touch"):
         apply_edits(tiny_model("llama3"), change)
+
+
+@pytest.mark.parametrize("place", ["after", "before", "mlp", "last", "mixed"])
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_layers_of_a_pruned_model_are_taken_out_like_others(
+    tiny_model: Build, name: str, place: str, tmp_path: Path
+) -> None:
+    pruned = prune(tiny_model(name), place)
+    earlier = pruned.config.kdp["blocks"]
+    for index in range(len(decoder_layers(pruned))):
+        block = range(index, index + 1)
+        again = apply_edits(pruned, [Drop(block)])
+        with bypassed(pruned, block):
+            expected = logits(pruned)
+        assert torch.equal(logits(again), expected)
+        assert again.config.kdp["earlier"] == [earlier]
+        assert again.config.kdp["blocks"] == [[index, index + 1]]
+    third = apply_edits(again, [Drop(range(1))])
+    assert third.config.kdp["earlier"] == [earlier, [[index, index + 1]]]
+    assert torch.equal(logits(saved_and_loaded(third, tmp_path)), logits(third))
+    assert pruned.config.kdp["blocks"] == earlier
 
 
 def test_models_that_cannot_be_edited_are_refused(tiny_model: Build) -> None:
