@@ -314,4 +314,4 @@ def test_a_loaded_models_config_becomes_that_of_the_pruned_class(tiny_model: Bui
     pruned = prune(model, "mixed")
     assert (model.config.model_type, pruned.config.model_type) == ("llama", "kdp_llama")
     with pytest.raises(KDPruneError, match="holds stand-ins already"):
-        apply_edits(pruned, [Drop(range(1))])
+        apply_edits(pruned, [Substitute(range(1), stand_in())])
