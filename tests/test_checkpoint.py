@@ -44,6 +44,7 @@ def test_a_pruned_model_is_verified(tiny_model: Build, tmp_path: Path, dtype: to
         "AutoConfig": "modeling_kdp.KDPGemma3TextConfig",
         "AutoModel": "modeling_kdp.KDPGemma3TextModel",
         "AutoModelForCausalLM": "modeling_kdp.KDPGemma3TextForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_kdp.KDPGemma3TextForSequenceClassification",
     }
     assert config["model_type"] == "kdp_gemma3_text"
     assert config["architectures"] == ["KDPGemma3TextForCausalLM"]

@@ -198,7 +198,8 @@ def test_what_is_named_is_opened_before_the_model(name: str, bench: Bench, tmp_p
         refused("unknown|expected", *run, "--suite", "no-such-task", folder=tmp_path)
         refused("without a suite|without --suite", *run, "--suite-data", tmp_path / "data", folder=tmp_path)
     if name != "eval":
-        refused("work directory .* in output", *run, "--work-dir", tmp_path / "out" / "work", folder=tmp_path)
+        refused("output .*, which holds the work directory", *run, "--work-dir", tmp_path / "out" / "work",
+                folder=tmp_path)
     refused("truncated or damaged", *run, folder=tmp_path)
 
 
@@ -350,6 +351,7 @@ def test_an_option_of_another_method_is_named_as_such(bench: Bench, tmp_path: Pa
 def test_the_largest_ratio_it_names_is_possible_and_overwriting_waits_for_it(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "stale").write_text("old")
+    (tmp_path / "full" / "results.json").write_text('{"files": ["results.json", "stale"]}')
     run = ("prune", bench.model, "-o", tmp_path / "full", *bench.flags, "--overwrite", "--ratio")
     largest = re.search(r"at most (0\.\d+)", command(*run, 0.99).err)
     assert largest is not None

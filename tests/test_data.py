@@ -1,5 +1,6 @@
 """Text and token ids → token batches: what is kept, what is padding, what is refused."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_partial_row_is_dropped_when_full_rows_are_enough() -> None:
 
 
 def test_one_long_document_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdprune.data.sources.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("kdprune.data.readers.PIECE_CHARACTERS", 100)
     lines = "\n".join(words(i * 10, 10) for i in range(30))
     (tmp_path / "a.txt").write_text(f"{lines}\n<|endoftext|>\n{lines}", encoding="utf-8")
     ids = load_stream(tmp_path / "a.txt", word_tokenizer()).ids[0]
@@ -199,6 +200,8 @@ def test_bundled_text_is_there() -> None:
         (torch.zeros(2, 8, dtype=torch.long), "got 16 tokens"),
         (torch.full((4, 16), -1), "got token id -1"),
         (torch.full((4, 16), 100), "got token id 100 .* expected 0 to 99"),
+        ({"input_ids": "x"}, "got input_ids that make no tensor"),
+        ({"input_ids": [[1, 2], [3]]}, "got input_ids that make no tensor"),
         ({"input_ids": torch.ones(4, 16), "attention_mask": torch.ones(4, 16)}, "float32"),
         ({"input_ids": [[1] * 16] * 4, "attention_mask": [[1] * 8] * 4}, "attention_mask of shape"),
     ],
@@ -217,7 +220,11 @@ def test_bad_files_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("[1]\n", encoding="utf-8")
     pq.write_table(pa.table({"body": ["w1"]}), tmp_path / "other.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    (tmp_path / "table.csv").write_text("text\nw1\n", encoding="utf-8")
+    (tmp_path / "table.csv").write_text("id;text\n1;w1\n", encoding="utf-8")
+    (tmp_path / "table.xls").write_text("text\nw1\n", encoding="utf-8")
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "w1"}' * 9)[:-9])
+    (tmp_path / "plain.txt.gz").write_bytes(b"w1")
     (tmp_path / "none").mkdir()
     expected = {
         "empty.txt": "no text in empty.txt",
@@ -225,9 +232,13 @@ def test_bad_files_get_one_line(tmp_path: Path) -> None:
         "broken.jsonl": "invalid JSON in .* line 2",
         "other.jsonl": "got body in .* line 1, expected a field 'text'",
         "list.jsonl": "got list",
-        "other.parquet": "got columns body",
+        "other.parquet": "got body in .*other.parquet, expected a field .text.",
         "broken.parquet": "cannot read",
-        "table.csv": "expected one of .txt, .jsonl, .parquet",
+        "table.csv": "got id;text in .*table.csv, expected a field 'text'.*--text-field",
+        "table.xls": "expected one of .txt, .jsonl, .parquet",
+        "deep.json": "nested too deeply",
+        "cut.jsonl.gz": "cannot read .*cut.jsonl.gz: Compressed file ended",
+        "plain.txt.gz": "cannot read .*Not a gzipped file",
         "none": "without text",
     }
     for name, message in expected.items():

@@ -135,6 +135,7 @@ def test_saving_again(
     monkeypatch.setattr(pipeline, "write_page", lambda results, path: write_file(path, page))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("old")
+    (tmp_path / "full" / "results.json").write_text('{"files": ["mine", "results.json"]}')
     before = tree(tmp_path)
     with pytest.raises(KDPruneError, match="not empty"):
         result.save(tmp_path / "full")

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
     [
         ({"device_memory": "much"}, "got memory 'much', expected an amount such as 6GiB"),
         ({"work_dir": ""}, "got an empty work_dir, expected a directory, or none"),
-        ({"work_dir": "out"}, "got work directory out in output out, expected it elsewhere"),
-        ({"work_dir": "out/work"}, "got work directory out/work in output out, expected it elsewhere"),
+        ({"work_dir": "out"}, "got output out, which is the work directory .out."),
+        ({"work_dir": "out/work"}, "got output out, which holds the work directory .out/work."),
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
@@ -37,8 +37,9 @@ def test_what_cannot_be_is_said_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_work_directory_may_hold_the_output(bench: Bench, tmp_path: Path) -> None:
-    Resources(work_dir=str(tmp_path)).check_apart(tmp_path / "out")
+def test_a_work_directory_does_not_hold_the_output(tmp_path: Path) -> None:
+    with pytest.raises(KDPruneError, match="which lies in the work directory"):
+        Resources(work_dir=str(tmp_path)).check_apart(tmp_path / "out")
 
 
 def test_recipes_take_what_python_takes(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from kdprune.model.surgery import (
     folded,
     layers_replaced,
 )
+from kdprune.testing.models import saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Build = Callable[..., PreTrainedModel]
@@ -233,6 +234,27 @@ def test_stand_ins_that_meet_over_dropped_layers_are_refused(tiny_model: Build) 
         apply_edits(tiny_model("llama3"), change)
 
 
+@pytest.mark.parametrize("place", ["after", "before", "mlp", "last", "mixed"])
+@pytest.mark.parametrize("name", ["llama3", "gpt2"])
+def test_layers_of_a_pruned_model_are_taken_out_like_others(
+    tiny_model: Build, name: str, place: str, tmp_path: Path
+) -> None:
+    pruned = prune(tiny_model(name), place)
+    earlier = pruned.config.kdp["blocks"]
+    for index in range(len(decoder_layers(pruned))):
+        block = range(index, index + 1)
+        again = apply_edits(pruned, [Drop(block)])
+        with bypassed(pruned, block):
+            expected = logits(pruned)
+        assert torch.equal(logits(again), expected)
+        assert again.config.kdp["earlier"] == [earlier]
+        assert again.config.kdp["blocks"] == [[index, index + 1]]
+    third = apply_edits(again, [Drop(range(1))])
+    assert third.config.kdp["earlier"] == [earlier, [[index, index + 1]]]
+    assert torch.equal(logits(saved_and_loaded(third, tmp_path)), logits(third))
+    assert pruned.config.kdp["blocks"] == earlier
+
+
 def test_models_that_cannot_be_edited_are_refused(tiny_model: Build) -> None:
     model, change = tiny_model("llama3"), [Substitute(range(1, 3), stand_in())]
     with pytest.raises(KDPruneError, match="holds stand-ins already"):
@@ -292,4 +314,4 @@ def test_a_loaded_models_config_becomes_that_of_the_pruned_class(tiny_model: Bui
     pruned = prune(model, "mixed")
     assert (model.config.model_type, pruned.config.model_type) == ("llama", "kdp_llama")
     with pytest.raises(KDPruneError, match="holds stand-ins already"):
-        apply_edits(pruned, [Drop(range(1))])
+        apply_edits(pruned, [Substitute(range(1), stand_in())])

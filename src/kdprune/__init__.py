@@ -11,7 +11,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kdprune.model import modeling_kdp
+from kdprune.runtime.interrupts import stop_in_one_line
+
+stop_in_one_line()  # importing the libraries takes seconds
+# isort: split
+from kdprune.model import modeling_kdp  # noqa: E402
 
 if TYPE_CHECKING:
     from kdprune.comparison.compare import ablate, compare

@@ -20,6 +20,14 @@ class ProcessLost(KDPruneError):
     """Another process of the run is gone; the same command goes on from the finished stages."""
 
 
+def shortened(name: object, most: int = 200, quoted: bool = True) -> str:
+    """A name as a message shows it, quoted or not; a text that was taken for one is cut."""
+    text = str(name)
+    if len(text) > most:
+        return f"{text[:40]!r}… ({len(text):,} characters)"
+    return repr(text) if quoted else text
+
+
 def one_line(error: BaseException, most: int = 200) -> str:
     """The message of an exception as one line of at most `most` characters; its kind where it has none."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -1,14 +1,16 @@
 """Options said once: what a field of an option group says of itself, read by commands, recipes, Python and the docs."""
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, shortened
 
 HEADINGS = ("model", "data", "size", "training", "resources", "output")
 Place = Literal["shell", "python", "recipe"]
@@ -21,7 +23,7 @@ def option(
     group: str = "training", rare: bool = False, name: str | None = None, flag: str | None = None,
     short: str | None = None, positional: bool = False, several: bool = False, opt_in: bool = False,
     takes: Any = None, parse: Callable[[Any], Any] | None = None, places: tuple[Place, ...] = EVERYWHERE,
-    recorded: bool = True, in_python: str = "",
+    recorded: bool = True, path: bool = False, in_python: str = "",
 ) -> Any:
     """A dataclass field that is an option on the command line, in recipes, in Python and in the record.
 
@@ -43,13 +45,14 @@ def option(
         parse: makes the value of a string; of a list of them, as written in a shell or a file, where ``several``.
         places: where it may be given.
         recorded: whether it is part of the record of a run, which repeats it elsewhere.
+        path: whether it names files, so that ``~`` is the user's home; of a mixture, every part.
         in_python: what there is to say beside the help in Python.
     """
     assert group in HEADINGS, group
     return field(default=default, metadata={
         "help": text, "least": least, "above": above, "most": most, "group": group, "rare": rare, "name": name,
         "flag": flag, "short": short, "positional": positional, "several": several, "opt_in": opt_in, "takes": takes,
-        "parse": parse, "places": places, "recorded": recorded, "in_python": in_python})
+        "parse": parse, "places": places, "recorded": recorded, "path": path, "in_python": in_python})
 
 
 def same_option(owner: type, name: str) -> Any:
@@ -84,6 +87,7 @@ class Option:
     parse: Callable[[Any], Any] | None
     places: tuple[Place, ...]
     recorded: bool
+    path: bool
     in_python: str
 
     @property
@@ -114,7 +118,8 @@ def options_of(*groups: type) -> dict[str, Option]:
                 filled=None if about["opt_in"] else getattr(filled, item.name), help=about["help"],
                 flag=about["flag"] or "--" + name.replace("_", "-"),
                 **{key: about[key] for key in (
-                    "group", "rare", "short", "positional", "several", "parse", "places", "recorded", "in_python")})
+                    "group", "rare", "short", "positional", "several", "parse", "places", "recorded", "path",
+                    "in_python")})
     return found
 
 
@@ -223,16 +228,51 @@ def typed_options(given: Mapping[str, Any], known: Mapping[str, Option], what: s
     return {name: _typed(known[name], value) for name, value in given.items() if value is not None}
 
 
+def at_home(value: Any, each: bool = False) -> Any:
+    """A path with ``~`` replaced by the user's home, as a shell does it; of a mixture every part.
+
+    What does not begin with the home of a user there is, and what is no path, stays as it is.
+
+    Args:
+        value: what was given.
+        each: whether a list holds paths; its strings may be texts else.
+    """
+    if isinstance(value, str | Path):
+        text = str(value)
+        expanded = os.path.expanduser(text) if text.startswith("~") else text
+        return value if expanded == text else type(value)(expanded)
+    if type(value) is dict and "input_ids" not in value:
+        return {at_home(name): at_home(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_part_at_home(part, each) for part in value)
+    return value
+
+
+def _part_at_home(part: Any, each: bool) -> Any:
+    if isinstance(part, list | tuple) and len(part) == 2:
+        pair = at_home(part[0]), part[1]
+        return list(pair) if isinstance(part, list) else pair
+    return at_home(part) if each or isinstance(part, Path) else part
+
+
 def _typed(item: Option, value: Any) -> Any:
     """A value as its type, "1e-3" → 0.001; YAML reads some numbers as strings."""
+    if item.path:
+        value = at_home(value, each=get_origin(item.kind) is tuple)
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise KDPruneError(f"got {item.name} {shortened(value)} with a NUL, which no name holds; give a path")
     if item.parse is not None and not item.several and isinstance(value, str):
         return item.parse(value)
     if takes_several(item.kind) and isinstance(value, str):
         value = [part.strip() for part in re.split(r"[,+]", value) if part.strip()]
+    if takes_several(item.kind) and not isinstance(value, list | tuple):
+        raise KDPruneError(f"got {item.name} of type {type(value).__name__}, expected names, with commas or in a list")
     if allowed := choices(item.kind):
         reject_unknown(value if takes_several(item.kind) else [value], allowed, item.name)
     try:
         return TypeAdapter(item.kind).validate_python(value)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
-        raise KDPruneError(f"got {item.name} {value!r}: {problem[:1].lower()}{problem[1:]}") from error
+        shown = " ".join(repr(value).split())
+        shown = shown if len(shown) <= 200 else f"{shown[:199]}…"
+        raise KDPruneError(f"got {item.name} {shown}: {problem[:1].lower()}{problem[1:]}") from error

@@ -17,11 +17,13 @@ from kdprune.cli.evaluate import EVAL, eval_command, report_command
 from kdprune.cli.options import command
 from kdprune.cli.plan import PlanOptions, plan_command
 from kdprune.cli.prune import ANALYSIS, OUTPUT, analyze_command, prune_command
+from kdprune.cli.streams import steady_streams
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
 from kdprune.options import options_of, reject_unknown
 from kdprune.run.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
 from kdprune.run.recipe import load_recipe
+from kdprune.runtime.interrupts import INTERRUPTED, raise_again
 from kdprune.runtime.machine import quiet_libraries
 
 
@@ -80,6 +82,17 @@ _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
+    raise_again()
+    with steady_streams():
+        status = _run(arguments)
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            status = _fail(f"cannot print: {error.strerror or error}")
+        return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         with quiet_libraries():
             given = list(sys.argv[1:] if arguments is None else arguments)
@@ -89,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except torch.OutOfMemoryError as error:
         return _fail(f"out of memory on the device ({one_line(error)}); lower --batch, --samples or --length")
     except OSError as error:

@@ -14,40 +14,46 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from kdprune.data.sources import bundled_heldout, check_source
+from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, shortened
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_window, perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import reads_weights
-from kdprune.options import option, options_of, same_option, taken, typed_options
+from kdprune.options import at_home, option, options_of, same_option, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, is_comparison
 from kdprune.report.page import write_page
 from kdprune.report.results import Results, write_file
 from kdprune.report.retention import Retention, retention
 from kdprune.report.summary import MISSING, percent
-from kdprune.run.option_groups import ModelOptions, SuiteOptions
+from kdprune.run.inputs import inputs_of
+from kdprune.run.option_groups import ModelOptions, SuiteOptions, TextOptions
 from kdprune.run.resources import Resources, make_resources
 from kdprune.run.session import HELD_OUT_TOKENS
 from kdprune.runtime.machine import resolve_device
 from kdprune.runtime.stages import Stages
+from kdprune.store.directories import check_file
+from kdprune.store.files import is_there
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """What a checkpoint is measured on."""
 
-    text: str | None = option(None, "text file or hub data set for perplexity (the bundled text)", group="data")
+    text: str | None = option(
+        None, "text file or hub data set for perplexity (the bundled text)", group="data", path=True)
+    text_field: str | None = same_option(TextOptions, "text_field")
     window: int | None = option(None, "tokens a window (the model's context, at most 2048)", group="data")
     stride: int | None = option(None, "tokens between windows (half the window)", group="data")
     batch_size: int | None = option(
         None, "requests of tasks a forward pass (64; 8 on a CPU)", group="resources", least=1)
     dense: str | None = option(
-        None, "with --suite: the model it was pruned from, for retained performance", group="model")
+        None, "with --suite: the model it was pruned from, for retained performance", group="model",
+        path=True)
     dtype: str | None = same_option(ModelOptions, "dtype")
     trust_remote_code: bool = same_option(ModelOptions, "trust_remote_code")
 
@@ -65,20 +71,27 @@ def eval_command(
     **options: Any,
 ) -> None:
     """Perplexity and speed of a checkpoint, and its scores on tasks."""
+    checkpoint = at_home(checkpoint)
     chosen = typed_options(options, EVAL)
     wanted, suite, resources = taken(EvalOptions, chosen), taken(SuiteOptions, chosen), make_resources(chosen)
     data = [Path(folder) for folder in suite.suite_data]
     _check(suite.suite, data, suite.limit, wanted.dense)
-    check_source(wanted.text)
+    json_file = at_home(json_file)
+    if json_file:
+        for read in (checkpoint, wanted.dense):
+            check_file(json_file, inputs_of(read, texts=[wanted.text], folders=data), "perplexity")
+    text = in_column(wanted.text, wanted.text_field)
+    check_source(text)
     with opened(checkpoint, wanted, resources) as (model, tokenizer):
         tokens = load_stream(
-            wanted.text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
+            text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
         found = perplexity(model, tokens, wanted.window, wanted.stride)
         typer.echo(
             f"perplexity {found.value:.3f} on {tokens.source} ({found.tokens} tokens, window {found.window}, "
             f"stride {found.stride})")
         record: dict[str, Any] = {
-            "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source},
+            "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source,
+                                                 "skipped": tokens.skipped},
             "speed": _speed(model), "parameters": model.num_parameters()}
         scores = None if suite.suite is None else _scores(model, tokenizer, suite.suite, data, suite, wanted)
     if suite.suite is not None and scores is not None:
@@ -190,6 +203,13 @@ def _print_retention(kept: Retention, console: Console) -> None:
         console.print(Text(f"without signal in the dense model: {', '.join(kept.left_out)}", style="dim"))
 
 
+def check_page(page: Path) -> None:
+    """Refuses, before any work, to write a page where something else lies: results, weights, a directory."""
+    check_file(page, {}, "")
+    if page.exists() and page.suffix.lower() not in (".html", ".htm"):
+        raise KDPruneError(f"got {page} for the page, where something else lies; choose a name that ends in .html")
+
+
 def report_command(
     results: Annotated[str, typer.Argument(
         help="results.json, or the directory that holds it", metavar="RESULTS", rich_help_panel="Data")],
@@ -197,8 +217,13 @@ def report_command(
         "--output", "-o", help="HTML file (report.html beside it)", metavar="FILE", rich_help_panel="Output")] = None,
 ) -> None:
     """Rebuild the HTML page, and the table of a comparison, from results.json alone."""
+    results = at_home(results)
+    if not is_there(results):
+        raise KDPruneError(f"got {shortened(results)}, which does not exist; expected the results.json of a run, or "
+                           "its directory")
     folder = Path(results) if Path(results).is_dir() else Path(results).parent
-    page = Path(output) if output else folder / "report.html"
+    page = Path(at_home(output)) if output else folder / "report.html"
+    check_page(page)
     if is_comparison(results):
         for written in write_comparison(Comparison.load(results), folder, page):
             typer.echo(f"wrote {written}")

@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from kdprune.methods import METHODS
-from kdprune.options import option, options_of, same_option, typed_options
+from kdprune.options import at_home, option, options_of, same_option, typed_options
 from kdprune.planning.forecast import DEVICES
 from kdprune.planning.plan import PruningPlan, Side, plan
 from kdprune.report import summary
 from kdprune.report.results import write_file
+from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import ModelOptions, TextOptions
+from kdprune.store.directories import check_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class PlanOptions:
 
     model: Any = option(
         None, "directory with config.json, that file, or hub id (the bundled reference model)", group="model",
-        positional=True)
+        positional=True, path=True)
     dtype: str | None = same_option(ModelOptions, "dtype")
     samples: int | None = option(None, "rows of calibration text (4000)", group="data")
     length: int | None = same_option(TextOptions, "length")
@@ -44,6 +46,9 @@ def plan_command(
     **options: Any,
 ) -> None:
     """Say what pruning MODEL with KDP would give and take; reads only its config, no weights and no text."""
+    if json_file not in (None, "-"):
+        json_file = at_home(json_file)
+        check_file(json_file, inputs_of(at_home(options.get("model"))), "net_ratio")
     found = plan(**typed_options(options, options_of(PlanOptions, METHODS["kdp"])))
     if json_file == "-":
         sys.stdout.write(as_json(found))
@@ -159,7 +164,11 @@ def _notes(found: PruningPlan) -> list[str]:
     device = found.device
     share = "the rates measured" if device.utilisation == 1 else (
         f"{summary.percent(device.utilisation)} of the device's peaks, which is assumed")
+    stored = [] if found.stored is None else [
+        f"weights: quantised with {found.stored}; they are turned back into {found.dtype}, in which they are counted "
+        "here and saved"]
     return [
+        *stored,
         f"states: {summary.size(found.states_bytes)} in the work directory (in memory with --work-dir none); layer by "
         f"layer {summary.size(found.scratch_bytes)} more there, or in a quarter of --host-memory, while layers are "
         "scored",

@@ -11,7 +11,7 @@ from rich.console import Console
 from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS, make_method
 from kdprune.methods.common.analysis import massive_line
-from kdprune.options import options_of
+from kdprune.options import at_home, options_of
 from kdprune.report.table import print_summary
 from kdprune.run.heal import make_heal
 from kdprune.run.pipeline import analyze, prune
@@ -32,13 +32,14 @@ def prune_command(
     **options: Any,
 ) -> None:
     """Prune MODEL to a net-parameter ratio, measure what it cost, and save a Hugging Face checkpoint."""
+    recipe = at_home(recipe)
     options = run_options(recipe, options)
     if dump_recipe_:
         typer.echo(dump_recipe(_whole(options)), nl=False)
         return
     options = {"output_dir": OUTPUT, "work_dir": AUTO, **options}
     client = _hub(push_to_hub) if push_to_hub else None
-    result = prune(**options, progress=True)
+    result = prune(recipe=recipe, **options, progress=True)
     if not world().first:
         return
     directory = Path(options["output_dir"])

@@ -1,29 +1,26 @@
-"""Text sources → documents: files, directories, data sets on the Hugging Face hub and lists of strings.
+"""Text sources → documents: files, directories, data sets in memory or on the Hugging Face hub, lists of strings.
 
 Every source is read as a stream of pieces ``(text, ends)``: ``ends`` says that a document ends with this
 piece, so one long document can be read within a bounded memory.
 """
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import pyarrow
-import pyarrow.parquet
 from torch import Tensor
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.data.columns import Columns
+from kdprune.data.readers import READERS, Piece, first_split, named_as_text, read_path, read_rows
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.runtime.machine import quiet_libraries
+from kdprune.store.files import is_there
 
-Piece = tuple[str, bool]
-
-SEPARATOR = "<|endoftext|>"  # alone on a line, it ends a document of a .txt file
-PIECE_CHARACTERS = 2**18  # a longer document is read in pieces of about this size
-FIELD = "text"  # the field of .jsonl, column of .parquet and of hub data sets that holds the text
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 SHUFFLE_BUFFER = 1000  # documents of a hub data set that are shuffled among each other
 
@@ -41,6 +38,31 @@ def bundled_heldout() -> Path:
     return Path(str(files("kdprune").joinpath("bundled", "heldout.txt")))
 
 
+@dataclass(frozen=True)
+class InColumn:
+    """A source whose rows hold their text in the column ``field``; a mixture holds it there in every part."""
+
+    source: Any
+    field: str
+
+
+def in_column(source: Any, field: str | None) -> Any:
+    """The source with the column of its text, where one is named; of several texts each."""
+    if is_named(source):
+        return {name: in_column(text, field) for name, text in source.items()}
+    return source if source is None or field is None or isinstance(source, InColumn) else InColumn(source, field)
+
+
+def as_given(source: Any) -> Any:
+    """The source without what is said of its columns."""
+    return source.source if isinstance(source, InColumn) else source
+
+
+def gives_ids(source: Any) -> bool:
+    """Whether a source is token ids: a tensor, or a mapping with input_ids."""
+    return isinstance(source, Tensor) or (isinstance(source, Mapping) and "input_ids" in source)
+
+
 def parse_weighted(values: Sequence[str]) -> str | list[tuple[str, float]]:
     """``["a.txt=0.7", "b.jsonl=0.3"]`` → weighted sources; a single value without a weight stays a string.
 
@@ -50,7 +72,7 @@ def parse_weighted(values: Sequence[str]) -> str | list[tuple[str, float]]:
     for value in values:
         name, sign, weight = value.rpartition("=")
         try:
-            given = sign == "=" and not Path(value).exists()
+            given = sign == "=" and not is_there(value)
             pairs.append((name, float(weight)) if given else (value, 1.0))
         except ValueError:
             pairs.append((value, 1.0))
@@ -64,13 +86,13 @@ def parse_named(values: Sequence[str]) -> str | dict[str, str]:
     """
     if len(values) == 1:
         return values[0]
-    pairs = [(value, "", value) if Path(value).exists() else value.partition("=") for value in values]
+    pairs = [(value, "", value) if is_there(value) else value.partition("=") for value in values]
     return {name: source or name for name, _, source in pairs}
 
 
 def is_named(source: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether these are several texts by name, not one text, token ids or a mixture by weight."""
-    return isinstance(source, Mapping) and "input_ids" not in source and not any(
+    return isinstance(source, Mapping) and not gives_ids(source) and not _is_data_set(source) and not any(
         isinstance(weight, int | float) for weight in source.values())
 
 
@@ -80,6 +102,10 @@ def weighted_sources(source: Any) -> list[tuple[Any, float]]:
     A mapping {source: weight} or a list of pairs (source, weight) is a mixture; anything else is one source.
     Raises KDPruneError for a weight that is not a positive finite number, and for an empty mixture.
     """
+    if isinstance(source, InColumn):
+        return [(InColumn(part, source.field), share) for part, share in weighted_sources(source.source)]
+    if _is_data_set(source):  # several splits are a mapping too
+        return [(source, 1.0)]
     if isinstance(source, Mapping):
         pairs = list(source.items())
     elif isinstance(source, list | tuple) and source and all(_is_pair(entry) for entry in source):
@@ -98,35 +124,50 @@ def weighted_sources(source: Any) -> list[tuple[Any, float]]:
     return [(name, weight / total) for name, weight in pairs]
 
 
+def local_paths(source: Any) -> list[Path]:
+    """The files and directories that a text source names, as far as they are there."""
+    if source is None or gives_ids(as_given(source)):
+        return []
+    if is_named(source):
+        return [path for text in source.values() for path in local_paths(text)]
+    parts = [as_given(part) for part, _ in weighted_sources(source)]
+    return [Path(part) for part in parts if isinstance(part, str | Path) and is_there(part)]
+
+
 def describe(source: Any) -> str:
     """A short name of one text source, for tables and reports."""
+    source = as_given(source)
     if isinstance(source, Path):
         return source.name
     if isinstance(source, str):
-        return Path(source).name if Path(source).exists() else source
-    return f"{len(source)} texts"
+        return Path(source).name if is_there(source) else source
+    return "data set" if _is_data_set(source) else f"{len(source)} texts"
 
 
-def read_pieces(source: Any, seed: int) -> Iterator[Piece]:
-    """Stream one source (path, hub data set ``org/name[:config]``, sequence of strings) as pieces.
+def read_pieces(source: Any, seed: int, columns: Columns | None = None) -> Iterator[Piece]:
+    """Stream one source as pieces: a path, a hub data set ``org/name[:config]``, a data set of ``datasets``, a sequence
+    of strings or of rows.
 
-    ``seed`` shuffles the documents of a hub data set; files are read in order.
+    ``seed`` shuffles the documents of a hub data set; files are read in order. ``columns`` takes the text out of rows.
     Raises KDPruneError when the source does not exist, cannot be reached, or is not what its name says.
     """
+    columns = columns or Columns()
+    if isinstance(source, InColumn):
+        source, columns.field = source.source, source.field
     if isinstance(source, str | Path):
         path = Path(source)
-        if path.is_dir():
-            return _read_directory(path)
-        if path.exists():
-            return _read_file(path)
-        if isinstance(source, str) and HUB_NAME.fullmatch(source) and path.suffix not in READERS:
-            return _read_hub(source, seed)
+        if is_there(path):
+            return read_path(path, columns)
+        if isinstance(source, str) and HUB_NAME.fullmatch(source) and not named_as_text(source):
+            return _read_hub(source, seed, columns)
         raise KDPruneError(
-            f"got {str(source)!r}, which does not exist; expected a .txt, .jsonl or .parquet file, "
-            "a directory of them, or a hub data set org/name[:config]"
+            f"got {shortened(source)}, which does not exist; expected a file ({', '.join(READERS)}), "
+            "a directory of them, or a hub data set org/name[:config]; texts themselves go into a list"
         )
-    if isinstance(source, Sequence):
-        return _read_strings(source)
+    if _is_data_set(source):
+        return read_rows(first_split(source), columns, "the data set")
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
+        return _read_strings(source, columns)
     raise KDPruneError(
         f"got {type(source).__name__}, expected a file, a directory, a hub data set, a list of strings "
         "or token ids"
@@ -139,118 +180,56 @@ def check_source(source: Any) -> None:
     Of every part the first piece is read, of a hub data set nothing: only its name has to be one.
     Raises KDPruneError as :func:`read_pieces` does.
     """
-    if source is None or isinstance(source, Tensor) or (isinstance(source, Mapping) and "input_ids" in source):
+    if source is None or gives_ids(as_given(source)):
         return
     for part, _ in weighted_sources(source):
-        pieces = read_pieces(part, seed=0)
-        if not isinstance(part, str) or Path(part).exists():
+        pieces, named = read_pieces(part, seed=0), as_given(part)
+        if not isinstance(named, str) or is_there(named):
             next(pieces, None)
+
+
+def _is_data_set(source: Any) -> bool:
+    """Whether it is a data set of ``datasets``, which is imported where somebody has one."""
+    found = sys.modules.get("datasets")
+    kinds = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
+    return found is not None and isinstance(source, tuple(getattr(found, kind) for kind in kinds))
 
 
 def _is_pair(entry: Any) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str | Path)
 
 
-def _read_strings(texts: Sequence[Any]) -> Iterator[Piece]:
+def _read_strings(texts: Sequence[Any], columns: Columns) -> Iterator[Piece]:
     for index, text in enumerate(texts):
-        if not isinstance(text, str):
+        if text is not None and not isinstance(text, str | Mapping):
             raise KDPruneError(
                 f"got {type(text).__name__} at index {index} of the texts, expected a string; "
                 "give token ids as one LongTensor (N, T)"
             )
-        yield text, True
+        found = columns.text(text, f"the texts at index {index}")
+        if found is not None:
+            yield found, True
 
 
-def _read_directory(path: Path) -> Iterator[Piece]:
-    found = [file for file in sorted(path.rglob("*")) if file.suffix in READERS and file.is_file()]
-    found = [file for file in found if not any(s.startswith(".") for s in file.relative_to(path).parts)]
-    if not found:
-        raise KDPruneError(f"got directory {path} without text, expected {', '.join(READERS)} files in it")
-    for file in found:
-        yield from _read_file(file)
-
-
-def _read_file(path: Path) -> Iterator[Piece]:
-    if path.suffix not in READERS:
-        raise KDPruneError(f"got file {path}, expected one of {', '.join(READERS)}; rename or convert it")
-    try:
-        yield from READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise KDPruneError(f"got {path} with {error.reason}, expected UTF-8; save it as UTF-8") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise KDPruneError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _read_txt(path: Path) -> Iterator[Piece]:
-    lines: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            ends = line.strip() == SEPARATOR
-            if not ends:
-                lines.append(line)
-                size += len(line)
-            if ends or size > PIECE_CHARACTERS:
-                yield "".join(lines), ends
-                lines, size = [], 0
-    yield "".join(lines), True
-
-
-def _read_jsonl(path: Path) -> Iterator[Piece]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise KDPruneError(f"got invalid JSON in {path} line {number}, expected an object") from error
-            yield _field(row, f"{path} line {number}"), True
-
-
-def _read_parquet(path: Path) -> Iterator[Piece]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if FIELD not in names:
-            raise KDPruneError(f"got columns {', '.join(names)} in {path}, expected {FIELD!r}; rename one")
-        for batch in file.iter_batches(batch_size=256, columns=[FIELD]):
-            for row in batch.to_pylist():
-                yield _field(row, str(path)), True
-
-
-READERS: dict[str, Callable[[Path], Iterator[Piece]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_hub(name: str, seed: int) -> Iterator[Piece]:
+def _read_hub(name: str, seed: int, columns: Columns) -> Iterator[Piece]:
     import datasets  # two seconds to import: only where a hub data set is asked for
 
     repository, _, config = name.partition(":")
     try:
         with quiet_libraries():
             splits = datasets.load_dataset(repository, config or None, streaming=True)
-            split = splits["train"] if "train" in splits else next(iter(splits.values()))
-            rows: Iterator[Any] = iter(split.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+            rows: Iterator[Any] = iter(first_split(splits).shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
         while True:
             with quiet_libraries():
                 row = next(rows, None)
             if row is None:
                 return
-            yield _field(row, name), True
+            if (text := columns.text(row, name)) is not None:
+                yield text, True
     except KDPruneError:
         raise
     except Exception as error:  # the hub, its client and the loaders raise many kinds
         raise KDPruneError(
             f"cannot stream {name!r} from the Hugging Face hub ({one_line(error)}); "
-            "check the name and the network, or give a local .txt, .jsonl or .parquet file"
+            f"check the name and the network, or give a local file ({', '.join(READERS)})"
         ) from error
-
-
-def _field(row: Any, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get(FIELD), str):
-        return str(row[FIELD])
-    found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-    raise KDPruneError(f"got {found or 'nothing'} in {where}, expected a field {FIELD!r} that is a string")

@@ -5,24 +5,28 @@ tokenizer puts a beginning-of-text token before a text by itself, every row star
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor
 
+from kdprune.data.columns import Columns
+from kdprune.data.readers import Piece
 from kdprune.data.sources import (
-    Piece,
+    as_given,
     bundled_calibration,
     bundled_heldout,
     describe,
+    gives_ids,
     parse_weighted,
     read_pieces,
     weighted_sources,
 )
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, one_line
 from kdprune.runtime.distributed import World, world
+from kdprune.store.files import tell
 from kdprune.store.hashing import feed
 
 __all__ = [
@@ -52,13 +56,15 @@ class TokenSet:
     """Rows of token ids with their padding.
 
     ids: (N, T) int64; mask: (N, T) bool, False where a position is padding; source: what they came from;
-    bos: the beginning-of-text token every row starts with, or None.
+    bos: the beginning-of-text token every row starts with, or None; skipped: rows of the text that were null, on the
+    way to these tokens.
     """
 
     ids: LongTensor
     mask: BoolTensor
     source: str
     bos: int | None = None
+    skipped: int = 0
 
     def __len__(self) -> int:
         """Number of rows N."""
@@ -116,17 +122,18 @@ def load_tokens(
 ) -> TokenSet:
     """Tokens of a calibration source: at most `samples` rows of `length` tokens, shuffled by `seed`.
 
-    source: a .txt, .jsonl or .parquet file, a directory of them, a hub data set "org/name[:config]", a list
-    of strings, a mapping {source: weight} or list of pairs (source, weight) (shares of rows); or token ids,
-    taken as they are: a LongTensor (N, T), or a mapping with input_ids and attention_mask. Of every text
-    source at most 4 rows per row kept are read. `samples=None` keeps every row; `vocabulary` is the number
-    of token ids the model knows. Raises KDPruneError for a source that is missing, unreadable, empty or too
+    source: a file that ``readers`` knows, a directory of them, a hub data set "org/name[:config]", a data set of
+    ``datasets``, a list of strings or rows, a mapping {source: weight} or list of pairs (source, weight) (shares of
+    rows), or ``InColumn`` of these; or token ids, taken as they are: a LongTensor (N, T), or a mapping with input_ids
+    and attention_mask. Conversations go through the tokenizer's chat template. Of every text source at most 4 rows per
+    row kept are read; rows that are null are skipped, counted and told. `samples=None` keeps every row; `vocabulary` is
+    the number of token ids the model knows. Raises KDPruneError for a source that is missing, unreadable, empty or too
     short, for text without a tokenizer, and for ids outside the vocabulary.
     """
     _check_counts(samples, length)
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(source, Tensor) or (isinstance(source, Mapping) and "input_ids" in source):
-        found = _given(source)
+    if gives_ids(as_given(source)):
+        found = _given(as_given(source))
         if samples is not None and len(found) > samples:
             found = found.select(torch.randperm(len(found), generator=generator)[:samples])
         _check_size(found.tokens, found.source, MINIMUM_GIVEN)
@@ -144,18 +151,18 @@ def load_stream(
     Takes the sources of :func:`load_tokens` (the texts of a mixture follow each other, whatever their
     weights); token ids stay in their rows. Raises KDPruneError as it does.
     """
-    if isinstance(source, Tensor) or (isinstance(source, Mapping) and "input_ids" in source):
-        found = _given(source)
+    if gives_ids(as_given(source)):
+        found = _given(as_given(source))
     else:
         tokenizer = _needed(tokenizer)
-        parts = weighted_sources(source)
-        pieces = (piece for part, _ in parts for piece in read_pieces(part, seed=0))
+        parts, columns = weighted_sources(source), Columns(tokenizer=tokenizer)
+        pieces = (piece for part, _ in parts for piece in read_pieces(part, 0, columns))
         bos = _leading_token(tokenizer)
         flat = _flatten(pieces, tokenizer, limit)
         if bos is not None:
             flat = torch.cat([torch.tensor([bos]), flat[: limit - 1]])
         name = " + ".join(describe(part) for part, _ in parts)
-        found = _token_set(flat[None], torch.ones(1, len(flat), dtype=torch.bool), name, bos)
+        found = _token_set(flat[None], torch.ones(1, len(flat), dtype=torch.bool), name, bos, _told(columns, name))
     _check_size(found.tokens, found.source, MINIMUM_GIVEN)
     _check_vocabulary(found, vocabulary)
     return found
@@ -170,9 +177,11 @@ def _mixture(
     """Rows of every part in its share, shuffled together."""
     parts = weighted_sources(source)
     pools = []
+    skipped = 0
     for part, share in parts:
-        wanted = None if samples is None else max(1, round(samples * share))
-        rows = _pack(read_pieces(part, seed), tokenizer, length, wanted, describe(part))
+        wanted, columns = None if samples is None else max(1, round(samples * share)), Columns(tokenizer=tokenizer)
+        rows = _pack(read_pieces(part, seed, columns), tokenizer, length, wanted, describe(part))
+        skipped += _told(columns, describe(part))
         pools.append(rows.select(torch.randperm(len(rows), generator=generator)))
     _check_size(sum(pool.tokens for pool in pools), pools[0].source, MINIMUM_TOKENS)
     counts = _row_counts([len(pool) for pool in pools], [share for _, share in parts], samples)
@@ -183,7 +192,14 @@ def _mixture(
     name = kept[0].source
     if len(parts) > 1:
         name = " + ".join(f"{describe(part)} ({share:.0%})" for part, share in parts)
-    return _token_set(ids[order, :used], mask[order, :used], name, pools[0].bos)
+    return _token_set(ids[order, :used], mask[order, :used], name, pools[0].bos, skipped)
+
+
+def _told(columns: Columns, name: str) -> int:
+    """How many rows of a text were skipped, which is told if there are any."""
+    if columns.skipped and world().first:
+        tell(f"{columns.skipped:,} row{'s' * (columns.skipped > 1)} of {name} without text, skipped")
+    return columns.skipped
 
 
 def _row_counts(available: list[int], shares: list[float], samples: int | None) -> list[int]:
@@ -276,13 +292,13 @@ def _padding(tokenizer: Any) -> int:
 
 def _given(source: Any) -> TokenSet:
     """Token ids as they are: a LongTensor (N, T) or a mapping with input_ids and perhaps attention_mask."""
-    ids = source if isinstance(source, Tensor) else torch.as_tensor(source["input_ids"])
+    ids = source if isinstance(source, Tensor) else _tensor(source["input_ids"], "input_ids")
     kind = f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise KDPruneError(f"got token ids as {kind}, expected int64 of shape (N, T); give a LongTensor")
     mask = torch.ones_like(ids)
     if not isinstance(source, Tensor) and source.get("attention_mask") is not None:
-        mask = torch.as_tensor(source["attention_mask"])
+        mask = _tensor(source["attention_mask"], "attention_mask")
     if mask.shape != ids.shape:
         raise KDPruneError(f"got attention_mask of shape {tuple(mask.shape)}, expected {tuple(ids.shape)}")
     ids, mask = ids.detach().cpu().long(), mask.detach().cpu().bool()
@@ -291,8 +307,17 @@ def _given(source: Any) -> TokenSet:
     return _token_set(ids[rows], mask[rows], f"token ids {ids.shape[0]} × {ids.shape[1]}", None)
 
 
-def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None) -> TokenSet:
-    return TokenSet(ids, mask, source, bos)  # type: ignore[arg-type]
+def _tensor(values: Any, name: str) -> Tensor:
+    """Numbers in nested lists, an array or a tensor, as a tensor. Raises KDPruneError for anything else."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise KDPruneError(f"got {name} that make no tensor ({one_line(error)}); expected rows of equal length, int64 "
+                           "of shape (N, T)") from error
+
+
+def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None, skipped: int = 0) -> TokenSet:
+    return TokenSet(ids, mask, source, bos, skipped)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- checks

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +26,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.model.families import family_of
+from kdprune.model.forms import (
+    WEIGHTS,
+    check_adapter,
+    check_loaded,
+    check_quantised,
+    dequantised,
+    load_tower,
+    located,
+    quantised_by,
+    text_tower,
+)
 from kdprune.model.placement import is_dispatched
+from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import quiet_libraries, resolve_device
+from kdprune.store.files import is_there, tell
 
 INDEX = "model.safetensors.index.json"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -64,13 +76,12 @@ def load_model(
         found = model
         target = found.device if device == "auto" else target
     elif isinstance(model, str | Path):
-        found = from_checkpoint(model, wanted, trust_remote_code, **placed)
+        found = from_checkpoint(model, wanted, trust_remote_code, full=known_family, **placed)
     else:
-        raise KDPruneError(
-            f"got a model of type {type(model).__name__}, expected a directory, a hub id "
-            "or a transformers PreTrainedModel"
-        )
+        check_loaded(model)
+        raise AssertionError("unreachable: it is no PreTrainedModel")
     if known_family:
+        check_loaded(found)
         family_of(found)
     if is_dispatched(found) or placed:
         if found.dtype != (wanted or found.dtype) or (device != "auto" and not placed):
@@ -116,19 +127,20 @@ def load_tokenizer(
         )
     beside = str(model.name_or_path if isinstance(model, PreTrainedModel) else model)
     name = str(tokenizer) if tokenizer is not None else beside
-    local = Path(name).is_dir()
-    if tokenizer is None and (
+    place, file = located(name) if name else (name, {})
+    local = is_there(place) and Path(place).is_dir()
+    if tokenizer is None and not file and (
         not name or (local and not any((Path(name) / file).exists() for file in TOKENIZER_FILES))
     ):
         return None
     try:
         with quiet_libraries():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **file)
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, by kind of damage
         if tokenizer is None and not local:
             return None
         raise KDPruneError(
-            f"cannot load the tokenizer of {name!r} ({one_line(error)}); "
+            f"cannot load the tokenizer of {shortened(name)} ({one_line(error)}); "
             "give another one, or save or download it again"
         ) from error
 
@@ -150,25 +162,48 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def from_checkpoint(
-    name: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, **options: Any
+    name: str | Path, dtype: torch.dtype | None, trust_remote_code: bool, full: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """A causal LM from a directory or hub id, every weight accounted for; options as of ``from_pretrained``.
+    """A causal LM from a directory, GGUF file or hub id, every weight accounted for; options as of ``from_pretrained``.
 
-    Raises KDPruneError as :func:`load_model` does.
+    Of a multimodal model it is the text tower. With ``full`` quantised weights are turned back into full precision,
+    which is told. Raises KDPruneError as :func:`load_model` does.
     """
     with checkpoint_errors(name, trust_remote_code):
-        config = read_config(name, trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    found, info = loaded
-    check_weights(info, name)
-    return cast(PreTrainedModel, found)
+        place, file = located(name)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **file)
+        how, method = check_quantised(config, name) if full else None, quantised_by(config)
+        if how is not None and how.options:
+            config.quantization_config = {**_plain(config.quantization_config), **how.options}
+        options |= {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, **file}
+        if text_tower(config, name) is not None:
+            found, info = load_tower(place, config, **options)
+        else:
+            _check_causal(config, str(name), trust_remote_code)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, config=config, output_loading_info=True, **options)
+            found, info = loaded
+        check_weights(info, name)
+        if how is not None or file:
+            found = dequantised(found)
+            found.name_or_path = found.config.name_or_path = str(name)
+        if how is not None:
+            _say(f"{name} is quantised with {method}: turned back into full precision, in which it is pruned and saved")
+        if file:
+            _say(f"{name} is a GGUF file: its weights are read into full precision, in which they are pruned and saved")
+        if text_tower(config, name) is not None:
+            _say(f"{name} is a multimodal model ({config.model_type}): its text part is taken, a "
+                 f"{type(found).__name__}; the result is a model of text alone")
+    return found
+
+
+def _say(line: str) -> None:
+    if world().first:
+        tell(line)
+
+
+def _plain(about: Any) -> dict[str, Any]:
+    return dict(about) if isinstance(about, Mapping) else about.to_dict()
 
 
 @contextlib.contextmanager
@@ -177,14 +212,17 @@ def checkpoint_errors(name: str | Path, trust_remote_code: bool) -> Iterator[Non
 
     A directory is checked first; KDPruneError also for a name that is neither a directory nor a hub id.
     """
-    path = Path(name)
-    local = path.is_dir()
-    if local:
+    path, there = Path(name), is_there(name)
+    file = located(name)[1]
+    local = there and (path.is_dir() or bool(file))
+    if local and not file:
+        check_adapter(path)
         _check_directory(path)
-    elif path.exists() or not HUB_ID.fullmatch(str(name)):
-        kind = "a file" if path.exists() else "no such directory"
+    elif not local and (there or not HUB_ID.fullmatch(str(name))):
+        kind = "a file" if there else "no such directory"
         raise KDPruneError(
-            f"got model {str(name)!r}, which is {kind}; expected a directory with config.json, or a hub id"
+            f"got model {shortened(name)}, which is {kind}; expected a directory with config.json, a .gguf file or a "
+            "hub id"
         )
     try:
         with quiet_libraries(progress=not local and sys.stderr.isatty()):
@@ -196,8 +234,15 @@ def checkpoint_errors(name: str | Path, trust_remote_code: bool) -> Iterator[Non
 
 
 def read_config(name: str | Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a checkpoint. Raises KDPruneError unless it describes a causal LM."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    """The config of a checkpoint, of a multimodal one its text tower's. Raises KDPruneError unless it describes a
+    causal LM."""
+    place, file = located(name)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **file)
+    if (text := text_tower(config, name)) is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            text.quantization_config = config.quantization_config
+        text.dtype = text.dtype or config.dtype
+        return text
     _check_causal(config, str(name), trust_remote_code)
     return config
 

@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -30,6 +37,12 @@ SUM_VERSION = 3  # of a record with a sum of kernels, with widths or without
 PREFIX = "kdp_"  # of the model_type
 PARTS = ("linear", "fourier", "mlp", "data")  # of a stand-in's kind, in the order in which its read-out sees them
 PLACES = ("after", "before", "mlp")
+# What a pruned model can be loaded as, where its family has it: the end of the class's name, and who finds it.
+HEADS: dict[str, Any] = {
+    "Model": AutoModel, "ForCausalLM": AutoModelForCausalLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
 # Phases at once, and in a row, from which on writing them in place beats copying them (research/features).
 MANY, LONG = 2**20, 512
 
@@ -362,12 +375,14 @@ class PrunedConfig:
 
 
 class PrunedModel(PreTrainedModel):
-    """Mixed into a family's base model and causal LM: the stock model, then its stand-ins and widths as the config
-    has them."""
+    """Mixed into a family's base model and its models with heads: the stock model, then its stand-ins and widths as the
+    config has them."""
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         super().__init__(config, *inputs, **kwargs)
-        attach_stand_ins(self)
+        inner = self.base_model
+        if inner is self or not isinstance(inner, PrunedModel):  # some heads make the pruned model themselves
+            attach_stand_ins(self)
         self.post_init()
 
 
@@ -560,20 +575,17 @@ def _slice_outside(model: PreTrainedModel, width: int, family: Family) -> None:
 
 
 def generated(family: Family, role: str) -> type:
-    """The generated class of ``family`` for role "Config", "Model", "ForCausalLM", "Layer" or
-    "SlicedLayer"."""
+    """The generated class of ``family`` for role "Config", "Layer", "SlicedLayer" or one of ``HEADS``."""
     return globals()[f"KDP{family.name}{role}"]
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """What ``config.auto_map`` says for ``model_type`` "kdp_<x>": the classes of this file, for
     trust_remote_code."""
-    stem = f"{__name__.rpartition('.')[2]}.KDP{FAMILIES[model_type.removeprefix(PREFIX)].name}"
-    return {
-        "AutoConfig": f"{stem}Config",
-        "AutoModel": f"{stem}Model",
-        "AutoModelForCausalLM": f"{stem}ForCausalLM",
-    }
+    name = f"KDP{FAMILIES[model_type.removeprefix(PREFIX)].name}"
+    found = {auto.__name__: name + role for role, auto in HEADS.items() if name + role in globals()}
+    return {key: f"{__name__.rpartition('.')[2]}.{value}" for key, value in
+            {"AutoConfig": f"{name}Config", **found}.items()}
 
 
 def _generate(family: Family) -> dict[str, type]:
@@ -592,25 +604,27 @@ def _generate(family: Family) -> dict[str, type]:
         f"{stem}Layer": type(f"{stem}Layer", (FoldedLayer, layer), common),
         f"{stem}SlicedLayer": type(f"{stem}SlicedLayer", (SlicedLayer, layer), sliced),
     }
-    for role, stock_name, auto_class in (
-        ("Model", f"{family.name}Model", "AutoModel"),
-        ("ForCausalLM", family.causal_lm, "AutoModelForCausalLM"),
-    ):
-        stock = getattr(modeling, stock_name)
+    for role, auto in HEADS.items():
+        stock = getattr(modeling, family.causal_lm if role == "ForCausalLM" else family.name + role, None)
+        if stock is None:  # not every family classifies
+            continue
         no_split = [*(stock._no_split_modules or ()), f"{stem}Layer", f"{stem}SlicedLayer"]
-        body = {**common, "config_class": config, "_auto_class": auto_class, "_no_split_modules": no_split}
+        body = {**common, "config_class": config, "_auto_class": auto.__name__, "_no_split_modules": no_split}
         classes[stem + role] = type(stem + role, (PrunedModel, stock), body)
     return classes
 
 
 for _row in _ROWS:
     globals().update(_generate(_row))
+    # Heads look the model below them up here, also where this file came with the weights.
+    AutoModel.register(generated(_row, "Config"), generated(_row, "Model"), exist_ok=True)
 
 
 def register() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know the generated classes. Safe to repeat."""
+    """Make transformers' Auto classes know the generated ones. Safe to repeat."""
     for family in FAMILIES.values():
         config = generated(family, "Config")
         AutoConfig.register(PREFIX + family.model_type, config, exist_ok=True)
-        AutoModel.register(config, generated(family, "Model"), exist_ok=True)
-        AutoModelForCausalLM.register(config, generated(family, "ForCausalLM"), exist_ok=True)
+        for role, auto in HEADS.items():
+            if f"KDP{family.name}{role}" in globals():
+                auto.register(config, generated(family, role), exist_ok=True)

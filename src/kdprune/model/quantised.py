@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.forms import located, quantised_by
 from kdprune.model.loading import from_checkpoint, resolve_dtype
 from kdprune.runtime.machine import quiet_libraries, resolve_device
 
@@ -91,6 +92,9 @@ def _check(model: Any, bits: int) -> None:
     if isinstance(model, PreTrainedModel):
         raise KDPruneError(
             "got a loaded model to load in fewer bits, expected a directory or hub id: save it and give that")
+    if located(model)[1]:
+        raise KDPruneError(f"got {model} to load in fewer bits, expected no GGUF file, which is quantised already; "
+                           "leave load_in out")
     if bits not in LOAD_IN.values():
         raise KDPruneError(f"got {bits} bits, expected 8 or 4")
     if importlib.util.find_spec(BACKEND) is None:
@@ -112,6 +116,9 @@ def _kept_whole(model: str | Path, bits: int, trust_remote_code: bool) -> list[s
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception:  # whatever it is, loading says it better
         return []
+    if (method := quantised_by(config)) is not None:
+        raise KDPruneError(f"got {model} to load in fewer bits, which is quantised with {method} already; leave "
+                           "load_in out, or give the model it was made from")
     inside = f"{family_of(skeleton).layers}."
     kept, quantised = [], 0
     for name, module in skeleton.named_modules():

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, find_family
+from kdprune.model.forms import located, text_tower
 from kdprune.model.loading import check_weights, checkpoint_errors, read_config, resolve_dtype
 from kdprune.model.placement import SOURCE, offloaded
 from kdprune.model.weights import Source, Stored, stored_tensors
@@ -37,6 +38,14 @@ def load_streamed(
     """
     wanted, target = resolve_dtype(dtype), resolve_device(device)
     with checkpoint_errors(name, trust_remote_code):
+        place, file = located(name)
+        if file:
+            raise KDPruneError(f"got {name}, whose GGUF weights are not read layer by layer; give it more memory "
+                               "(--host-memory), or the model it was made from")
+        whole = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        if text_tower(whole, name) is not None:
+            raise KDPruneError(f"got {name}, a multimodal model, which is not read layer by layer; give it more memory "
+                               "(--host-memory), or save its text part as a model of its own")
         config: Any = read_config(name, trust_remote_code)
         find_family(config)
         if getattr(config, "quantization_config", None) is not None:
@@ -125,6 +134,10 @@ def checkpoint_bytes(name: str | Path, dtype: str | torch.dtype | None = None) -
     """
     wanted = resolve_dtype(dtype)
     with checkpoint_errors(name, trust_remote_code=False):
+        place, file = located(name)
+        if file:  # as if every weight took 8 bits there
+            size = (Path(place) / file["gguf_file"]).stat().st_size
+            return size * (wanted or torch.float32).itemsize
         if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
             return sum(file.stat().st_size for file in Path(name).glob("pytorch_model*.bin"))
         return sum(tensor.shape.numel() * (wanted or tensor.dtype).itemsize for tensor in stored_tensors(name))

@@ -52,7 +52,7 @@ from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "folded", "layers_replaced", "ordinary_layer", "plain_copy", "running_from",
+    "earlier_blocks", "folded", "layers_replaced", "ordinary_layer", "plain_copy", "running_from",
 ]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     resizes = [edit for edit in edits if isinstance(edit, Resize)]
     if resizes and cuts:
         raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
-    check_model(model, substitutes or bool(resizes))
+    check_model(model, substitutes or bool(resizes), drops=all(isinstance(edit, Drop) for edit in edits))
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = sharing_copy(model)
     config: Any = pruned.config
@@ -97,7 +97,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
     widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
-    if any(widths) or resizes or any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts):
+    holds = any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts)
+    if any(widths) or resizes or holds or config.model_type.startswith(PREFIX):
         with unhooked(pruned):
             _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
@@ -239,13 +240,15 @@ def _empty_dicts(module: nn.Module) -> dict[int, Any]:
     }
 
 
-def check_model(model: PreTrainedModel, substitutes: bool) -> None:
-    """Raise KDPruneError for a model that holds stand-ins or cannot be shortened or subclassed."""
+def check_model(model: PreTrainedModel, substitutes: bool, drops: bool = False) -> None:
+    """Raise KDPruneError for a model that cannot be shortened or subclassed, or that holds stand-ins: of that layers
+    may be taken out (``drops``), stand-ins like others, but none replaced or changed."""
     family = family_of(model)
-    if model.config.model_type.startswith(PREFIX):
-        record = model.config.kdp or {}
+    record = getattr(model.config, "kdp", None) or {}
+    if model.config.model_type.startswith(PREFIX) and not (drops and not record.get("widths")):
         held = "is narrowed" if record.get("widths") and not record["stand_ins"] else "holds stand-ins"
-        raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once")
+        raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once, or "
+                           "take more layers out with shortgpt, uidl or sleb")
     if family.numbered and getattr(model.config, family.numbered, False):
         raise KDPruneError(
             f"config.{family.numbered} makes every layer depend on its number: "
@@ -367,9 +370,12 @@ def _become_kdp(
         if isinstance(mlp := getattr(layer, family.mlp[0]), StandIn):
             found.append({"layer": index, "place": "mlp", **mlp.spec()})
     config: Any = model.config
+    earlier = earlier_blocks(config)
     object.__setattr__(config, "__class__", generated(family, "Config"))
     config.__dict__.pop("model_type", None)  # of the stock class, where the config was read from a file
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
+    if earlier:
+        config.kdp["earlier"] = earlier
     if any(widths):
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
     if any("+" in item["kind"] or "channels" in item for item in found):
@@ -380,6 +386,13 @@ def _become_kdp(
     model.__dict__.pop("_weight_conversions", None)
     own = (generated(family, role).__name__ for role in ("Layer", "SlicedLayer"))
     model._no_split_modules = {*(model._no_split_modules or ()), *own}
+
+
+def earlier_blocks(config: Any) -> list[list[list[int]]]:
+    """The blocks that prunings took out of a model on the way to this config, one list a step, each in the layers that
+    it found; those before the first stand-in are not known."""
+    record = getattr(config, "kdp", None)
+    return [] if record is None else [*record.get("earlier", ()), record["blocks"]]
 
 
 def _shorten_config(config: Any, sources: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.evaluation.flops import forward_flops
 from kdprune.methods.common.budget import (
     Budget,
@@ -22,10 +22,12 @@ from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
 from kdprune.model.families import family_of
+from kdprune.model.forms import check_adapter, check_quantised, located
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
 from kdprune.model.surgery import apply_edits, context_layer, ordinary_layer
 from kdprune.planning.forecast import Job
 from kdprune.runtime.machine import generator, quiet_libraries
+from kdprune.store.files import is_there
 
 FALL = 0.01  # of log similarity a layer: no data are seen, so that similarity is taken to fall evenly with distance
 
@@ -52,19 +54,22 @@ def meta_model(model: str | Path | PreTrainedConfig, dtype: Any = None) -> PreTr
 
 
 def _config(name: str | Path) -> PreTrainedConfig:
-    path = Path(name)
-    if not path.exists() and not HUB_ID.fullmatch(str(name)):
-        raise KDPruneError(f"got model {str(name)!r}, no such directory or file; expected a directory with "
-                           "config.json, that file, or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
+    path, there = Path(name), is_there(name)
+    if not there and not HUB_ID.fullmatch(str(name)):
+        raise KDPruneError(f"got model {shortened(name)}, no such directory or file; expected a directory with "
+                           "config.json, that file, a .gguf file, or a hub id")
+    check_adapter(name)
+    if path.is_dir() and not located(name)[1] and not (path / "config.json").is_file():
         raise KDPruneError(f"got {path} without config.json, expected one in it; check the path")
     try:
         with quiet_libraries():
-            return read_config(name, trust_remote_code=False)
+            config = read_config(name, trust_remote_code=False)
+        check_quantised(config, name, packages=False)
+        return config
     except KDPruneError:
         raise
     except Exception as error:  # transformers and the hub client raise many kinds
-        kind = "cannot read the config" if path.exists() else "no such directory here, and the hub gave no config"
+        kind = "cannot read the config" if there else "no such directory here, and the hub gave no config"
         raise KDPruneError(f"got model {str(name)!r}: {kind} ({one_line(error)}); expected the config.json of a causal "
                            "LM") from error
 

@@ -18,6 +18,7 @@ from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods import make_method
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.families import decoder_layers, outside_embeddings
+from kdprune.model.forms import quantised_by
 from kdprune.model.surgery import layers_replaced
 from kdprune.planning.forecast import Device, Job, device_of_name
 from kdprune.planning.meta import added_parameters, job_of, layout, meta_model, prune_meta
@@ -90,6 +91,7 @@ class PruningPlan:
         states_bytes: on disk, or in memory without a work directory.
         scratch_bytes: of a streamed model's analysis.
         forward_seconds: of one pass of the layer stack over the calibration set.
+        stored: method by which the checkpoint's weights are quantised, which are turned back into full precision.
     """
 
     model: str
@@ -118,6 +120,7 @@ class PruningPlan:
     device: Device
     forward_seconds: float
     stages: list[Stage]
+    stored: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -175,7 +178,8 @@ def plan(
         added=added_parameters(method, dense, blocks, shape),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,
-        stages=[Stage(name, value / forward, value) for name, value in seconds.items()])
+        stages=[Stage(name, value / forward, value) for name, value in seconds.items()],
+        stored=quantised_by(dense))
 
 
 def _needs(job: Job, place: Device, accelerator: bool, budget: int | None) -> list[Need]:

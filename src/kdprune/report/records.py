@@ -73,6 +73,7 @@ class Perplexity(Record):
     window: int = Field(description="tokens per window")
     stride: int = Field(description="tokens between the starts of two windows")
     tokens: int = Field(description="tokens whose loss was counted")
+    skipped: int = Field(0, description="rows of the held-out text that were null, and left out")
     excess_loss: Number = Field(None, description="ln(pruned / dense), nats per token; derived when left out")
     retained: Number = Field(None, description="dense / pruned, 1 = nothing lost; derived when left out")
     divergence: Number = Field(None, description="KL(dense‖pruned) of the next token's distributions, nats per token")
@@ -121,6 +122,7 @@ class Calibration(Record):
     samples: int = Field(description="sequences")
     tokens: int = Field(description="real tokens, padding left out")
     length: int = Field(description="tokens per sequence at most")
+    skipped: int = Field(0, description="rows of the text that were null, and left out")
     shares: list[int] = Field(default_factory=list, description="[P] real tokens each of several processes worked on")
 
 

@@ -66,6 +66,9 @@ class Results(Record):
     recipe: FreeForm = Field(default_factory=dict, description="every option of the run; repeats it")
     seed: int = Field(0, description="seed of the run")
     blocks: list[Block] = Field(default_factory=list, description="[[start, end], …], half-open")
+    earlier: list[list[Block]] = Field(
+        default_factory=list,
+        description="blocks of earlier prunings of the model, a list a step, each in the layers that it found")
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters")
     perplexity: Perplexity | None = Field(None, description="perplexity on held-out text")
@@ -87,6 +90,8 @@ class Results(Record):
     seconds: dict[str, Number] = Field(default_factory=dict, description="wall-clock seconds per stage")
     peak_memory_bytes: int | None = Field(None, description="largest memory in use, bytes")
     versions: dict[str, str] = Field(default_factory=dict, description="versions of the software used")
+    files: list[str] = Field(
+        default_factory=list, description="what was written beside it: with --overwrite nothing else is replaced")
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":

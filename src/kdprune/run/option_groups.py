@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kdprune.data.sources import parse_named, parse_weighted
+from kdprune.data.sources import in_column, parse_named, parse_weighted
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.common.method import Method, RankedMethod
@@ -23,11 +23,12 @@ class ModelOptions:
     """Which model, and how it is read."""
 
     model: Any = option(
-        None, "hub id or directory (the bundled reference model)", group="model", positional=True,
+        None, "hub id, directory or .gguf file (the bundled reference model)", group="model", positional=True,
+        path=True,
         in_python="or a loaded model, whose weights stay as they are: the result shares those it keeps")
     tokenizer: Any = option(
         None, "of the text, where a loaded model is given: a tokenizer, directory or hub id (the model's)",
-        group="model", places=("python", "recipe"), recorded=False)
+        group="model", places=("python", "recipe"), recorded=False, path=True)
     dtype: str | None = option(
         None, "to load the model in: float32, bfloat16, … (the checkpoint's; a CPU that lacks its arithmetic computes "
         "in float32 and saves in the checkpoint's)", group="model",
@@ -48,12 +49,21 @@ class TextOptions:
     """Calibration text."""
 
     calibration: Any = option(
-        None, "text file (.txt, .jsonl, .parquet), directory or hub data set name[:config]; repeated with =weight: a "
-        "mixture (the bundled text)", group="data", several=True, parse=parse_weighted,
-        in_python="or a list of strings, {source: weight}, token ids (N, T)")
+        None, "text file (.txt, .jsonl, .json, .csv, .parquet, also .gz), directory or hub data set name[:config]; "
+        "repeated with =weight: a mixture (the bundled text)", group="data", several=True, parse=parse_weighted,
+        path=True, in_python="or a datasets.Dataset, a list of strings, {source: weight}, token ids (N, T)")
+    text_field: str | None = option(
+        None, "column of the rows that holds the text, or a conversation for the chat template (text, messages, "
+        "conversations, prompt with completion, or content)", group="data", rare=True)
     samples: int | None = option(
         None, "rows of calibration text (4000; 64 of the bundled text)", group="data", least=1)
     length: int | None = option(None, "tokens a row (the model's context, at most 512)", group="data", least=2)
+
+    def __post_init__(self) -> None:
+        """Every text knows its column, wherever it is read."""
+        for name in ("calibration", "heldout"):
+            if hasattr(self, name):
+                object.__setattr__(self, name, in_column(getattr(self, name), self.text_field))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ class DataOptions(TextOptions):
 
     heldout: Any = option(
         None, "text for perplexity; repeated, with or without NAME= before it: more texts, each on its own (the "
-        "bundled text)", group="data", several=True, parse=parse_named,
+        "bundled text)", group="data", several=True, parse=parse_named, path=True,
         in_python="or {name: text}, or token ids; without a tokenizer the calibration rows kept out of every fit")
     heldout_tokens: int | None = option(
         None, "tokens of each that are scored (an eighth of the calibration tokens among all texts; 4,096 to 65,536)",
@@ -91,9 +101,9 @@ class OutputOptions:
     """Where results go."""
 
     output_dir: str | Path | None = option(
-        None, "directory to write", group="output", flag="--output", short="-o", recorded=False)
+        None, "directory to write", group="output", flag="--output", short="-o", recorded=False, path=True)
     overwrite: bool = option(
-        False, "replace a directory that is not empty", group="output", recorded=False)
+        False, "replace an earlier result there", group="output", recorded=False)
     progress: bool = option(
         False, "show a progress bar a stage, on stderr if that is a terminal", group="output", places=("python",),
         recorded=False)
@@ -157,7 +167,7 @@ class SuiteOptions:
         None, "tasks through lm-eval to score: small, paper, or names of its tasks with commas (none)", group="data")
     suite_data: tuple[str | Path, ...] = option(
         (), "directory with <task>.jsonl and texts, searched before the hub; repeated for more", group="data",
-        several=True)
+        several=True, path=True)
     limit: int | None = option(
         None, "items a task, the first; 64 tokens a text for each (all)", group="data", least=1)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
-from kdprune.options import options_of, recorded, taken, typed_options
+from kdprune.options import at_home, options_of, recorded, taken, typed_options
 from kdprune.planning.estimate import expected_seconds
 from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
@@ -30,6 +30,7 @@ from kdprune.report.results import Results
 from kdprune.report.summary import duration
 from kdprune.run.heal import Heal, make_heal
 from kdprune.run.heal import heal as heal_model
+from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import (
     ANALYZE,
     NOT_GIVEN,
@@ -52,7 +53,14 @@ from kdprune.runtime.distributed import World, start_world
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
 from kdprune.store.cache import JsonCodec
-from kdprune.store.directories import check_output, staged_directory
+from kdprune.store.directories import (
+    RECORD,
+    Inputs,
+    check_apart,
+    check_output,
+    staged_directory,
+    written_files,
+)
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
 
@@ -66,12 +74,14 @@ class PruneResult:
         results: the content of ``results.json``.
         tokenizer: the dense model's, or None.
         probe: token ids (1, T) on which a saved copy is compared with ``model``.
+        inputs: what the run read, where nothing is ever saved.
     """
 
     model: PreTrainedModel
     results: Results
     tokenizer: PreTrainedTokenizerBase | None
     probe: Tensor
+    inputs: Inputs = field(default_factory=dict, repr=False)
 
     @property
     def blocks(self) -> list[range]:
@@ -89,14 +99,17 @@ class PruneResult:
         back and compares logits bit for bit.
 
         Raises:
-            KDPruneError: the directory is not empty (without ``overwrite``), cannot be written, or the loaded model
-                differs. Nothing half-written is left.
+            KDPruneError: the directory is not empty (with ``overwrite``: holds more than an earlier result), cannot be
+                written, is a place that the run read, or the loaded model differs. Nothing half-written is left.
         """
-        with staged_directory(directory, overwrite) as staging:
+        directory = at_home(directory)
+        check_apart(directory, self.inputs)
+        with staged_directory(directory, overwrite, result=True) as staging:
             save_model(self.model, staging, self.tokenizer)
             verify(staging, self.model, self.probe)
             (staging / "README.md").write_text(render_card(self.results), encoding="utf-8")
-            self.results.save(staging / "results.json")
+            self.results.files = sorted([*written_files(staging), RECORD, "report.html"])
+            self.results.save(staging / RECORD)
             write_page(self.results, staging / "report.html")
         return Path(directory)
 
@@ -133,7 +146,9 @@ def prune(
         name.method, {key: chosen[key] for key in options_of(METHODS[name.method]) if key in chosen})
     healing, resources = make_heal(chosen), make_resources(chosen)
     here = start_world(resources.device)
-    _check_named(data, output, resources, here)
+    inputs = inputs_of(subject.model, texts=_texts(data).values(), tokenizer=subject.tokenizer, recipe=recipe,
+                       resources=resources)
+    _check_named(data, output, inputs, here)
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
@@ -150,8 +165,12 @@ def prune(
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
+            skipped = {text.source: text.skipped for text in heldout.texts}  # not what an evaluation is found again by
+            for measure in (results.perplexity, *results.texts):
+                if measure is not None:
+                    measure.skipped = skipped.get(measure.dataset, 0)
             probe = tokens.ids[:1, :VERIFIED_TOKENS]
-            result = PruneResult(session.as_stored(made.pruned), results, session.tokenizer, probe)
+            result = PruneResult(session.as_stored(made.pruned), results, session.tokenizer, probe, inputs)
             if output.output_dir is not None:
                 with stages.stage("save and verify"):
                     if here.first:
@@ -170,14 +189,14 @@ class RunOutcome:
     healed: dict[str, Any] | None = None
 
 
-def _check_named(data: TextOptions, output: OutputOptions, resources: Resources, here: World) -> None:
-    """Raises KDPruneError, before any work, for an output that cannot be written or holds the work directory, and for
-    texts that cannot be read.
+def _check_named(data: TextOptions, output: OutputOptions, inputs: Inputs, here: World) -> None:
+    """Raises KDPruneError, before any work, for an output that cannot be written or lies where something is read, and
+    for texts that cannot be read.
     """
     if output.output_dir is not None:
-        resources.check_apart(output.output_dir)
+        check_apart(output.output_dir, inputs)
         if here.first:
-            check_output(output.output_dir, output.overwrite)
+            check_output(output.output_dir, output.overwrite, result=True)
     check_texts(data)
 
 
@@ -287,7 +306,8 @@ def analyze(model: Any = NOT_GIVEN, calibration: Any = NOT_GIVEN, **options: Any
     subject, data, output = taken(ModelOptions, chosen), taken(TextOptions, chosen), taken(OutputOptions, chosen)
     draws, shown, resources = taken(SeedOptions, chosen), taken(AnalysisOptions, chosen), make_resources(chosen)
     here = start_world(resources.device)
-    _check_named(data, output, resources, here)
+    inputs = inputs_of(subject.model, texts=_texts(data).values(), tokenizer=subject.tokenizer, resources=resources)
+    _check_named(data, output, inputs, here)
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
@@ -297,7 +317,8 @@ def analyze(model: Any = NOT_GIVEN, calibration: Any = NOT_GIVEN, **options: Any
         if output.output_dir is not None and here.first:
             record = {**recorded(subject, draws, data, shown, resources), **_sources(session, data)}
             results = analysis_results(session.name, session.model, record, tokens, run)
-            with staged_directory(output.output_dir, output.overwrite) as staging:
+            with staged_directory(output.output_dir, output.overwrite, result=True) as staging:
+                results.files = sorted([RECORD, "report.html"])
                 results.save(staging / "results.json")
                 write_analysis(results, staging / "report.html")
     here.barrier()

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from kdprune.errors import KDPruneError, one_line
+from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.methods import METHODS
-from kdprune.options import Option, options_of, reject_unknown, typed_options
+from kdprune.options import Option, at_home, options_of, reject_unknown, typed_options
 from kdprune.run.option_groups import PRUNE
 
 
@@ -22,11 +22,11 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         KDPruneError: the file is missing, is not YAML, or holds something else than a mapping of options.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(at_home(path)).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise KDPruneError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise KDPruneError(f"the recipe {str(path)!r} is not valid YAML: {one_line(error)}") from error
+        raise KDPruneError(f"cannot read the recipe {shortened(path)}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no name
+        raise KDPruneError(f"the recipe {shortened(path)} is not valid YAML: {one_line(error)}") from error
     if not isinstance(found, Mapping):
         raise KDPruneError(
             f"got a {type(found).__name__} in the recipe {str(path)!r}, expected a mapping such as 'ratio: 0.25'")
@@ -36,7 +36,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
 
 def prune_options(given: Mapping[str, Any]) -> dict[str, Option]:
     """The options that a run has, the fields of the method it asks for among them."""
-    name = given.get("method") or "kdp"
+    name = "kdp" if given.get("method") is None else given["method"]
     reject_unknown([name], METHODS, "method")
     return options_of(*PRUNE, METHODS[name])
 
@@ -64,6 +64,8 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a run, checked: the recipe's, and over them those given, also where None or the default is given.
     """
+    if recipe is not None and not isinstance(recipe, str | Path | Mapping):
+        raise KDPruneError(f"got a recipe of type {type(recipe).__name__}, expected a file, or a mapping of options")
     options = {} if recipe is None else check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     options |= given
     return typed_options(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")

@@ -18,7 +18,7 @@ from kdprune.methods.common.analysis import Scores
 from kdprune.methods.common.result import MethodResult
 from kdprune.model.families import decoder_layers, family_of, outside_embeddings
 from kdprune.model.placement import reads_weights
-from kdprune.model.surgery import Resize
+from kdprune.model.surgery import Resize, earlier_blocks
 from kdprune.report.results import (
     Calibration,
     Fit,
@@ -144,9 +144,11 @@ def analysis_results(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=name, family=family_of(model).model_type, method=method,
         recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
+        earlier=[[(start, end) for start, end in step] for step in earlier_blocks(model.config)],
         layers=Layers(dense=len(decoder_layers(model))), parameters=parameters(model),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
+            skipped=tokens.skipped,
             shares=[part.tokens for part in tokens.shares(run.batch_size)] if world().size > 1 else []),
         analysis=run.scores.record() if isinstance(run.scores, Scores) else None, seconds=dict(run.stages.seconds),
         peak_memory_bytes=peak_memory_bytes(),

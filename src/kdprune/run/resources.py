@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
 from kdprune.errors import KDPruneError
+from kdprune.model.forms import located
 from kdprune.model.loading import checkpoint_errors, load_model, read_config
 from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
@@ -22,8 +23,9 @@ from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import computes_in, resolve_device
 from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
+from kdprune.store.directories import check_apart
 from kdprune.store.files import tell
-from kdprune.store.hashing import IdentityPart, code_identity, digest, files_identity, model_identity
+from kdprune.store.hashing import IdentityPart, code_identity, digest, file_hash, files_identity, model_identity
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
 BOUNDARIES = 4               # whose states are held at once: two blocks' ends
@@ -41,7 +43,8 @@ class Resources:
     work_dir: str | None = option(
         None, "directory that keeps finished stages, for the same command after a kill and for other ratios; none: "
         "keep nothing (a directory of the cache; of a comparison runs/ in its output)", group="resources",
-        takes=str | Path | None, recorded=False, in_python="nothing is kept where left out, but by a comparison")
+        takes=str | Path | None, recorded=False, path=True,
+        in_python="nothing is kept where left out, but by a comparison")
     host_memory: str | None = option(
         None, "memory this process may take, 6GiB: what does not fit is read layer by layer and spilled to the work "
         "directory (most of what is free)", group="resources", takes=str | int | None)
@@ -61,9 +64,7 @@ class Resources:
     def check_apart(self, output_dir: str | Path) -> None:
         """Raises KDPruneError for a work directory in the output's place, which is written whole at the end."""
         if self.work_dir not in (None, NONE, AUTO):
-            work, output = Path(str(self.work_dir)).resolve(), Path(output_dir).resolve()
-            if output in (work, *work.parents):
-                raise KDPruneError(f"got work directory {self.work_dir} in output {output_dir}, expected it elsewhere")
+            check_apart(output_dir, {"work directory": [Path(str(self.work_dir))]})
 
     def memory(self, device: str) -> Memory:
         """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""
@@ -211,5 +212,8 @@ def model_part(model: str | Path | PreTrainedModel, loaded: PreTrainedModel, nam
             raise KDPruneError("got a loaded model with offloaded weights and a work directory, expected the name of "
                                "its checkpoint: what is kept is found again by the checkpoint's files")
         return IdentityPart(name, model_identity(loaded))
+    place, file = located(model)
+    if file:
+        return IdentityPart(name, file_hash(Path(place) / file["gguf_file"]))
     folder = Path(model) if Path(model).is_dir() else Path(str(cached_file(model, CONFIG_NAME))).parent
     return IdentityPart(name, files_identity(folder, cache_dir() / "files.json"))

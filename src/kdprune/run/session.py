@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from kdprune.data.sources import BUNDLED_MODEL, is_named
+from kdprune.data.sources import BUNDLED_MODEL, as_given, is_named
 from kdprune.data.tokens import (
     BUNDLED_SAMPLES,
     DEFAULT_SAMPLES,
@@ -208,6 +208,7 @@ def affordable(tokens: TokenSet, texts: int = 1) -> int:
 
 def plain_source(source: Any) -> Any:
     """A text source as the recipe records it: its name, or what it was."""
+    source = as_given(source)
     if source is None or isinstance(source, str):
         return source
     if isinstance(source, Path):

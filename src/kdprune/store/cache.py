@@ -83,9 +83,17 @@ def default_work_dir(identity: Mapping[str, str | IdentityPart]) -> Path:
 
 
 def cache_dir() -> Path:
-    """$KDPRUNE_CACHE, else $XDG_CACHE_HOME/kdprune, else ~/.cache/kdprune."""
-    own, user = os.environ.get("KDPRUNE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(user) if user else Path.home() / ".cache") / "kdprune"
+    """$KDPRUNE_CACHE, else $XDG_CACHE_HOME/kdprune, else ~/.cache/kdprune.
+
+    Raises:
+        KDPruneError: there is no home either.
+    """
+    own, user = (os.environ.get(name) for name in ("KDPRUNE_CACHE", "XDG_CACHE_HOME"))
+    try:
+        return Path(own).expanduser() if own else (Path(user) if user else Path.home() / ".cache") / "kdprune"
+    except RuntimeError as error:
+        raise KDPruneError("found no home directory for the cache; set KDPRUNE_CACHE to a directory, or give "
+                           "--work-dir") from error
 
 
 class CacheInUse(KDPruneError):

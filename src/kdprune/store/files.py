@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kdprune.errors import DiskError
+from kdprune.errors import DiskError, KDPruneError
 
 # What the file system says when it cannot take more, or may not: told in one line. Other errors are bugs.
 REFUSALS = (
@@ -29,6 +29,20 @@ REFUSALS = (
 PARTIAL = ".partial-"  # in the name of everything that is still being written
 PIECE = 2**20  # bytes read at once: a checksum needs no more memory than that
 Notify = Callable[[str], None]  # is told in one line what went wrong and was mended
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether something has this name; a text that is too long for one, or holds a NUL, is none.
+
+    Raises:
+        KDPruneError: where that may not be known.
+    """
+    try:
+        return Path(path).exists()
+    except PermissionError as error:
+        raise KDPruneError(f"cannot read {path}: {error.strerror}; ask its owner, or give a copy") from error
+    except (OSError, ValueError):
+        return False
 
 
 def refusal(error: BaseException) -> str | None:

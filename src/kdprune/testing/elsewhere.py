@@ -19,6 +19,7 @@ import json, shutil, sys
 from pathlib import Path
 sys.modules["kdprune"] = None  # the package is not installed here
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -31,7 +32,12 @@ with torch.no_grad():
         base = AutoModel.from_pretrained(path, config=model.config, dtype="float32", trust_remote_code=True)
         states = [m(ids).last_hidden_state for m in (model.base_model, base)]
         logits[path.name] = model(ids).logits
-        notes[path.name] = {"module": type(model).__module__, "base": torch.equal(*states)}
+        heads = {}
+        for name in set(getattr(model.config, "auto_map", {})) - {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}:
+            head = getattr(transformers, name).from_pretrained(
+                path, num_labels=3, dtype="float32", trust_remote_code=True)
+            heads[name] = torch.equal(head.base_model(ids).last_hidden_state, states[0])
+        notes[path.name] = {"module": type(model).__module__, "base": torch.equal(*states), "heads": heads}
     model.save_pretrained(work / "again")
     again = AutoModelForCausalLM.from_pretrained(work / "again", trust_remote_code=True)
     notes["again"] = torch.equal(again(ids).logits, logits[path.name])
@@ -57,9 +63,9 @@ class Elsewhere:
 
     Attributes:
         logits: of ``IDS``, in float32, by the name of the directory.
-        notes: by the same name, ``module`` that the class is from and whether ``base``, loaded by AutoModel, has the
-            same states; of the last directory, whether a model saved ``again`` computes the same, and what was said
-            to loading it ``untrusted`` and ``bare`` of its ``auto_map``.
+        notes: by the same name, ``module`` that the class is from, whether ``base``, loaded by AutoModel, has the
+            same states, and so have the models with other ``heads``; of the last directory, whether a model saved
+            ``again`` computes the same, and what was said to loading it ``untrusted`` and ``bare`` of its ``auto_map``.
     """
 
     logits: dict[str, Tensor]

@@ -204,6 +204,7 @@ class FamilyContract:
         for path, logits in expected.items():
             assert torch.equal(found.logits[path.name], logits), path.name
             assert found.notes[path.name]["base"], path.name
+            assert all(found.notes[path.name]["heads"].values()), path.name
             package = "transformers_modules." if own[path] else "transformers.models."
             assert found.notes[path.name]["module"].startswith(package), path.name
         assert found.notes["again"] is True

@@ -56,6 +56,8 @@ def check_reach(target: Target, reachable: int) -> None:
 class DropMethod(DepthMethod):
     """A depth method whose edits are drops alone; what it picks is stock architecture with fewer layers."""
 
+    composes = True
+
     @property
     def puts_in(self) -> bool:
         """Nothing."""
