@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdprune.train.gradients import Gradients, LossFunction, Sums
 KEEP = 8  # steps from one good state kept to the next
 HALVINGS = 3  # of the rate, before a fit gives up
 
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of AdamW's groups; the annealing reads the last three at every step
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of AdamW's group; the annealing reads the last three at every step
 
 OnEpoch = Callable[[int], Mapping[str, float] | None]
 
@@ -77,7 +77,6 @@ def fit(
     watch: Callable[[], float] | None = None,
     on_point: Callable[[Progress], None] = lambda _: None,
     part: int | None = None,
-    scales: Sequence[float] | None = None,
 ) -> dict[str, list[float]]:
     """Minimises the mean of ``loss_function(rows)``'s ``"loss"`` over mini-batches of row numbers.
 
@@ -100,7 +99,6 @@ def fit(
             before the first step and at every point of the curves: the parameters end as they were when it was best.
         on_point: told at every point how far the fit is.
         part: most rows of a mini-batch that are measured at once; None: all.
-        scales: what the rate is multiplied by for each of the parameters; None: 1.
 
     Returns:
         Mean of every measure over an epoch's tokens, by name, one value an epoch (or stretch); ``"watched"``, with the
@@ -112,7 +110,7 @@ def fit(
     """
     gradients = Gradients(
         list(parameters), loss_function, local_rows, min(part or schedule.batch, schedule.batch), name, notify)
-    fit_state = _FitState(gradients, rows, schedule, generator, watch, on_point, scales)
+    fit_state = _FitState(gradients, rows, schedule, generator, watch, on_point)
     checkpoint = checkpoint or Checkpoint(None)
     _resume(fit_state, checkpoint)
     if fit_state.finished:
@@ -208,19 +206,17 @@ class _FitState:
 
     def __init__(
         self, gradients: Gradients, rows: int, schedule: Schedule, generator: torch.Generator,
-        watch: Callable[[], float] | None, on_point: Callable[[Progress], None], scales: Sequence[float] | None,
+        watch: Callable[[], float] | None, on_point: Callable[[Progress], None],
     ):
         self.watch, self.on_point, self.best = watch, on_point, _Best()
         self.began, self.made = time.perf_counter(), 0  # steps of this process
         self.gradients, self.rows, self.schedule, self.generator = gradients, rows, schedule, generator
         self.parameters = gradients.parameters
         self.steps = -(-rows // schedule.batch)
-        peaks = [schedule.rate * scale for scale in scales or [1.0] * len(self.parameters)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": [parameter]} for parameter in self.parameters], lr=schedule.rate, betas=(0.9, 0.98),
-            weight_decay=schedule.weight_decay)
+            self.parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
         self.annealing = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, peaks, total_steps=schedule.epochs * self.steps + 1, pct_start=schedule.warmup,
+            self.optimizer, schedule.rate, total_steps=schedule.epochs * self.steps + 1, pct_start=schedule.warmup,
             cycle_momentum=False, final_div_factor=1e4,
         )
         self.place = _Place()
@@ -308,11 +304,12 @@ class _FitState:
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the fit follows from. Its tensors are the live ones."""
+        [group] = self.optimizer.param_groups
         moments = [] if self.finished else [dict(self.optimizer.state.get(one, {})) for one in self.parameters]
         return {
             "of": self.identity, "halvings": self.halvings, "part": self.gradients.part,
             "place": dict(vars(self.place)), "parameters": [parameter.detach() for parameter in self.parameters],
-            "moments": moments, "rates": [{key: group[key] for key in _RATES} for group in self.optimizer.param_groups],
+            "moments": moments, "rates": {key: group[key] for key in _RATES},
             "annealing": self.annealing.state_dict(), "generator": self.generator.get_state(),
             "best": [self.best.value, self.best.parameters if not self.finished else None],
         }
@@ -324,8 +321,7 @@ class _FitState:
             parameter.copy_(value)
         moments = {number: _copy(own) for number, own in enumerate(state["moments"]) if own}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        for group, rates in zip(self.optimizer.param_groups, state["rates"], strict=True):
-            group.update(rates)
+        self.optimizer.param_groups[0].update(state["rates"])
         self.annealing.load_state_dict(_copy(state["annealing"]))
         self.generator.set_state(state["generator"])
         self.place, self.halvings = _Place(**_copy(state["place"])), state["halvings"]
@@ -338,7 +334,7 @@ class _FitState:
 
     def restart_slower(self) -> None:
         """Goes back to the state kept last, at half its rate."""
-        self.kept["rates"] = [{key: rate / 2 for key, rate in rates.items()} for rates in self.kept["rates"]]
+        self.kept["rates"] = {key: rate / 2 for key, rate in self.kept["rates"].items()}
         self.kept["halvings"] += 1
         self.restore(self.kept)
 
