@@ -18,6 +18,7 @@ from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.diagnostics import norm_decay
+from kdprune.methods.kdp.fit_block import BANDWIDTHS
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold
@@ -200,6 +201,18 @@ def test_a_pruned_model_is_refused_before_any_work(tiny_model) -> None:
     pruned = apply_edits(model, run(model, tokens, blocks=((1, 3),)).edits)
     with pytest.raises(KDPruneError, match="holds stand-ins already"):
         KDP().check(pruned, tokens)
+
+
+@pytest.mark.parametrize("kernel", ["fixed", "linear+fixed+data"])
+def test_the_bandwidth_is_the_one_of_least_held_out_error(kernel: str, tiny_model) -> None:
+    model, tokens = tiny_model("llama3"), random_tokens(rows=24)
+    options = {"blocks": ((1, 4),), "kernel": kernel, "kernel_epochs": 1, "refine": False}
+    chosen = run(model, tokens, **options)
+    errors = {value: run(model, tokens, **options, bandwidth=value).fit[0] for value in BANDWIDTHS}
+    best = min(errors, key=lambda value: errors[value]["state_error"])
+    assert chosen.fit[0]["bandwidth"] == best
+    assert chosen.fit[0]["state_error"] == pytest.approx(errors[best]["state_error"], rel=1e-4)
+    assert len({round(entry["state_error"], 6) for entry in errors.values()}) > 1
 
 
 @pytest.mark.gpu

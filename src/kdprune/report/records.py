@@ -188,6 +188,7 @@ class Fit(Record):
     )
     kind: str = Field(description="parts of the feature map, joined by +: linear, fourier (KDP), mlp, data")
     features: int = Field(description="m, random frequencies (2m features)")
+    bandwidth: Number = Field(None, description="scale of the first frequencies, in units of the median heuristic")
     channels: int = Field(0, description="c, the block's own MLP channels among the features")
     hidden: int = Field(0, description="hidden width of the inverse network, 0 = linear")
     rank: int = Field(0, description="r, rank of L in Σ = D + LLᵀ")

@@ -36,12 +36,13 @@ Kernel: TypeAlias = Literal[
 # form of the results book (docs/results/README.md).
 _BEST: Mapping[str, Any] = {
     "kernel": "linear+data", "inverse": "residual", "context": "attention", "refine": True, "hidden": 0,
-    "fill": True, "endpoints": "input", "bandwidth": 2.0, "sequential": True, "slack": 0.5,
+    "fill": True, "endpoints": "input", "sequential": True, "slack": 0.5,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
     "thorough": {**_BEST, "kernel_epochs": 10, "batch": 8},
-    "fourier": {**_BEST, "kernel": "learned", "ranking": "similarity", "kernel_epochs": 10, "batch": 8},
+    "fourier": {
+        **_BEST, "kernel": "learned", "bandwidth": 2.0, "ranking": "similarity", "kernel_epochs": 10, "batch": 8},
     "paper": {
         "kernel": "learned", "inverse": "direct", "context": "none", "refine": False, "hidden": -1, "fill": False,
         "ranking": "similarity", "endpoints": "output", "bandwidth": 1.0, "sequential": False, "slack": 0.0,
@@ -100,7 +101,8 @@ class KDP(RankedMethod):
         "layer)", least=1, group="size", rare=True)
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
-        None, "scale of the first frequencies in units of the median heuristic", above=0, rare=True)
+        None, "scale of the first frequencies in units of the median heuristic (chosen for every block by held-out "
+        "error)", above=0, rare=True)
     sequential: bool | None = option(
         None, "fit later blocks on the states that the model with the earlier stand-ins gives, towards the dense one's",
         rare=True)
@@ -288,7 +290,7 @@ class KDP(RankedMethod):
         batch = self.batch or 1
         rate, epochs = self.rate or batch / 2 / shape.width, self._refine_epochs(tokens, batch)
         return FitSettings(
-            kernel=self.kernel or "", rank=self.rank, bandwidth=self.bandwidth or 1.0, ridge=self.ridge,
+            kernel=self.kernel or "", rank=self.rank, bandwidth=self.bandwidth, ridge=self.ridge,
             refine=bool(self.refine),
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),
