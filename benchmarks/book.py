@@ -22,6 +22,7 @@ from book_records import ROOT, Page, names
 from book_tables import TABLES
 
 import kdprune
+from kdprune.report.comparison_records import Comparison
 
 PATHS = ("heldout", "calibration")  # options that may name a file of the repository, or of a given folder
 END = "<!-- end -->"
@@ -58,7 +59,8 @@ def run(
                 folder = work / page.name / f"{number}-{model}-{ratio:g}-{'_'.join(map(str, call['seeds']))}"
                 measure = kdprune.ablate if "base" in call else kdprune.compare
                 dense = _path(page.models[model], places)
-                page.keep(measure(dense, output_dir=folder, progress=True, **call), model, one)
+                found = measure(dense, output_dir=folder, progress=True, **call)
+                page.keep(_as_named(found, page.models[model], options), model, one)
 
 
 def missing(
@@ -81,6 +83,12 @@ def missing(
     for lacking, variants in by_seeds.items():
         if lacking:
             yield call | {"methods": variants, "seeds": list(lacking)}
+
+
+def _as_named(found: Comparison, model: str | None, options: Mapping[str, Any]) -> Comparison:
+    """The record with model and texts as the page names them, wherever they lay."""
+    named = {name: options[name] for name in PATHS if name in options}
+    return found.model_copy(update={"model": model or found.model, "recipe": found.recipe | named})
 
 
 def _path(value: Any, places: Sequence[Path]) -> Any:
