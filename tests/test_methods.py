@@ -215,6 +215,21 @@ def test_the_bandwidth_is_the_one_of_least_held_out_error(kernel: str, tiny_mode
     assert len({round(entry["state_error"], 6) for entry in errors.values()}) > 1
 
 
+def test_gradient_steps_in_bfloat16_come_to_the_same(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("llama3"), random_tokens(rows=24)
+    options = {"blocks": ((1, 4),), "kernel": "linear+data", "refine_epochs": 3}
+    errors, kinds = [], []
+    for able in (False, True):
+        monkeypatch.setattr("kdprune.runtime.machine.computes_in", lambda dtype, place, able=able: able)
+        result = run(model, tokens, **options)
+        kinds += [parameter.dtype for parameter in result.edits[0].context.parameters()]
+        errors.append(result.fit[0]["step3"]["watched"])
+    assert set(kinds) == {torch.float32}
+    assert errors[0][0] == errors[1][0]  # closed forms know nothing of it
+    assert errors[0] != errors[1]
+    assert errors[0] == pytest.approx(errors[1], rel=0.03)
+
+
 @pytest.mark.gpu
 def test_bfloat16_on_an_accelerator_with_padding(tiny_model, tmp_path) -> None:
     import kdprune

@@ -159,6 +159,26 @@ def _time(found: PruningPlan) -> Table:
     return table
 
 
+# What the stages do that takes their time, for the one that takes most of it.
+_DOING = {
+    "analyse": "passes through the layers, and kernels of tokens with each other",
+    "damage": "passes through the layers behind candidate blocks",
+    "layer states": "passes through the layers",
+    "corrected states": "passes through the layers, with the earlier stand-ins in place",
+    "kernel": "solves for the operators, in float64",
+    "inverse": "gradient steps, in float32",
+    "refine": "gradient steps on the stand-ins, in bfloat16 without Fourier features",
+    "rest": "solves for the read-outs: the stand-ins' passes in float32, moments in float64",
+}
+
+
+def _longest(found: PruningPlan) -> str:
+    """The stage that takes most of the time, its share, and what it does."""
+    stage = max(found.stages, key=lambda stage: stage.seconds)
+    doing = _DOING[stage.name]
+    return f"{stage.name}, {summary.percent(stage.seconds / found.seconds)}, {doing}"
+
+
 def _notes(found: PruningPlan) -> list[str]:
     """How figures were come by."""
     device = found.device
@@ -172,6 +192,7 @@ def _notes(found: PruningPlan) -> list[str]:
         f"states: {summary.size(found.states_bytes)} in the work directory (in memory with --work-dir none); layer by "
         f"layer {summary.size(found.scratch_bytes)} more there, or in a quarter of --host-memory, while layers are "
         "scored",
+        f"most of the time: {_longest(found)}",
         f"time: counted operations at {share}: {device.half / 1e12:.3g} TFLOP/s in bfloat16, "
         f"{device.single / 1e12:.3g} in float32, in which stand-ins are fitted ({device.source}); reading and saving "
         "weights is left out",

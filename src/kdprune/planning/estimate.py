@@ -1,6 +1,7 @@
 """How long pruning will take on this machine, before it starts: counted work at the measured pace of a forward pass."""
 
 import time
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from kdprune.model.passes import run_layers
 from kdprune.model.placement import reads_weights
 from kdprune.planning.forecast import DEVICES
 from kdprune.planning.meta import job_of, layout, meta_model, prune_meta
+from kdprune.runtime.machine import computes_in
 from kdprune.runtime.run import Run
 
 ROWS = 4  # of the calibration set that the pace is measured on, after one to warm up
@@ -33,6 +35,8 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
         return None
     job = job_of(method, dense, prune_meta(dense, blocks, shape), blocks, shape, tokens)
     like = DEVICES["cpu" if model.device.type == "cpu" else "h100"]
+    if not computes_in(torch.bfloat16, model.device):
+        like = replace(like, half=like.single)
     passes = sum(work.seconds(like, job.itemsize) for work in job.stages().values()) / job.forward().seconds(
         like, job.itemsize)
     return passes * _forward_seconds(run.running(model), tokens)

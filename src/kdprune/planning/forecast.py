@@ -100,18 +100,21 @@ def device_of_name(name: str, tflops: float | None, utilisation: float | None) -
 
 @dataclass(frozen=True)
 class Work:
-    """Operations: ``model`` in the model's dtype, ``single`` in float32, ``double`` in float64."""
+    """Operations: ``model`` in the model's dtype, the others in bfloat16, float32 and float64."""
 
     model: float = 0.0
+    half: float = 0.0
     single: float = 0.0
     double: float = 0.0
 
     def seconds(self, device: Device, itemsize: int) -> float:
         """Seconds on a device, of a model whose numbers have so many bytes."""
-        return self.model / device.rate(itemsize) + self.single / device.rate(4) + self.double / device.rate(8)
+        return (self.model / device.rate(itemsize) + self.half / device.rate(2) + self.single / device.rate(4)
+                + self.double / device.rate(8))
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.model + other.model, self.single + other.single, self.double + other.double)
+        return Work(self.model + other.model, self.half + other.half, self.single + other.single,
+                    self.double + other.double)
 
 
 class Peaks(NamedTuple):
@@ -223,7 +226,8 @@ class Job:
                     single=REFINE * 3 * self.settings.step2.epochs * fitted * 2 * self.shape.hidden
                     * (size + self.width))
         if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
-            found["refine"] = Work(single=REFINE * 3 * self.settings.step3.epochs * fitted * self.replacement)
+            trained = REFINE * 3 * self.settings.step3.epochs * fitted * self.replacement
+            found["refine"] = Work(single=trained) if "fourier" in self.shape.parts else Work(half=trained)
         return found
 
     # ------------------------------------------------------------------------------------------------ bytes

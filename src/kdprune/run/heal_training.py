@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import BoolTensor, Tensor, nn
@@ -16,6 +16,7 @@ from kdprune.model.placement import input_device
 from kdprune.model.recompute import activation_bytes, recomputing
 from kdprune.report.summary import duration
 from kdprune.runtime.distributed import world
+from kdprune.runtime.machine import mixed_precision
 from kdprune.runtime.memory import total_memory
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Advance
@@ -98,8 +99,8 @@ class Training:
         most = LOGITS if input_device(self.model).type == "cpu" else LOGITS_FAST
         return max(1, most // (self.rows.ids.shape[1] * vocabulary_size(self.model)))
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(input_device(self.model).type, torch.bfloat16, enabled=self.fast)
+    def _precision(self) -> torch.autocast:
+        return mixed_precision(input_device(self.model), self.fast)
 
     def fit(self, parameters: list[nn.Parameter], rate: float, checkpoint: Checkpoint) -> dict[str, list[float]]:
         """Trains these over the rows, once each; curves of at most ``POINTS`` points, what was watched among them."""

@@ -55,6 +55,11 @@ def computes_in(dtype: torch.dtype, device: torch.device) -> bool:
     return bool(mkldnn._is_mkldnn_fp16_supported() if dtype == torch.float16 else mkldnn._is_mkldnn_bf16_supported())
 
 
+def mixed_precision(place: torch.device, wanted: bool = True) -> torch.autocast:
+    """Matrix products in bfloat16 (autocast), if they are wanted so and the device computes in it."""
+    return torch.autocast(place.type, torch.bfloat16, enabled=wanted and computes_in(torch.bfloat16, place))
+
+
 def generator(seed: int, purpose: int = 0) -> torch.Generator:
     """A CPU generator for one purpose of one run; draws of different purposes do not disturb each other."""
     return torch.Generator().manual_seed((seed * 1_000_003 + purpose) % 2**63)

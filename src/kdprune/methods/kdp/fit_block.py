@@ -19,6 +19,7 @@ from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_wei
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.model.block_states import BlockStates
 from kdprune.model.surgery import Edit
+from kdprune.runtime.machine import mixed_precision
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule
@@ -273,13 +274,23 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
 def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
     """Trains stand-in and context together, up to the epoch that held-out rows find best, the start among them.
 
+    Weights are float32; matrix products of the gradient steps are bfloat16 where the device computes in it. Held-out
+    rows are looked at in float32.
+
     Returns:
         The curves, and whether any epoch was better than the start.
     """
     fitting, loss_function = this.fitting, this.fitting.state_loss(energy)
+    # A frequency's phase has no digits to spare: three of them are all that bfloat16 has.
+    fast = "fourier" not in this.shape.parts
+
+    def stepping(rows: Tensor) -> Sums:
+        with mixed_precision(fitting.device, fast):
+            return loss_function(rows)
+
     trained = [parameter for parameter in fitting.module.parameters() if parameter.requires_grad]
     curves = this.train(
-        "refine", trained, loss_function, this.settings.step3,
+        "refine", trained, stepping, this.settings.step3,
         lambda: average(loss_function, fitting, held=True)["loss"][0])
     return curves, min(curves["watched"]) < curves["watched"][0]
 
