@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kdprune
+import kdprune.run.heal_training as heal_training
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
@@ -201,6 +202,24 @@ def test_a_disturbed_stand_in_is_healed_towards_the_dense_model() -> None:
     assert record["after"] < 0.9 * record["before"]
     assert record["curve"][-1] < record["curve"][0]
     assert record["tokens"] == 1200
+
+
+def test_the_rate_that_serves_best_on_trial_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tried = build("llama3"), []
+    edits: list[Edit] = [Substitute(BLOCK, stand_in(3, scale=0.5))]
+    width = model.config.hidden_size
+    monkeypatch.setattr("kdprune.run.heal.RATES", (200.0, 0.3, 1e-5))
+    fit = heal_training.fit
+    monkeypatch.setattr(heal_training, "fit", lambda parameters, loss, rows, schedule, *rest, **options: tried.append(
+        (schedule.rate * width, rows)) or fit(parameters, loss, rows, schedule, *rest, **options))
+    _, _, record = healed(model, edits, loss="kl", tokens=1200)
+    assert [rate for rate, _ in tried] == pytest.approx([200, 0.3, 1e-5, 0.3])
+    assert [rows for _, rows in tried] == [16, 16, 16, 100]
+    assert record["rate"] == pytest.approx(0.3 / width)
+    assert record["kept"]
+    monkeypatch.undo()
+    given = healed(model, edits, loss="kl", tokens=1200, rate=0.3 / width)[2]
+    assert given == record  # a trial leaves no trace
 
 
 def test_rewritten_weights_alone_are_trained() -> None:

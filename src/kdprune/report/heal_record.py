@@ -14,6 +14,7 @@ class Heal(Record):
     what: Literal["stand-ins", "lora"] = Field(description="what was trained")
     tokens: int = Field(description="calibration tokens seen, repeats counted")
     parameters: int = Field(description="parameters trained")
+    rate: Number = Field(None, description="peak learning rate; null in older records")
     curve: Numbers = Field(default_factory=list, description="training loss, means over successive stretches")
     watched: Numbers = Field(
         default_factory=list, description="the loss on held-out rows, before the first step and at those points")

@@ -30,7 +30,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 
 WATCHED = 8_192  # tokens of held-out rows that are looked at, or as many as are trained on between two looks
-RATE = 2.0  # of what was put in, times 1/width
+RATES = (4.0, 1.0, 0.25, 0.0625)  # of what was put in, times 1/width; the best in a trial is taken
 LORA_RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class Heal:
     tokens: int = option(
         1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1, name="heal_tokens")
     rate: float | None = option(
-        None, "peak learning rate of healing (2 / the width; LoRA 1e-3)", above=0, name="heal_rate", rare=True)
+        None, "peak learning rate of healing (of 4, 1, 1/4 and 1/16 / the width what a trial finds best; LoRA 1e-3)",
+        above=0, name="heal_rate", rare=True)
     batch: int = option(8, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
     top: int = option(
         128, "most probable tokens of the dense model's distribution that KL tells apart; all others count as one",
@@ -181,7 +182,7 @@ def _heal(
         with evaluating(tuned), run.stage("heal", len(rows)) as progress:
             training = Training(tuned, objective, rows, numbers, looked, watched, settings.batch, settings.patience,
                                 fast, run, progress)
-            count, curves = train(tuned, names, settings, run, training, run.checkpoint("heal", key))
+            count, rate, curves = train(tuned, names, settings, run, training, run.checkpoint("heal", key))
         healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
         after = _measured(healed, dense, watched, settings)
     kept = after[0] < before[0]
@@ -189,7 +190,7 @@ def _heal(
         after = max(after[0], min(curves["watched"][1:])), after[1]
     record = {
         "loss": settings.loss, "what": settings.what, "tokens": training.seen(curves), "parameters": count,
-        "curve": curves["loss"], "watched": curves["watched"], "before": before[0], "after": after[0],
+        "rate": rate, "curve": curves["loss"], "watched": curves["watched"], "before": before[0], "after": after[0],
         "language_before": before[1], "language_after": after[1], "kept": kept}
     return healed if kept else pruned, record
 
@@ -243,7 +244,7 @@ def linear_weights(model: PreTrainedModel) -> list[str]:
             if id(module) in inside and isinstance(module, nn.Linear | Conv1D)]
 
 
-Told = tuple[int, dict[str, list[float]]]  # how many numbers were trained, the curves
+Told = tuple[int, float, dict[str, list[float]]]  # how many numbers were trained, the rate, the curves
 
 
 def _train_put_in(
@@ -255,8 +256,8 @@ def _train_put_in(
     parameters = [model.get_parameter(name) for name in names]
     for parameter in parameters:
         parameter.requires_grad_()
-    curves = training.fit(parameters, settings.rate or RATE / model.config.hidden_size, checkpoint)
-    return _count(parameters), curves
+    rates = [settings.rate] if settings.rate else [rate / model.config.hidden_size for rate in RATES]
+    return _count(parameters), *training.fit(parameters, rates, checkpoint)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
@@ -290,9 +291,9 @@ def _train_lora(
                 bound = parameter.shape[1] ** -0.5
                 start = torch.empty(parameter.shape).uniform_(-bound, bound, generator=draw)
                 parameter.data.copy_(start)
-    curves = training.fit(parameters, settings.rate or LORA_RATE, checkpoint)
+    rate, curves = training.fit(parameters, [settings.rate or LORA_RATE], checkpoint)
     wrapped.merge_and_unload()
-    return _count(parameters), curves
+    return _count(parameters), rate, curves
 
 
 @torch.no_grad()

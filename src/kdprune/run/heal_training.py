@@ -1,6 +1,7 @@
 """Training of a pruned model: the loop of healing, with an eye on held-out rows, in the memory there is."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import BoolTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.errors import Diverged
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.model.placement import input_device
 from kdprune.model.recompute import activation_bytes, recomputing
@@ -29,6 +31,7 @@ POINTS = 20  # of the curve, each with a look at held-out rows
 # Of a batch at work, on a CPU and on an accelerator; larger ones are made of parts whose gradients add up.
 LOGITS, LOGITS_FAST = 2**27, 2**29
 ACTIVATIONS = 0.4  # of the machine's memory that they may take; beyond, layers are run again for the gradient
+LEAST_STEPS = 4  # of a trial of a rate
 CLIP = 1.0  # largest norm of a step's gradient
 
 # Model, rows as they are trained on, and their numbers among all rows → summed loss, and of how many positions.
@@ -69,8 +72,11 @@ class Training:
         """The summed loss of these rows."""
         with self._precision():
             total, count = self.objective(self.model, self.rows.select(numbers), self.numbers[numbers])
-        self.progress(len(numbers) * world().size)
         return Sums({"loss": total}, count)
+
+    def _moving(self, numbers: Tensor) -> Sums:
+        self.progress(len(numbers) * world().size)
+        return self.loss_function(numbers)
 
     def watch(self) -> float:
         """The mean loss of the watched rows."""
@@ -102,18 +108,53 @@ class Training:
     def _precision(self) -> torch.autocast:
         return mixed_precision(input_device(self.model), self.fast)
 
-    def fit(self, parameters: list[nn.Parameter], rate: float, checkpoint: Checkpoint) -> dict[str, list[float]]:
-        """Trains these over the rows, once each; curves of at most ``POINTS`` points, what was watched among them."""
-        schedule = Schedule(1, self.batch, rate, clip=CLIP, stretch=self.stretch, patience=self.patience)
-        rows = min(self.part, self.batch)
+    def fit(
+        self, parameters: list[nn.Parameter], rates: Sequence[float], checkpoint: Checkpoint
+    ) -> tuple[float, dict[str, list[float]]]:
+        """Trains these over the rows, once each.
+
+        Returns:
+            The rate, of several the one that served best in a trial, and curves of at most ``POINTS`` points, what was
+            watched among them.
+        """
+        part = min(self.part, self.batch)
         with self._precision():
-            size = rows * self.rows.ids.shape[1] * activation_bytes(self.model, self.rows)
+            size = part * self.rows.ids.shape[1] * activation_bytes(self.model, self.rows)
         memory = total_memory(input_device(self.model))
         with recomputing(self.model) if size > ACTIVATIONS * memory else nullcontext():
-            return fit(
-                parameters, self.loss_function, len(self.rows), schedule, self.run.generator(PURPOSE), name="healing",
+            rate = rates[0] if len(rates) == 1 else self._best_rate(parameters, rates, part)
+            schedule = Schedule(1, self.batch, rate, clip=CLIP, stretch=self.stretch, patience=self.patience)
+            return rate, fit(
+                parameters, self._moving, len(self.rows), schedule, self.run.generator(PURPOSE), name="healing",
                 local_rows=lambda rows: rows[world().share(len(rows))], checkpoint=checkpoint, watch=self.watch,
-                on_point=self.say, part=rows)
+                on_point=self.say, part=part)
+
+    def _best_rate(self, parameters: list[nn.Parameter], rates: Sequence[float], part: int) -> float:
+        """Of rates from the highest down the first that serves better than the next one, as long trials show.
+
+        A trial is a whole training, warm-up and annealing and all, on the rows up to the first look. What suits a model
+        differs by a factor of ten: weights of the same width are five times as large in one as in another.
+        """
+        start = [parameter.detach().clone() for parameter in parameters]
+        count = min(len(self.rows), max(self.stretch, LEAST_STEPS) * self.batch)
+        best = math.inf, rates[-1]
+        for rate in rates:
+            try:
+                curves = fit(
+                    parameters, self.loss_function, count, Schedule(1, self.batch, rate, clip=CLIP),
+                    self.run.generator(PURPOSE), name="healing, on trial", watch=self.watch, part=part,
+                    local_rows=lambda rows: rows[world().share(len(rows))], notify=lambda _: None)
+                value = curves["watched"][-1]
+            except Diverged:
+                value = math.inf
+            with torch.no_grad():
+                for parameter, before in zip(parameters, start, strict=True):
+                    parameter.copy_(before)
+            self.run.stages.tell(f"healing: {value:.4f} nats on held-out rows after a trial at rate {rate:.2g}")
+            if value >= best[0]:
+                break
+            best = value, rate
+        return best[1]
 
 
 @torch.no_grad()
