@@ -365,7 +365,5 @@ def test_memory_does_not_follow_the_held_out_tokens() -> None:
         set_scratch(model, Scratch(host_bytes=2**20))
         few, many = (held_out(rows, 100) for rows in (40, 400))
         perplexity(model, few, 100, 100, batch_size=8)
-        # The least of three: pages that a busy system took away in between come back, and count.
-        peaks = [min(added(lambda text=text: perplexity(model, text, 100, 100, batch_size=8)) for _ in range(3))
-                 for text in (few, many)]
+        peaks = [added(lambda text=text: perplexity(model, text, 100, 100, batch_size=8)) for text in (few, many)]
     assert peaks[1] < peaks[0] + 6, peaks

@@ -106,15 +106,17 @@ def window_sums(
     batches = enumerate(_batches(tokens, window, stride, batch_size))
     own = [(number, *batch) for number, batch in batches if world().owner(number) == world().rank]
     inputs = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
-    count, wrong, sums = 0, None, {}
+    count, wrong = 0, None
+    sums: dict[int, list[list[float]]] = {}
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
         streams = zip(*(forward_streamed(model, inputs) for model in models), strict=True)
         for (number, _, targets), logits in zip(own, streams, strict=True):
-            sums[number] = measured(logits, targets)
+            # Plain numbers: small tensors that stay, made between large ones that go, hole the memory.
+            sums[number] = measured(logits, targets).tolist()
             count += int((targets != IGNORED).sum())
-            loss = float(sums[number][:, 0].sum())
+            loss = sum(row[0] for row in sums[number])
             if not math.isfinite(loss):
                 wrong = (number, loss)
                 break
@@ -129,7 +131,7 @@ def window_sums(
     count = sum(world().gather(count))
     if not count:
         raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
-    return count, torch.cat([every[number] for number in sorted(every)])
+    return count, torch.tensor([row for number in sorted(every) for row in every[number]], dtype=torch.float64)
 
 
 def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
