@@ -106,6 +106,14 @@ class TokenSet:
         """The rows that a `share` held out leaves for fits."""
         return self.select(slice(len(self) - self.held_out(share)))
 
+    def watching(self, share: float) -> "TokenSet":
+        """The other rows: those that a `share` keeps out of fits."""
+        return self.select(slice(len(self) - self.held_out(share), None))
+
+    def first(self, limit: int) -> "TokenSet":
+        """The first rows with at most `limit` real tokens, but one row at least."""
+        return self.select(slice(max(1, int((self.mask.sum(1).cumsum(0) <= limit).sum()))))
+
     def select(self, rows: slice | Tensor) -> "TokenSet":
         """The set of these rows alone: a slice or an int64 tensor of row indices."""
         return TokenSet(self.ids[rows], self.mask[rows], self.source, self.bos)  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.evaluation.perplexity import (
-    SLICE,
     Perplexity,
     batch_loss,
     default_batch,
@@ -20,7 +19,7 @@ from kdprune.evaluation.perplexity import (
     perplexity_of,
     window_sums,
 )
-from kdprune.model.losses import IGNORED
+from kdprune.model.losses import IGNORED, SLICE
 from kdprune.runtime.stages import Advance
 
 

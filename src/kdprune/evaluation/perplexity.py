@@ -14,12 +14,11 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
 from kdprune.model.layerwise import forward_streamed
-from kdprune.model.losses import IGNORED
+from kdprune.model.losses import IGNORED, SLICE
 from kdprune.runtime.distributed import world
 
 LONGEST_WINDOW = 2048
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
-SLICE = 2**25  # most logits turned into float32 at once
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.model.placement import input_device
 
 IGNORED = -100  # target of a position that is not scored
+SLICE = 2**25  # most logits turned into float32 at once
 
 
 def next_tokens(batch: TokenSet) -> Tensor:

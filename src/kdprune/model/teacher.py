@@ -10,10 +10,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.model.losses import batch_logits
+from kdprune.model.losses import SLICE, batch_logits
 from kdprune.store.states import open_states
 
-SLICE = 2**25  # most logits turned into float32 at once
 KEPT = 2**31  # bytes of distributions that are kept in memory; more go to disk, or are computed again
 
 

@@ -168,12 +168,7 @@ def text_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _text_markdown(comparison: Comparison) -> str:
-    table = text_rows(comparison)
-    if not table:
-        return ""
-    head, *body = table
-    lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(row) for row in body)]
-    return "\nExcess loss by text and window.\n\n" + "\n".join(lines) + "\n"
+    return _below("Excess loss by text and window.", text_rows(comparison))
 
 
 def task_rows(comparison: Comparison) -> list[list[str]]:
@@ -199,13 +194,17 @@ def _kept(row: Row, name: str) -> str:
 
 
 def _task_markdown(comparison: Comparison) -> str:
-    table = task_rows(comparison)
+    return _below("Scores in percent, the dense model's with standard errors over items, the others' with what they "
+                  "keep of it; perplexities as they are.", task_rows(comparison))
+
+
+def _below(says: str, table: Sequence[Sequence[str]]) -> str:
+    """A further table below the first, its header row first; nothing where there is none."""
     if not table:
         return ""
     head, *body = table
-    lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *(_line(row) for row in body)]
-    return ("\nScores in percent, the dense model's with standard errors over items, the others' with what they keep "
-            "of it; perplexities as they are.\n\n" + "\n".join(lines) + "\n")
+    lines = [_line(head), "|---" + "|---:" * (len(head) - 1) + "|", *map(_line, body)]
+    return f"\n{says}\n\n" + "\n".join(lines) + "\n"
 
 
 def _body(row: Row, titles: Sequence[str]) -> list[str]:

@@ -164,7 +164,7 @@ def _heal(
     run: Run, key: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     names = put_in(pruned, dense, edits) if settings.what == "stand-ins" else linear_weights(pruned)
-    watched = _watched(tokens, held, min(WATCHED, settings.tokens // POINTS))
+    watched = tokens.select(slice(len(tokens) - held, None)).first(min(WATCHED, settings.tokens // POINTS))
     rows, numbers = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
     fast = settings.what == "stand-ins" and computes_in(torch.bfloat16, input_device(pruned))
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense):
@@ -193,12 +193,6 @@ def _heal(
         "rate": rate, "curve": curves["loss"], "watched": curves["watched"], "before": before[0], "after": after[0],
         "language_before": before[1], "language_after": after[1], "kept": kept}
     return healed if kept else pruned, record
-
-
-def _watched(tokens: TokenSet, held: int, most: int) -> TokenSet:
-    """So many of the last ``held`` rows that there are at most so many tokens, but one row at least."""
-    rows = tokens.select(slice(len(tokens) - held, None))
-    return rows.select(slice(max(1, int((rows.mask.sum(1).cumsum(0) <= most).sum()))))
 
 
 def _trainable(pruned: PreTrainedModel, names: Collection[str], fast: bool) -> PreTrainedModel:

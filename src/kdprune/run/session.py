@@ -140,7 +140,7 @@ class Session:
         for window in windows:
             check_window(self.model, window)
         if source is None and self.tokenizer is None:
-            rows = tokens.select(slice(len(tokens) - tokens.held_out(share), None))
+            rows = tokens.watching(share)
             return HeldOut((dataclasses.replace(rows, source=f"held-out rows of {tokens.source}"),), windows)
         named = {"": bundled_heldout() if source is None else source} if not is_named(source) else source
         limit = limit or affordable(tokens, len(named))

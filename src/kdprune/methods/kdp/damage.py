@@ -76,18 +76,12 @@ class Damage:
 
 def loss_rows(tokens: TokenSet, held: float) -> TokenSet:
     """The rows that damage is taken over: the first of those that no fit sees, ``LOSS_TOKENS`` real tokens or less."""
-    return _first(tokens.select(slice(len(tokens) - tokens.held_out(held), None)), LOSS_TOKENS)
+    return tokens.watching(held).first(LOSS_TOKENS)
 
 
 def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
     """The rows that trial stand-ins are fitted to."""
-    return _first(tokens.fitted(held), max(FIT_TOKENS, 2 * PER_INPUT * width))
-
-
-def _first(tokens: TokenSet, limit: int) -> TokenSet:
-    """The first rows with at most ``limit`` real tokens, but one row at least."""
-    count = int((tokens.mask.sum(1).cumsum(0) <= limit).sum())
-    return tokens.select(slice(max(count, 1)))
+    return tokens.fitted(held).first(max(FIT_TOKENS, 2 * PER_INPUT * width))
 
 
 def trials(
