@@ -15,7 +15,8 @@ from kdprune.testing import IDS
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*newly initialized")]
 SEQUENCE, TOKEN = AutoModelForSequenceClassification, AutoModelForTokenClassification
-WITHOUT = {"gemma2": (), "gemma3": (TOKEN,), "opt": (TOKEN,)}  # what a family has no class for
+WITHOUT = {"gemma2": (), "gemma3": (TOKEN,), "opt": (TOKEN,), "olmo2": (TOKEN,), "gptj": (TOKEN,),
+           "granite": (SEQUENCE, TOKEN)}  # what a family has no class for
 
 
 @pytest.mark.parametrize("auto", [SEQUENCE, TOKEN], ids=["sequence", "token"])

@@ -4,7 +4,7 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from families import CONFIGS, REPRESENTATIVES, WIRINGS, build
+from families import CONFIGS, EXPERTS, TRIED, TRIED_FAMILIES, WIRINGS, build
 from methods import FORMS, REFUSED, STOCK, quick
 
 from kdprune.methods import METHODS
@@ -14,13 +14,17 @@ from kdprune.testing.method import MethodCase
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
 WIRED = ("kdp", "laco", "llm-pruner", "slicegpt")
+# Layers go whole, with their experts.
+OF_EXPERTS = ("shortgpt", "uidl", "sleb", "linear")
 
 
 def _tried(form: str) -> tuple[str, ...]:
     """The models that a form prunes."""
     if form in WIRED:
-        return tuple(CONFIGS)
-    return REPRESENTATIVES if form in METHODS else WIRINGS
+        return (*TRIED, "gptj", "gemma") if form == "slicegpt" else TRIED
+    if form in METHODS:
+        return (*TRIED_FAMILIES, *(EXPERTS if form in OF_EXPERTS else ()))
+    return (*WIRINGS, "mixtral") if form == "kdp-paper" else WIRINGS
 
 
 class TestMethods(MethodContract):
@@ -28,7 +32,7 @@ class TestMethods(MethodContract):
 
     methods: ClassVar = {form: partial(quick, form) for form in FORMS}
     models: ClassVar = {name: partial(build, name) for name in CONFIGS}
-    refused: ClassVar = {form: REFUSED.get(name, {}) for form, (name, _) in FORMS.items()}
+    refused: ClassVar = {form: REFUSED.get(form, REFUSED.get(name, {})) for form, (name, _) in FORMS.items()}
     repeated: ClassVar = ("llama3.1", "gemma3", "gpt2")
 
     @classmethod

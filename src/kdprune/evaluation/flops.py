@@ -7,13 +7,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, experts_of, family_of
 
 
 def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0, logits: int = 1) -> int:
     """Operations of ``model`` reading ``tokens`` new positions of ``batch`` sequences behind ``past`` cached ones.
 
-        2 · in · out         a token, for every linear map: projections, MLPs, stand-ins, shortcuts
+        2 · in · out         a token, for every linear map: projections, MLPs, stand-ins, shortcuts, routers; of
+                             experts for those that a token goes through
         4 · H·d_h · (past + tokens)   a token and layer, for attention scores and the sum they weigh; masked ones count
         2 · d · V            for each of the last ``logits`` positions of a sequence, in the head
 
@@ -24,6 +25,8 @@ def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0
     """
     family, head = family_of(model), model.get_output_embeddings()
     each = sum(_per_token(module) for module in model.modules() if module is not head)
+    for experts, router, share in experts_of(model):
+        each += round(2 * share * _size(experts)) + 2 * _size(router)
     for layer in decoder_layers(model):
         each += 4 * _columns(layer.get_submodule(family.attention_out)) * (past + tokens)
     return batch * (tokens * each + min(tokens, logits) * _per_token(head))
@@ -34,6 +37,10 @@ def _per_token(module: nn.Module | None) -> int:
     if not isinstance(module, nn.Linear | Conv1D):
         return 0
     return 2 * math.prod(module.weight.shape)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _columns(projection: Any) -> int:

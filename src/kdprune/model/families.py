@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
@@ -81,6 +81,51 @@ def normalises_behind(model: PreTrainedModel) -> bool:
     return bool(family.post_norms) or bool(family.pre_norm and not getattr(model.config, family.pre_norm))
 
 
+def norm_before_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The norm of ``layer`` whose output its MLP reads; where layers normalise behind a sum, that of attention.
+
+    Identity where the MLP reads the stream itself (OLMo 2).
+    """
+    family = family_of(model)
+    behind = family.pre_norm and not getattr(model.config, family.pre_norm)
+    return _norm(layer, family, family.attention_norm if behind else family.mlp_norm)
+
+
+def norm_of_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The norm of ``layer`` that belongs to its MLP, in front of it or, with post-norm, behind the sum; Identity where
+    there is none."""
+    family = family_of(model)
+    return _norm(layer, family, family.mlp_norm)
+
+
+def _norm(layer: nn.Module, family: Family, names: str | tuple[str, ...]) -> nn.Module:
+    name = family.norm_in(layer, names)
+    return nn.Identity() if name is None else layer.get_submodule(name)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether the MLPs of this model are mixtures of experts."""
+    return bool(family_of(model).experts)
+
+
+def inactive_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the experts that a token does not go through; 0 for a dense model."""
+    return sum(round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+               for experts, _, share in experts_of(model))
+
+
+def experts_of(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module, float]]:
+    """The experts of every layer that has some, its router, and the share of the experts that a token goes through."""
+    family, found = family_of(model), []
+    for layer in decoder_layers(model) if family.experts else ():
+        modules = dict(layer.named_modules())
+        if family.experts in modules:
+            count = next(modules[family.experts].parameters()).shape[0]
+            share = min(1.0, model.config.num_experts_per_tok / count)
+            found.append((modules[family.experts], modules[family.router], share))
+    return found
+
+
 def norms_behind_mlp(family: Family) -> list[str]:
     """The attributes of a layer's MLP path that are norms between its output and the residual sum (Gemma)."""
     return [name for name in family.mlp if name in family.post_norms]
@@ -95,14 +140,14 @@ def layer_types_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[
     """The attention types ("full_attention", "sliding_attention", …) of ``layers``, None where the config
     lists none.
 
-    The model's own layers have theirs by position; others, copies of them, say it themselves.
-    Raises KDPruneError for one that does not.
+    The model's own layers have theirs by position; others, copies of them, say it themselves, or are numbered as the
+    layer that they were made from. Raises KDPruneError for one that is neither.
     """
     types = getattr(model.config, "layer_types", None)
     if types is None:
         return None
     known = {id(layer): kind for layer, kind in zip(decoder_layers(model), types, strict=True)}
-    found = [known.get(id(layer)) or _stated_type(layer) for layer in layers]
+    found = [known.get(id(layer)) or _stated_type(layer) or _numbered_type(layer, types) for layer in layers]
     if None in found:
         raise KDPruneError(f"layer {found.index(None)} does not say its attention type; give layer_types")
     return [str(kind) for kind in found]
@@ -115,6 +160,22 @@ def install_layers(own: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
     for index, layer in enumerate(layers):
         for part in numbered_modules(layer):
             part.layer_idx = index
+
+
+def layer_output(layer: nn.Module, state: Tensor) -> Any:
+    """``state`` as the model expects it of ``layer``, stock or pruned: alone, or first in a tuple."""
+    names = {base.__name__ for base in type(layer).__mro__}
+    return (state, None) if any(row.returns_tuple and row.layer in names for row in FAMILIES.values()) else state
+
+
+def number_layers(config: Any, family: Family, sources: Sequence[int]) -> None:
+    """Make what ``config`` says of single layers true of a model that has those with these numbers in the dense one."""
+    for name in family.per_layer:
+        if (values := getattr(config, name, None)) is not None:
+            setattr(config, name, [values[source] for source in sources])
+    for name in family.layer_numbers:
+        if (numbers := getattr(config, name, None)) is not None:
+            setattr(config, name, [number for number, source in enumerate(sources) if source in numbers])
 
 
 def set_depth(config: Any, count: int, types: list[str] | None) -> None:
@@ -140,6 +201,13 @@ def restore_rotations(model: PreTrainedModel) -> None:
 def _stated_type(layer: nn.Module) -> Any:
     """The ``layer_type`` that a part of ``layer``, its attention, says it has, or None."""
     return next((part.layer_type for part in layer.modules() if "layer_type" in part.__dict__), None)
+
+
+def _numbered_type(layer: nn.Module, types: Sequence[str]) -> str | None:
+    """Of these the type at the number of ``layer``, None where it has none."""
+    numbers = {part.layer_idx for part in numbered_modules(layer)}
+    number = numbers.pop() if len(numbers) == 1 else None
+    return types[number] if number is not None and 0 <= number < len(types) else None
 
 
 def _descend(model: nn.Module, path: str) -> Any:
