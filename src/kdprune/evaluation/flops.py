@@ -19,7 +19,8 @@ def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0
         2 · d · V            for each of the last ``logits`` positions of a sequence, in the head
 
     A multiply-add is two operations. Norms, activations, cosines, softmax, rotations and look-ups are left out, as
-    in torch's FlopCounterMode, which is the oracle. Attention with a sliding window counts as without one.
+    in torch's FlopCounterMode, which is the oracle. Attention with a sliding window counts as without one. In a family
+    without a row heads are taken to be as wide as the model together.
 
     Raises KDPruneError for what is not a causal LM of a known family.
     """
@@ -28,7 +29,9 @@ def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0
     for experts, router, share in experts_of(model):
         each += round(2 * share * _size(experts)) + 2 * _size(router)
     for layer in decoder_layers(model):
-        each += 4 * _columns(layer.get_submodule(family.attention_out)) * (past + tokens)
+        known = bool(family.attention_out)
+        columns = _columns(layer.get_submodule(family.attention_out)) if known else model.config.hidden_size
+        each += 4 * columns * (past + tokens)
     return batch * (tokens * each + min(tokens, logits) * _per_token(head))
 
 

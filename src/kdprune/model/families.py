@@ -13,6 +13,7 @@ from ..errors import KDPruneError
 from .modeling_kdp import FAMILIES, PREFIX, Family
 
 GUIDE = "docs/add-a-family.md"
+_INFERRED: dict[type, Family] = {}  # by the class of the causal LM
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -25,27 +26,77 @@ def find_family(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
         raise KDPruneError(
-            f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
-            f"A new family is one table row: see {GUIDE}"
+            f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. Layers of others can "
+            f"go (--method shortgpt, uidl or sleb); to add a family is one table row: see {GUIDE}"
         )
     return family
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of ``model``, a stock or pruned causal LM.
+    """The row of ``model``, a stock or pruned causal LM; of a family without one what its modules show.
 
-    Raises KDPruneError for anything else: a wrapper, an encoder-decoder, an unknown family, a model without
+    Raises KDPruneError for anything else: a wrapper, an encoder-decoder, a model without one list of layers or without
     its language-modelling head.
     """
     if not isinstance(model, PreTrainedModel):
         raise KDPruneError(f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)")
-    family = find_family(model.config)
+    known = model.config.model_type.removeprefix(PREFIX) in FAMILIES or model.config.is_encoder_decoder
+    family = find_family(model.config) if known else _inferred(model)
     if family.causal_lm not in {base.__name__ for base in type(model).__mro__}:
         raise KDPruneError(
             f"got {type(model).__name__}, which is not a causal LM; load it with AutoModelForCausalLM "
             f"(expected {family.causal_lm})"
         )
     return family
+
+
+def _inferred(model: PreTrainedModel) -> Family:
+    """What can be known of a model without a row: its one list of as many equal layers as the config says.
+
+    Raises KDPruneError as :func:`find_family` does where there is none.
+    """
+    if type(model) not in _INFERRED:
+        count, head, table = (getattr(model.config, "num_hidden_layers", 0), model.get_output_embeddings(),
+                              model.get_input_embeddings())
+        names = {id(module): name for name, module in model.named_modules()}
+        lists = [name for name, module in model.named_modules()
+                 if isinstance(module, nn.ModuleList) and len(module) == count]
+        if not count or head is None or len(lists) != 1 or model.base_model is model:
+            find_family(model.config)  # raises
+        layers: Any = model.get_submodule(lists[0])
+        kind = type(layers[0]).__name__
+        _INFERRED[type(model)] = Family(
+            model.config.model_type, "", type(model).__name__, kind, "", layers=lists[0], norm="", attention_out="",
+            embeddings=(names[id(table)],), returns_tuple=_gives_tuple(model, layers[0]), inferred=True)
+    return _INFERRED[type(model)]
+
+
+@torch.no_grad()
+def _gives_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the forward of this layer returns a tuple: one token is run."""
+    seen: list[bool] = []
+    hook = layer.register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
+    try:
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def check_inferred(model: PreTrainedModel, drops: bool) -> None:
+    """Raises KDPruneError for a model of a family without a row unless layers are but dropped, and all are alike."""
+    if not family_of(model).inferred:
+        return
+    if not drops:
+        find_family(model.config)  # raises
+    layers, config = decoder_layers(model), model.config
+    kinds = {(type(layer), tuple((name, p.shape) for name, p in layer.named_parameters())) for layer in layers}
+    lists = [name for name, value in vars(config).items()
+             if isinstance(value, list | tuple) and len(value) == len(layers) and name != "layer_types"]
+    if len(kinds) > 1 or lists:
+        what = f"config.{lists[0]} has an entry a layer" if lists else "whose layers differ"
+        raise KDPruneError(f"unknown model family {config.model_type!r}, {what}; expected one of "
+                           f"{', '.join(sorted(FAMILIES))}, or layers that are all alike")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -164,8 +215,8 @@ def install_layers(own: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
 
 def layer_output(layer: nn.Module, state: Tensor) -> Any:
     """``state`` as the model expects it of ``layer``, stock or pruned: alone, or first in a tuple."""
-    names = {base.__name__ for base in type(layer).__mro__}
-    return (state, None) if any(row.returns_tuple and row.layer in names for row in FAMILIES.values()) else state
+    names, rows = {base.__name__ for base in type(layer).__mro__}, (*FAMILIES.values(), *_INFERRED.values())
+    return (state, None) if any(row.returns_tuple and row.layer in names for row in rows) else state
 
 
 def number_layers(config: Any, family: Family, sources: Sequence[int]) -> None:

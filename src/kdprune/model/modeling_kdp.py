@@ -113,6 +113,7 @@ class Family:
     numbered: tuple[str, Any] | None = None
     per_layer: tuple[str, ...] = ()  # config lists with an entry a layer, beside layer_types (SmolLM3: who rotates)
     layer_numbers: tuple[str, ...] = ()  # config lists of layers by number (Qwen3-MoE: who has no experts)
+    inferred: bool = False  # no row: all that is known of the architecture is its list of layers
 
     def norm_in(self, layer: Any, names: str | tuple[str, ...]) -> str | None:
         """Which of these names, ``mlp_norm`` or ``attention_norm``, the norm has in this layer; None: there is none."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import KDPruneError
 from .edits import Drop, Edit, Resize, Rewrite, Substitute
 from .families import (
+    check_inferred,
     decoder_layers,
     family_of,
     install_layers,
@@ -245,6 +246,7 @@ def check_model(model: PreTrainedModel, substitutes: bool, drops: bool = False) 
     """Raise KDPruneError for a model that cannot be shortened or subclassed, or that holds stand-ins: of that layers
     may be taken out (``drops``), stand-ins like others, but none replaced or changed."""
     family = family_of(model)
+    check_inferred(model, drops)
     record = getattr(model.config, "kdp", None) or {}
     if model.config.model_type.startswith(PREFIX) and not (drops and not record.get("widths")):
         held = "is narrowed" if record.get("widths") and not record["stand_ins"] else "holds stand-ins"
