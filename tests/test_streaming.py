@@ -308,7 +308,7 @@ def stand_in(model: PreTrainedModel, context: bool) -> StandIn:
 
 def edits(model: PreTrainedModel, kind: str) -> list[Edit]:
     if kind == "drop":
-        norm = f"{family_of(model).norm_in(decoder_layers(model)[0], family_of(model).mlp_norm)}.weight"
+        norm = f"{family_of(model).mlp_norm}.weight"
         return [Drop(range(2, 4)), Rewrite(0, {norm: torch.full((WIDTH,), 1.5)})]
     if kind == "token":
         return [Substitute(range(2), stand_in(model, False)), Substitute(range(3, 5), stand_in(model, False))]
