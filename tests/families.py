@@ -82,19 +82,17 @@ VARIANTS = (
     "llama2", "llama3", "qwen2-window", "qwen3-window", "gpt_neox-sequential", "opt-350m", "stablelm-parallel",
     "falcon-7b", "falcon-sequential")
 REPRESENTATIVES = tuple(name for name in CONFIGS if name not in VARIANTS)
-# Later families. They differ in wiring, each in what stands beside it; the others stand under the contract alone.
-WIRED = (
-    "olmo2",  # no norm in front of a sublayer
-    "granite",  # a multiplier of what sublayers put out
-    "falcon",  # tuples, grouped queries in a fused projection
-    "bloom",  # sublayers that add the residual, ALiBi
-)
 NORMS_BEHIND = ("gemma2", "gemma3", "opt-350m", "olmo2")  # a norm between a sublayer and its sum, or behind the sum
+# Later families. Every method that makes something of how layers are wired prunes those that differ in that: no norm in
+# front of a sublayer; a multiplier of what sublayers put out; tuples, grouped queries in a fused projection, an MLP
+# without biases behind a norm with one; sublayers that add the residual, ALiBi. The others stand under the contract.
+WIRED = ("olmo2", "granite", "falcon", "bloom")
 ALIKE = (
     "phi", "gemma", "stablelm", "stablelm-parallel", "smollm3", "ministral", "falcon-7b", "falcon-sequential", "gptj")
 EXPERTS = ("mixtral", "qwen3_moe")
-TRIED = tuple(name for name in CONFIGS if name not in (*ALIKE, *EXPERTS))
-TRIED_FAMILIES = tuple(name for name in TRIED if name not in VARIANTS)
+EARLIER = tuple(name for name in CONFIGS if name not in (*WIRED, *ALIKE, *EXPERTS))
+TRIED = (*EARLIER, *WIRED)
+EARLIER_FAMILIES = tuple(name for name in EARLIER if name not in VARIANTS)
 # For what is not about a family but reads the table of families; every way of wiring is in one of them: tied
 # embeddings and scaled rotations, layers with and without a window, norms behind, parallel sublayers and fused
 # attention, a fused MLP, projected embeddings, Conv1D and learned positions.

@@ -9,10 +9,10 @@ import torch
 from families import (
     ALIKE,
     CONFIGS,
+    EARLIER_FAMILIES,
     EXPERTS,
     NORMS_BEHIND,
     REPRESENTATIVES,
-    TRIED_FAMILIES,
     VARIANTS,
     WIRED,
     WIRINGS,
@@ -35,9 +35,12 @@ IMPOSSIBLE = {**dict.fromkeys((*NORMS_BEHIND, "bloom"), ("stream",)),
 # Of a variant the kinds that its difference bears on, of later families those in which they can differ, every place of
 # a stand-in among them (the others: -m slow): depth and attention types, heads, what is between the sublayers.
 FEWER = {
-    **dict.fromkeys(WIRED, ("drop", "last", "mixed", "heads", "channels", "stream")),
-    **dict.fromkeys(ALIKE, ("mixed", "channels", "stream")), **dict.fromkeys(EXPERTS, ("drop", "last", "mixed")),
-    "smollm3": ("drop", "mixed", "channels", "stream"),  # lists with an entry a layer
+    "olmo2": ("drop", "last", "mixed", "channels"), "granite": ("last", "mixed", "stream"),
+    "falcon": ("drop", "last", "mixed", "heads", "channels", "stream"), "falcon-7b": ("mixed", "channels"),
+    "falcon-sequential": ("channels", "stream"), "bloom": ("drop", "last", "mixed", "channels"),
+    "phi": ("mixed", "channels", "stream"), "gptj": ("mixed", "channels", "stream"), "gemma": ("mixed",),
+    "stablelm": ("mixed", "channels"), "stablelm-parallel": ("mixed", "stream"), "smollm3": ("drop", "mixed"),
+    "ministral": ("mixed",), "mixtral": ("drop", "mixed"), "qwen3_moe": ("drop", "mixed"),
     "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"), "qwen2-window": ("drop", "before", "last", "mixed"),
     "qwen3-window": ("drop", "rewrite", "last", "mixed"),
     "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream"),
@@ -45,7 +48,7 @@ FEWER = {
 }
 # Loaded without the package: every family, and in more kinds those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
-    "mixed": {*REPRESENTATIVES, *WIRINGS}, "whole": {*TRIED_FAMILIES, *EXPERTS}, "layer": ("phi3", "gemma3"),
+    "mixed": {*REPRESENTATIVES, *WIRINGS}, "whole": EARLIER_FAMILIES, "layer": ("phi3", "gemma3"),
     "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
 
 

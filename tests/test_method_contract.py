@@ -4,7 +4,7 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from families import CONFIGS, EXPERTS, TRIED, TRIED_FAMILIES, WIRINGS, build
+from families import CONFIGS, EARLIER_FAMILIES, TRIED, WIRINGS, build
 from methods import FORMS, REFUSED, STOCK, quick
 
 from kdprune.methods import METHODS
@@ -14,17 +14,16 @@ from kdprune.testing.method import MethodCase
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
 WIRED = ("kdp", "laco", "llm-pruner", "slicegpt")
-# Layers go whole, with their experts.
-OF_EXPERTS = ("shortgpt", "uidl", "sleb", "linear")
+# What later families have of their own that others meet: tuples, multipliers, experts that go with their layers.
+LATER = {"sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
+         "linear": ("bloom", "mixtral"), "shortgpt": ("mixtral", "qwen3_moe"), "kdp-paper": ("mixtral",)}
 
 
 def _tried(form: str) -> tuple[str, ...]:
     """The models that a form prunes."""
     if form in WIRED:
         return (*TRIED, "gptj", "gemma") if form == "slicegpt" else TRIED
-    if form in METHODS:
-        return (*TRIED_FAMILIES, *(EXPERTS if form in OF_EXPERTS else ()))
-    return (*WIRINGS, "mixtral") if form == "kdp-paper" else WIRINGS
+    return (*(EARLIER_FAMILIES if form in METHODS else WIRINGS), *LATER.get(form, ()))
 
 
 class TestMethods(MethodContract):
