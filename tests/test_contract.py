@@ -46,7 +46,8 @@ FEWER = {
     "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream"),
     "opt-350m": ("drop", "after", "before", "mlp", "mixed", "heads", "channels"),
 }
-# Loaded without the package: every way in which a family's row and classes differ (all: -m slow), and in more kinds those that differ in how they count heads, embed or cut.
+# Loaded without the package: every way in which a family's row and classes differ (all: -m slow), and in more kinds
+# those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
     "mixed": {*EARLIER_FAMILIES, *WIRINGS, *WIRED, "mixtral"}, "whole": EARLIER_FAMILIES, "layer": ("phi3", "gemma3"),
     "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
