@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from families import EXPERTS, NORMS_BEHIND
+
 from kdprune.methods import METHODS
 from kdprune.methods.common.method import Method
 
@@ -10,10 +12,13 @@ QUICK: dict[str, Any] = {
     "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "rank": 2, "protect": 0.0,
     "epochs": 1,
 }
-# What a method cannot prune, and a part of the reason it gives; everything else must pass the contract.
+_EXPERTS = dict.fromkeys(EXPERTS, "mixtures of experts")
+# What a method, or a form of it, cannot prune, and a part of the reason it gives; all else must pass the contract.
 REFUSED: dict[str, dict[str, str]] = {
-    "slicegpt": {"gemma2": "norm", "gemma3": "norm", "opt-350m": "norm"},
-    "replaceme": {"gemma2": "norm", "gemma3": "norm", "opt-350m": "norm"},
+    "slicegpt": {**dict.fromkeys((*NORMS_BEHIND, "bloom"), "norm"), **_EXPERTS},
+    "replaceme": {**dict.fromkeys(NORMS_BEHIND, "norm"), **_EXPERTS},
+    "kdp": _EXPERTS, "kdp-paper": {}, "kdp-without": {},  # those without the channels of MLPs
+    "laco": _EXPERTS, "llm-pruner": _EXPERTS,
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},

@@ -6,7 +6,18 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import CONFIGS, REPRESENTATIVES, VARIANTS, WIRINGS, build
+from families import (
+    ALIKE,
+    CONFIGS,
+    EARLIER_FAMILIES,
+    EXPERTS,
+    NORMS_BEHIND,
+    REPRESENTATIVES,
+    VARIANTS,
+    WIRED,
+    WIRINGS,
+    build,
+)
 from pruned import prune
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,24 +29,34 @@ from kdprune.testing.family import FamilyCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
-NORMS_BEHIND = ("gemma2", "gemma3", "opt-350m")  # no narrower stream goes through those
-# Of a variant the kinds that its difference bears on: depth and attention types, heads, what is between the sublayers.
-OF_VARIANTS = {
+# No narrower stream goes through those, nor through a norm behind the embeddings; experts have no channels.
+IMPOSSIBLE = {**dict.fromkeys((*NORMS_BEHIND, "bloom"), ("stream",)),
+              **dict.fromkeys(EXPERTS, ("layer", "channels", "stream"))}
+# Of a variant the kinds that its difference bears on, of later families those in which they can differ, every place of
+# a stand-in among them (the others: -m slow): depth and attention types, heads, what is between the sublayers.
+FEWER = {
+    "olmo2": ("drop", "last", "mixed", "channels"), "granite": ("last", "mixed", "stream"),
+    "falcon": ("drop", "last", "mixed", "heads", "channels", "stream"), "falcon-7b": ("mixed", "channels"),
+    "falcon-sequential": ("channels", "stream"), "bloom": ("drop", "last", "mixed", "channels"),
+    "phi": ("mixed", "channels", "stream"), "gptj": ("mixed", "channels", "stream"), "gemma": ("mixed",),
+    "stablelm": ("mixed", "channels"), "stablelm-parallel": ("mixed", "stream"), "smollm3": ("drop", "mixed"),
+    "ministral": ("mixed",), "mixtral": ("drop", "mixed"), "qwen3_moe": ("drop", "mixed"),
     "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"), "qwen2-window": ("drop", "before", "last", "mixed"),
     "qwen3-window": ("drop", "rewrite", "last", "mixed"),
     "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream"),
     "opt-350m": ("drop", "after", "before", "mlp", "mixed", "heads", "channels"),
 }
-# Loaded without the package: every family, and in more kinds those that differ in how they count heads, embed or cut.
+# Loaded without the package: every way in which a family's row and classes differ (all: -m slow), and in more kinds
+# those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
-    "mixed": {*REPRESENTATIVES, *WIRINGS}, "whole": REPRESENTATIVES, "layer": ("phi3", "gemma3"),
+    "mixed": {*EARLIER_FAMILIES, *WIRINGS, *WIRED, "mixtral"}, "whole": EARLIER_FAMILIES, "layer": ("phi3", "gemma3"),
     "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",), "stream": ("gpt2", "gpt_neox")}
 
 
 def test_every_family_is_covered() -> None:
     assert {model_type for model_type, _ in CONFIGS.values()} == set(FAMILIES)
     assert sorted(CONFIGS[name][0] for name in REPRESENTATIVES) == sorted(FAMILIES)
-    assert OF_VARIANTS.keys() == set(VARIANTS)
+    assert FEWER.keys() == {*VARIANTS, *WIRED, *ALIKE, *EXPERTS}
     assert set(WIRINGS) <= set(CONFIGS)
     assert {name for name in CONFIGS if normalises_behind(build(name))} == set(NORMS_BEHIND)
 
@@ -48,8 +69,8 @@ class TestFamilies(FamilyContract):
 
     @classmethod
     def cases(cls) -> list[FamilyCase]:
-        return [case for case in super().cases() if case.kind in OF_VARIANTS.get(case.name, KINDS)
-                and (case.kind != "stream" or case.name not in NORMS_BEHIND)]
+        return [case for case in super().cases() if case.kind in FEWER.get(case.name, KINDS)
+                and case.kind not in IMPOSSIBLE.get(case.name, ())]
 
     def checkpoints(self, directory: Path) -> dict[Path, Tensor]:
         """Of every family and wiring; and one that was saved, with its code, by an earlier version."""
@@ -61,6 +82,18 @@ class TestFamilies(FamilyContract):
                 case.edited.model.save_pretrained(path)
                 found[path] = case.edited.logits
         return found
+
+
+@pytest.mark.slow
+class TestLaterFamilies(FamilyContract):
+    """Every kind of the families that the suite tries in few."""
+
+    models: ClassVar = {name: partial(build, name) for name in (*WIRED, *ALIKE, *EXPERTS)}
+    kinds_elsewhere: ClassVar = ("mixed", "whole")
+
+    @classmethod
+    def cases(cls) -> list[FamilyCase]:
+        return [case for case in super().cases() if case.kind not in IMPOSSIBLE.get(case.name, ())]
 
 
 def test_the_installed_package_wins_over_the_code_beside_the_weights(tmp_path: Path) -> None:

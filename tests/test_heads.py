@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import REPRESENTATIVES, build
+from families import EARLIER_FAMILIES, build
 from pruned import prune
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
@@ -19,7 +19,7 @@ WITHOUT = {"gemma2": (), "gemma3": (TOKEN,), "opt": (TOKEN,)}  # what a family h
 
 
 @pytest.mark.parametrize("auto", [SEQUENCE, TOKEN], ids=["sequence", "token"])
-@pytest.mark.parametrize("name", REPRESENTATIVES)
+@pytest.mark.parametrize("name", EARLIER_FAMILIES)
 @torch.no_grad()
 def test_a_pruned_model_gets_a_head(name: str, auto: Any, tmp_path: Path) -> None:
     model = prune(build(name), "mixed" if auto is TOKEN else "mlp")

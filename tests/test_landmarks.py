@@ -2,31 +2,33 @@
 
 import pytest
 import torch
-from families import CONFIGS
+from families import TRIED
 from test_methods import random_tokens
 from transformers import PreTrainedModel
 
 from kdprune.kernel.operators import Moments
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import recorded
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, norm_before_mlp
 from kdprune.model.passes import run_layers
-from kdprune.model.structures import activation_of, mlp_channels, norm_affine, norm_before_mlp
+from kdprune.model.structures import activation_of, mlp_channels, norm_affine
 from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = 2
 # Where nothing stands between an MLP's output and the state, a layer's own attention and channels are the layer.
-PLAIN = [name for name in CONFIGS if name not in ("gemma2", "gemma3", "opt-350m", "gpt_neox")]
+PLAIN = [name for name in TRIED if name not in ("gemma2", "gemma3", "opt-350m", "gpt_neox", "olmo2")]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", TRIED)
 def test_channels_are_what_the_layer_computes(name: str, tiny_model) -> None:
     model: PreTrainedModel = tiny_model(name)
     family, layer = family_of(model), decoder_layers(model)[LAYER]
     read, seen = [], []
-    norm, out = getattr(layer, norm_before_mlp(model)), layer.get_submodule(family.mlp_out)
-    hooks = [norm.register_forward_hook(lambda *args: read.append(args[2])),
+    norm, out = norm_before_mlp(model, layer), layer.get_submodule(family.mlp_out)
+    bare = isinstance(norm, torch.nn.Identity)  # OLMo 2: what the MLP reads is the stream
+    hooks = [layer.mlp.register_forward_pre_hook(lambda _, args: read.append(args[0])) if bare
+             else norm.register_forward_hook(lambda *args: read.append(args[2])),
              out.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
     with torch.no_grad(), recorded(model, [LAYER]):
         run_layers(model, random_tokens())

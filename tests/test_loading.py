@@ -23,6 +23,7 @@ from transformers import (
 
 from kdprune.errors import KDPruneError, one_line
 from kdprune.model.loading import load_model, load_tokenizer, resolve_dtype
+from kdprune.model.surgery import check_model
 from kdprune.runtime.machine import quiet_libraries
 
 BUNDLED = Path(__file__).parent.parent / "src" / "kdprune" / "bundled" / "model"
@@ -188,7 +189,9 @@ def test_family_without_a_row(tmp_path: Path) -> None:
     config = GPTBigCodeConfig(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     model = GPTBigCodeForCausalLM(config)
     model.save_pretrained(tmp_path / "code")
-    refused(tmp_path / "code", "unknown model family 'gpt_bigcode'")
+    found = load_model(tmp_path / "code", device="cpu")  # its list of layers is all that is known
+    with pytest.raises(KDPruneError, match="unknown model family 'gpt_bigcode'"):
+        check_model(found, substitutes=True)
     assert load_model(tmp_path / "code", device="cpu", known_family=False).config.model_type == "gpt_bigcode"
 
 

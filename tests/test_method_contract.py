@@ -4,7 +4,7 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
-from families import CONFIGS, REPRESENTATIVES, WIRINGS, build
+from families import CONFIGS, EARLIER_FAMILIES, TRIED, WIRINGS, build
 from methods import FORMS, REFUSED, STOCK, quick
 
 from kdprune.methods import METHODS
@@ -14,13 +14,16 @@ from kdprune.testing.method import MethodCase
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
 WIRED = ("kdp", "laco", "llm-pruner", "slicegpt")
+# What later families have of their own that others meet: tuples, multipliers, experts that go with their layers.
+LATER = {"sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
+         "linear": ("bloom", "mixtral"), "shortgpt": ("mixtral", "qwen3_moe"), "kdp-paper": ("mixtral",)}
 
 
 def _tried(form: str) -> tuple[str, ...]:
     """The models that a form prunes."""
     if form in WIRED:
-        return tuple(CONFIGS)
-    return REPRESENTATIVES if form in METHODS else WIRINGS
+        return (*TRIED, "gptj", "gemma") if form == "slicegpt" else TRIED
+    return (*(EARLIER_FAMILIES if form in METHODS else WIRINGS), *LATER.get(form, ()))
 
 
 class TestMethods(MethodContract):
@@ -28,7 +31,7 @@ class TestMethods(MethodContract):
 
     methods: ClassVar = {form: partial(quick, form) for form in FORMS}
     models: ClassVar = {name: partial(build, name) for name in CONFIGS}
-    refused: ClassVar = {form: REFUSED.get(name, {}) for form, (name, _) in FORMS.items()}
+    refused: ClassVar = {form: REFUSED.get(form, REFUSED.get(name, {})) for form, (name, _) in FORMS.items()}
     repeated: ClassVar = ("llama3.1", "gemma3", "gpt2")
 
     @classmethod

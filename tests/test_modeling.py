@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from families import CONFIGS, LAYERS, WIDTH
 from pruned import prune, stand_in
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, GPTJConfig, PreTrainedModel, T5Config
+from transformers import AutoModelForCausalLM, BertConfig, CohereConfig, PreTrainedModel, T5Config
 
 from kdprune.errors import KDPruneError
 from kdprune.model import modeling_kdp
@@ -86,20 +87,23 @@ def test_the_row_of_a_family_fits_its_model(tiny_model: Build, name: str) -> Non
     layers = decoder_layers(model)
     assert len(layers) == LAYERS
     assert all(type(layer).__name__ == family.layer for layer in layers)
-    assert all(hasattr(layers[0], part) for part in (family.mlp_norm, *family.mlp))
-    seen: list[Tensor] = []
+    assert all(hasattr(layers[0], part) for part in family.mlp)
+    for names in (family.mlp_norm, family.attention_norm):
+        assert bool(names) == bool(family.norm_in(layers[0], names))
+    seen: list[Any] = []
     hook = layers[-1].register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         last = model.base_model(IDS).last_hidden_state
     hook.remove()
+    state = seen[0][0] if family.returns_tuple else seen[0]
     project = getattr(getattr(model.base_model, "decoder", None), "project_out", None) or nn.Identity()
-    assert torch.equal(project(final_norm(model)(seen[0])), last)
+    assert torch.equal(project(final_norm(model)(state)), last)
     assert family_of(prune(model, "mixed")) is family
 
 
 def test_what_is_no_known_causal_lm_is_refused(tiny_model: Build) -> None:
-    with pytest.raises(KDPruneError, match=r"unknown model family 'gptj'.*llama.*docs/add-a-family\.md"):
-        find_family(GPTJConfig())
+    with pytest.raises(KDPruneError, match=r"unknown model family 'cohere'.*llama.*docs/add-a-family\.md"):
+        find_family(CohereConfig())
     with pytest.raises(KDPruneError, match="encoder-decoder"):
         find_family(T5Config())
     with pytest.raises(KDPruneError, match="unknown model family 'bert'"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import LAYERS, REPRESENTATIVES, WIRINGS, build
+from families import EARLIER_FAMILIES, LAYERS, WIRINGS, build
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -286,7 +286,7 @@ def test_sums_in_half_precision_are_taken_in_float32() -> None:
     assert rdsc_merge(group, "paper")["w"].tolist() == [1.0234375]
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES)
+@pytest.mark.parametrize("name", EARLIER_FAMILIES)
 def test_projections_are_the_matrices_of_attention_and_mlp_with_their_biases(name: str) -> None:
     model = build(name)
     projections, everything = merged_names(model, "projections"), merged_names(model, "all")

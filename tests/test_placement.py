@@ -80,7 +80,7 @@ def edits_of(model: PreTrainedModel, kind: str) -> list[Edit]:
 
 @pytest.mark.parametrize(
     ("name", "disk"),
-    [*((name, False) for name in WIRINGS), *((name, True) for name in ("llama3.1", "opt-350m"))])
+    [*((name, False) for name in (*WIRINGS, "mixtral")), *((name, True) for name in ("llama3.1", "opt-350m"))])
 def test_placed_model_is_edited_and_saved_as_a_plain_one(name: str, disk: bool, tmp_path: Path) -> None:
     plain = build(name)
     model = placed(tmp_path / "dense", plain, disk)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import EARLIER, build
 from methods import quick
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,7 +83,7 @@ def test_weights_stand_for_those_of_the_checkpoint(load_in: str, wide: Path) -> 
     assert torch.equal(model.model.norm.weight, plain.model.norm.weight)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EARLIER)
 def test_states_of_every_family(name: str, tmp_path: Path) -> None:
     needs("8bit")
     plain = build(name)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 INNER, CONTEXT = 48, 64
 TABLES = ("model.embed_tokens.", "model.decoder.embed_tokens.", "model.decoder.embed_positions.", "gpt_neox.embed_in.",
-          "transformer.wte.", "transformer.wpe.", "lm_head.", "embed_out.")
+          "transformer.wte.", "transformer.wpe.", "transformer.word_embeddings.", "lm_head.", "embed_out.")
 SPACE = "\N{NO-BREAK SPACE}"
 
 

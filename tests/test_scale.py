@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, build
+from families import TRIED, build
 from faults import flip, largest_file
 from methods import FORMS, quick
 from safetensors.torch import load_file
@@ -49,7 +49,7 @@ FEW = ("llama3.1", "opt-350m", "gpt2")  # every run; tests/test_streaming.py has
 
 @pytest.mark.parametrize(("name", "context"), [
     pytest.param(name, ("attention", "none")[number % 2], marks=() if name in FEW else pytest.mark.slow)
-    for number, name in enumerate(CONFIGS)])
+    for number, name in enumerate(TRIED)])
 def test_a_streamed_run_gives_the_same_bits(
     name: str, context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

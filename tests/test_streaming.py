@@ -8,7 +8,7 @@ from shutil import copytree
 
 import pytest
 import torch
-from families import LAYERS, REPRESENTATIVES, VOCABULARY, WIDTH, WIRINGS, build
+from families import EARLIER_FAMILIES, LAYERS, VOCABULARY, WIDTH, WIRINGS, build
 from safetensors.torch import load_file, save_file
 from streamed_memory import added
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -30,7 +30,7 @@ from kdprune.model.streaming import (
 )
 from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, apply_edits, bypassed, context_layer
 
-NAMES = tuple(dict.fromkeys((*REPRESENTATIVES, *WIRINGS)))  # a config of every family, and of every way of wiring
+NAMES = tuple(dict.fromkeys((*EARLIER_FAMILIES, *WIRINGS)))  # a config of every family, and of every way of wiring
 Saved = dict[str, Path]
 # Where states are between two layers: in memory, one batch at a time, all of them in files.
 ROOMS = {"memory": Scratch(), "small": Scratch(host_bytes=1), "files": Scratch(Path(), host_bytes=1)}
@@ -308,7 +308,7 @@ def stand_in(model: PreTrainedModel, context: bool) -> StandIn:
 
 def edits(model: PreTrainedModel, kind: str) -> list[Edit]:
     if kind == "drop":
-        norm = family_of(model).mlp_norm + ".weight"
+        norm = f"{family_of(model).mlp_norm}.weight"
         return [Drop(range(2, 4)), Rewrite(0, {norm: torch.full((WIDTH,), 1.5)})]
     if kind == "token":
         return [Substitute(range(2), stand_in(model, False)), Substitute(range(3, 5), stand_in(model, False))]

@@ -118,6 +118,8 @@ def _sides(found: PruningPlan) -> Table:
     row("layers", whole, lambda side: side.layers)
     row("parameters", whole, lambda side: side.parameters)
     row("layers' parameters", whole, lambda side: side.parameters_layers)
+    if found.dense.active < found.dense.parameters:
+        row("parameters active at a token", whole, lambda side: side.active)
     row(f"on disk, {found.dtype}", summary.size, lambda side: side.disk_bytes)
     row("KV cache a token", summary.size, lambda side: side.kv_bytes)
     row(f"a token, reading {found.length}", operations, lambda side: side.prefill_flops)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ..data.tokens import TokenSet
 from ..errors import KDPruneError, one_line
 from ..runtime.machine import quiet_libraries
-from .families import family_of
+from .families import family_of, has_experts
 from .layerwise import forward_streamed
 from .placement import input_device, is_dispatched, sourced
 from .streaming import is_streamed, load_streamed, source_of
@@ -94,7 +95,9 @@ def _state(model: PreTrainedModel) -> dict[str, Any]:
     # The parameters themselves, not detached: it is they that know where their weights are.
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     left_out = model._keys_to_ignore_on_save or ()
-    state = {name: tensor for name, tensor in state.items() if name not in left_out}
+    # Experts are taken apart there, and parts of a parameter that is elsewhere would not know where.
+    whole = has_experts(model)
+    state = {name: _weights(tensor) if whole else tensor for name, tensor in state.items() if name not in left_out}
     return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
 
 
@@ -113,7 +116,17 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
     from a streamed model is streamed too. Raises KDPruneError if a weight is missing or left over, if logits are not
     finite, or if a bit differs.
     """
-    loaded: Any = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model)
+    if not is_dispatched(model):
+        _compare(directory, model, input_ids)
+        return
+    # Experts, which are put together from a file's tensors, are offloaded to files of their own.
+    with tempfile.TemporaryDirectory(prefix=".offloaded-", dir=Path(directory).parent) as folder:
+        _compare(directory, model, input_ids, folder)
+
+
+def _compare(directory: str | Path, model: PreTrainedModel, input_ids: Tensor, folder: str | None = None) -> None:
+    """As :func:`verify`, with a ``folder`` for offloaded weights."""
+    loaded: Any = _loaded_streamed(directory, model) if is_streamed(model) else _loaded(directory, model, folder)
     if type(loaded).__name__ != type(model).__name__:
         raise KDPruneError(f"{directory} loads as {type(loaded).__name__}, not as {type(model).__name__}")
     if not is_dispatched(loaded) and not is_streamed(loaded):
@@ -128,11 +141,11 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
         )
 
 
-def _loaded(directory: str | Path, model: PreTrainedModel) -> Any:
+def _loaded(directory: str | Path, model: PreTrainedModel, folder: str | None = None) -> Any:
     """What ``directory`` holds, in the dtype of ``model`` and placed as it is; refused unless its weights are those
     asked for."""
     where: Any = getattr(model, "hf_device_map", None) if is_dispatched(model) else None
-    placed = {} if where is None else {"device_map": dict(where)}
+    placed = {} if where is None else {"device_map": dict(where), "offload_folder": folder}
     with quiet_libraries():
         result: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),

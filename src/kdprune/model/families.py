@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError
 from .modeling_kdp import FAMILIES, PREFIX, Family
 
 GUIDE = "docs/add-a-family.md"
+_INFERRED: dict[type, Family] = {}  # by the class of the causal LM
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -25,27 +26,77 @@ def find_family(config: PreTrainedConfig) -> Family:
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     if family is None:
         raise KDPruneError(
-            f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. "
-            f"A new family is one table row: see {GUIDE}"
+            f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. Layers of others can "
+            f"go (--method shortgpt, uidl or sleb); to add a family is one table row: see {GUIDE}"
         )
     return family
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of ``model``, a stock or pruned causal LM.
+    """The row of ``model``, a stock or pruned causal LM; of a family without one what its modules show.
 
-    Raises KDPruneError for anything else: a wrapper, an encoder-decoder, an unknown family, a model without
+    Raises KDPruneError for anything else: a wrapper, an encoder-decoder, a model without one list of layers or without
     its language-modelling head.
     """
     if not isinstance(model, PreTrainedModel):
         raise KDPruneError(f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)")
-    family = find_family(model.config)
+    known = model.config.model_type.removeprefix(PREFIX) in FAMILIES or model.config.is_encoder_decoder
+    family = find_family(model.config) if known else _inferred(model)
     if family.causal_lm not in {base.__name__ for base in type(model).__mro__}:
         raise KDPruneError(
             f"got {type(model).__name__}, which is not a causal LM; load it with AutoModelForCausalLM "
             f"(expected {family.causal_lm})"
         )
     return family
+
+
+def _inferred(model: PreTrainedModel) -> Family:
+    """What can be known of a model without a row: its one list of as many equal layers as the config says.
+
+    Raises KDPruneError as :func:`find_family` does where there is none.
+    """
+    if type(model) not in _INFERRED:
+        count, head, table = (getattr(model.config, "num_hidden_layers", 0), model.get_output_embeddings(),
+                              model.get_input_embeddings())
+        names = {id(module): name for name, module in model.named_modules()}
+        lists = [name for name, module in model.named_modules()
+                 if isinstance(module, nn.ModuleList) and len(module) == count]
+        if not count or head is None or len(lists) != 1 or model.base_model is model:
+            find_family(model.config)  # raises
+        layers: Any = model.get_submodule(lists[0])
+        kind = type(layers[0]).__name__
+        _INFERRED[type(model)] = Family(
+            model.config.model_type, "", type(model).__name__, kind, "", layers=lists[0], norm="", attention_out="",
+            embeddings=(names[id(table)],), returns_tuple=_gives_tuple(model, layers[0]), inferred=True)
+    return _INFERRED[type(model)]
+
+
+@torch.no_grad()
+def _gives_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
+    """Whether the forward of this layer returns a tuple: one token is run."""
+    seen: list[bool] = []
+    hook = layer.register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
+    try:
+        model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def check_inferred(model: PreTrainedModel, drops: bool) -> None:
+    """Raises KDPruneError for a model of a family without a row unless layers are but dropped, and all are alike."""
+    if not family_of(model).inferred:
+        return
+    if not drops:
+        find_family(model.config)  # raises
+    layers, config = decoder_layers(model), model.config
+    kinds = {(type(layer), tuple((name, p.shape) for name, p in layer.named_parameters())) for layer in layers}
+    lists = [name for name, value in vars(config).items()
+             if isinstance(value, list | tuple) and len(value) == len(layers) and name != "layer_types"]
+    if len(kinds) > 1 or lists:
+        what = f"config.{lists[0]} has an entry a layer" if lists else "whose layers differ"
+        raise KDPruneError(f"unknown model family {config.model_type!r}, {what}; expected one of "
+                           f"{', '.join(sorted(FAMILIES))}, or layers that are all alike")
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -81,6 +132,51 @@ def normalises_behind(model: PreTrainedModel) -> bool:
     return bool(family.post_norms) or bool(family.pre_norm and not getattr(model.config, family.pre_norm))
 
 
+def norm_before_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The norm of ``layer`` whose output its MLP reads; where layers normalise behind a sum, that of attention.
+
+    Identity where the MLP reads the stream itself (OLMo 2).
+    """
+    family = family_of(model)
+    behind = family.pre_norm and not getattr(model.config, family.pre_norm)
+    return _norm(layer, family, family.attention_norm if behind else family.mlp_norm)
+
+
+def norm_of_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
+    """The norm of ``layer`` that belongs to its MLP, in front of it or, with post-norm, behind the sum; Identity where
+    there is none."""
+    family = family_of(model)
+    return _norm(layer, family, family.mlp_norm)
+
+
+def _norm(layer: nn.Module, family: Family, names: str | tuple[str, ...]) -> nn.Module:
+    name = family.norm_in(layer, names)
+    return nn.Identity() if name is None else layer.get_submodule(name)
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether the MLPs of this model are mixtures of experts."""
+    return bool(family_of(model).experts)
+
+
+def inactive_parameters(model: PreTrainedModel) -> int:
+    """Parameters of the experts that a token does not go through; 0 for a dense model."""
+    return sum(round(sum(p.numel() for p in experts.parameters()) * (1 - share))
+               for experts, _, share in experts_of(model))
+
+
+def experts_of(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module, float]]:
+    """The experts of every layer that has some, its router, and the share of the experts that a token goes through."""
+    family, found = family_of(model), []
+    for layer in decoder_layers(model) if family.experts else ():
+        modules = dict(layer.named_modules())
+        if family.experts in modules:
+            count = next(modules[family.experts].parameters()).shape[0]
+            share = min(1.0, model.config.num_experts_per_tok / count)
+            found.append((modules[family.experts], modules[family.router], share))
+    return found
+
+
 def norms_behind_mlp(family: Family) -> list[str]:
     """The attributes of a layer's MLP path that are norms between its output and the residual sum (Gemma)."""
     return [name for name in family.mlp if name in family.post_norms]
@@ -95,14 +191,14 @@ def layer_types_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[
     """The attention types ("full_attention", "sliding_attention", …) of ``layers``, None where the config
     lists none.
 
-    The model's own layers have theirs by position; others, copies of them, say it themselves.
-    Raises KDPruneError for one that does not.
+    The model's own layers have theirs by position; others, copies of them, say it themselves, or are numbered as the
+    layer that they were made from. Raises KDPruneError for one that is neither.
     """
     types = getattr(model.config, "layer_types", None)
     if types is None:
         return None
     known = {id(layer): kind for layer, kind in zip(decoder_layers(model), types, strict=True)}
-    found = [known.get(id(layer)) or _stated_type(layer) for layer in layers]
+    found = [known.get(id(layer)) or _stated_type(layer) or _numbered_type(layer, types) for layer in layers]
     if None in found:
         raise KDPruneError(f"layer {found.index(None)} does not say its attention type; give layer_types")
     return [str(kind) for kind in found]
@@ -115,6 +211,22 @@ def install_layers(own: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
     for index, layer in enumerate(layers):
         for part in numbered_modules(layer):
             part.layer_idx = index
+
+
+def layer_output(layer: nn.Module, state: Tensor) -> Any:
+    """``state`` as the model expects it of ``layer``, stock or pruned: alone, or first in a tuple."""
+    names, rows = {base.__name__ for base in type(layer).__mro__}, (*FAMILIES.values(), *_INFERRED.values())
+    return (state, None) if any(row.returns_tuple and row.layer in names for row in rows) else state
+
+
+def number_layers(config: Any, family: Family, sources: Sequence[int]) -> None:
+    """Make what ``config`` says of single layers true of a model that has those with these numbers in the dense one."""
+    for name in family.per_layer:
+        if (values := getattr(config, name, None)) is not None:
+            setattr(config, name, [values[source] for source in sources])
+    for name in family.layer_numbers:
+        if (numbers := getattr(config, name, None)) is not None:
+            setattr(config, name, [number for number, source in enumerate(sources) if source in numbers])
 
 
 def set_depth(config: Any, count: int, types: list[str] | None) -> None:
@@ -140,6 +252,13 @@ def restore_rotations(model: PreTrainedModel) -> None:
 def _stated_type(layer: nn.Module) -> Any:
     """The ``layer_type`` that a part of ``layer``, its attention, says it has, or None."""
     return next((part.layer_type for part in layer.modules() if "layer_type" in part.__dict__), None)
+
+
+def _numbered_type(layer: nn.Module, types: Sequence[str]) -> str | None:
+    """Of these the type at the number of ``layer``, None where it has none."""
+    numbers = {part.layer_idx for part in numbered_modules(layer)}
+    number = numbers.pop() if len(numbers) == 1 else None
+    return types[number] if number is not None and 0 <= number < len(types) else None
 
 
 def _descend(model: nn.Module, path: str) -> Any:

@@ -14,8 +14,10 @@ holds the table of families, and imports nothing of the package.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,6 +49,11 @@ HEADS: dict[str, Any] = {
 MANY, LONG = 2**20, 512
 
 
+def grouped_queries(config: Any) -> int:
+    """Key-value heads where queries share them in groups: as many as the config says, or one a query."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
 @dataclass(frozen=True)
 class Family:
     """What sets one architecture apart: the names of its classes, and the paths to its parts."""
@@ -58,38 +65,85 @@ class Family:
     package: str  # they are defined in transformers.models.<package>
     layers: str = "model.layers"  # path from the causal LM to its ModuleList of decoder layers
     norm: str = "model.norm"  # … to the final norm
-    mlp_norm: str = "post_attention_layernorm"  # a layer's norm in front of its MLP
+    # A layer's norm in front of its MLP; of several names the first that the layer has; (): it has none there (OLMo 2).
+    mlp_norm: str | tuple[str, ...] = "post_attention_layernorm"
     # Attributes of a layer that make up its MLP path, from that norm to the residual sum: where a stand-in is
     # the MLP of a layer, it replaces the first, and Identity the others.
     mlp: tuple[str, ...] = ("mlp",)
-    attention_norm: str = "input_layernorm"  # a layer's norm in front of its attention
+    attention_norm: str | tuple[str, ...] = "input_layernorm"  # likewise in front of its attention
     # Paths within a layer: its attention module, the projections into it (one fused, or query, key, value) and out of
-    # it, those into its MLP (fused, or gate and up) and out of it.
+    # it, those into its MLP (fused, or gate and up) and out of it. Where experts are its MLP it has none of the latter.
     attention: str = "self_attn"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_out: str = "self_attn.o_proj"
     mlp_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     mlp_out: str = "mlp.down_proj"
-    activation: str = "hidden_act"  # config field that names the activation between them
+    activation: str = "hidden_act"  # config field that names the activation between them, or that activation (BLOOM)
+    # Path within a layer to its experts, a module whose tensors have one entry an expert: a mixture of experts. Layers
+    # that lack it are ordinary ones. config.num_experts_per_tok of them are active at a token.
+    experts: str = ""
+    router: str = ""  # … and to the module that chooses them
     post_norms: tuple[str, ...] = ()  # norms between a sublayer and the residual sum it adds to (Gemma)
     pre_norm: str = ""  # config flag; where it is False, a layer normalises behind each residual sum (OPT-350m)
-    fused: str = "blocks"  # rows of one fused q-k-v projection: "blocks" [q; k; v], or "heads", q, k, v of each in turn
+    # Rows of one fused q-k-v projection: "blocks" [q; k; v], or "heads", each key-value head's queries, key and value
+    # in turn.
+    fused: str = "blocks"
+    key_value_heads: Callable[[Any], int] = grouped_queries  # how many the dense layers have, by the config
+    # Whether heads cannot go one by one, or the config flag under which they cannot: a norm reaches across them, or
+    # each has a norm or a slope (ALiBi) of its own, by its place among them.
+    joined_heads: bool | str = False
     # Attributes of the attention module that count its heads ("config.x": it reads x from its config), each with what
     # it counts: "queries", "keys", or "columns", the queries times the width of a head.
     counts: tuple[tuple[str, str], ...] = ()
-    parallel: str = ""  # attribute of a layer; where it is true, attention and MLP read the same state
-    dropouts: tuple[str, ...] = ()  # attributes of a layer, modules or rates, for the outputs of attention and MLP
+    # Whether attention and MLP read the same state, or the attribute of a layer that says so.
+    parallel: bool | str = False
+    residual_multiplier: str = ""  # attribute of a layer: what sublayers put out is multiplied by it (Granite)
+    adds_residual: bool = False  # sublayers are handed the residual behind their input, and add it themselves (BLOOM)
+    returns_tuple: bool = False  # of a layer's forward: the state, then its attention weights
+    # Attributes of a layer, modules or rates, for the outputs of attention and MLP; "": it has none there.
+    dropouts: tuple[str, ...] = ()
     norm_eps: str = "variance_epsilon"  # attribute of its norms
+    norm_offset: float = 0.0  # what they add to their weights to get their scales (Gemma)
     embeddings: tuple[str, ...] = ("model.embed_tokens",)  # paths to the tables whose sum enters layer 0
     # Path to the module behind that sum from whose output the model takes the width of its result (GPT-2): a narrower
     # sum is filled up with zeros there.
     embedded: str = ""
-    numbered: str = ""  # config flag under which a layer's arithmetic depends on its number: refused
+    embedding_norm: str = ""  # path to a norm between the tables and layer 0 (BLOOM)
+    # A config field, and the value without which a layer's arithmetic depends on its number: another is refused.
+    numbered: tuple[str, Any] | None = None
+    per_layer: tuple[str, ...] = ()  # config lists with an entry a layer, beside layer_types (SmolLM3: who rotates)
+    layer_numbers: tuple[str, ...] = ()  # config lists of layers by number (Qwen3-MoE: who has no experts)
+    inferred: bool = False  # no row: all that is known of the architecture is its list of layers
+
+    def norm_in(self, layer: Any, names: str | tuple[str, ...]) -> str | None:
+        """Which of these names, ``mlp_norm`` or ``attention_norm``, the norm has in this layer; None: there is none."""
+        names = (names,) if isinstance(names, str) else names
+        return next((name for name in names if getattr(layer, name, None) is not None), None)
+
+    def is_parallel(self, layer: Any) -> bool:
+        """Whether attention and MLP of this layer read the same state."""
+        return bool(attrgetter(self.parallel)(layer) if isinstance(self.parallel, str) else self.parallel)
+
+    def multiplier(self, layer: Any) -> float:
+        """What the outputs of this layer's sublayers are multiplied by before they are added to the stream."""
+        return float(getattr(layer, self.residual_multiplier)) if self.residual_multiplier else 1.0
+
+    def has_joined_heads(self, config: Any) -> bool:
+        """Whether the heads of a model of this config go together or not at all."""
+        joined = self.joined_heads
+        return bool(getattr(config, joined, False) if isinstance(joined, str) else joined)
 
 
 _GEMMA: Any = {"mlp_norm": "pre_feedforward_layernorm", "mlp": ("mlp", "post_feedforward_layernorm"),
                "post_norms": ("post_attention_layernorm", "post_feedforward_layernorm"),
-               "activation": "hidden_activation"}
+               "activation": "hidden_activation", "norm_eps": "eps", "norm_offset": 1.0}
+# Blocks that came before Llama's names: a fused projection of q, k, v, and an MLP without gates.
+_FUSED: Any = {"qkv": ("self_attention.query_key_value",), "fused": "heads", "attention": "self_attention",
+               "attention_out": "self_attention.dense", "mlp_in": ("mlp.dense_h_to_4h",),
+               "mlp_out": "mlp.dense_4h_to_h", "layers": "transformer.h", "norm": "transformer.ln_f",
+               "embeddings": ("transformer.word_embeddings",), "norm_eps": "eps", "returns_tuple": True}
+# The experts leave with their layers.
+_EXPERTS: Any = {"experts": "mlp.experts", "router": "mlp.gate", "mlp_in": (), "mlp_out": ""}
 # fmt: off
 _ROWS = (
     Family("llama", "Llama", "LlamaForCausalLM", "LlamaDecoderLayer", "llama"),
@@ -118,9 +172,45 @@ _ROWS = (
            layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_2",
            attention_norm="ln_1", attention="attn", qkv=("attn.c_attn",), attention_out="attn.c_proj",
            mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", activation="activation_function",
-           numbered="scale_attn_by_inverse_layer_idx",
+           numbered=("scale_attn_by_inverse_layer_idx", False),
            counts=(("num_heads", "queries"), ("split_size", "columns")), norm_eps="eps",
            embeddings=("transformer.wte", "transformer.wpe"), embedded="transformer.drop"),
+    Family("phi", "Phi", "PhiForCausalLM", "PhiDecoderLayer", "phi",
+           norm="model.final_layernorm", mlp_norm="input_layernorm", attention_out="self_attn.dense",
+           mlp_in=("mlp.fc1",), mlp_out="mlp.fc2", parallel=True, dropouts=("resid_dropout", "resid_dropout"),
+           norm_eps="eps"),
+    Family("gemma", "Gemma", "GemmaForCausalLM", "GemmaDecoderLayer", "gemma", norm_eps="eps", norm_offset=1.0),
+    Family("stablelm", "StableLm", "StableLmForCausalLM", "StableLmDecoderLayer", "stablelm",
+           mlp_norm=("post_attention_layernorm", "input_layernorm"), parallel="use_parallel_residual",
+           counts=(("num_heads", "queries"), ("num_key_value_heads", "keys")), joined_heads="qk_layernorm",
+           dropouts=("", "dropout"), norm_eps="eps"),
+    Family("olmo2", "Olmo2", "Olmo2ForCausalLM", "Olmo2DecoderLayer", "olmo2",
+           mlp_norm=(), attention_norm=(), mlp=("mlp", "post_feedforward_layernorm"),
+           post_norms=("post_attention_layernorm", "post_feedforward_layernorm"), joined_heads=True),
+    Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", "SmolLM3DecoderLayer", "smollm3", per_layer=("no_rope_layers",)),
+    Family("granite", "Granite", "GraniteForCausalLM", "GraniteDecoderLayer", "granite",
+           residual_multiplier="residual_multiplier"),
+    Family("ministral", "Ministral", "MinistralForCausalLM", "MinistralDecoderLayer", "ministral"),
+    Family("falcon", "Falcon", "FalconForCausalLM", "FalconDecoderLayer", "falcon",
+           mlp_norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
+           attention_norm=("ln_attn", "input_layernorm"), activation="activation", parallel="config.parallel_attn",
+           counts=(("num_heads", "queries"), ("num_kv_heads", "keys")), joined_heads="alibi",
+           # Before the new architecture all queries share one head, or none do.
+           key_value_heads=lambda config: config.num_kv_heads if config.new_decoder_architecture else (
+               1 if config.multi_query else config.num_attention_heads),
+           dropouts=("hidden_dropout", "hidden_dropout"), **_FUSED),
+    Family("bloom", "Bloom", "BloomForCausalLM", "BloomBlock", "bloom",
+           activation="gelu_fast", counts=(("num_heads", "queries"),), joined_heads=True, adds_residual=True,
+           embedding_norm="transformer.word_embeddings_layernorm", **_FUSED),
+    Family("gptj", "GPTJ", "GPTJForCausalLM", "GPTJBlock", "gptj",
+           layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_1", attention_norm="ln_1", attention="attn",
+           qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), attention_out="attn.out_proj", mlp_in=("mlp.fc_in",),
+           mlp_out="mlp.fc_out", activation="activation_function", counts=(("num_attention_heads", "queries"),),
+           parallel=True, returns_tuple=True, norm_eps="eps", embeddings=("transformer.wte",),
+           embedded="transformer.drop"),
+    Family("mixtral", "Mixtral", "MixtralForCausalLM", "MixtralDecoderLayer", "mixtral", **_EXPERTS),
+    Family("qwen3_moe", "Qwen3Moe", "Qwen3MoeForCausalLM", "Qwen3MoeDecoderLayer", "qwen3_moe",
+           numbered=("decoder_sparse_step", 1), layer_numbers=("mlp_only_layers",), **_EXPERTS),
 )
 # fmt: on
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
@@ -217,8 +307,8 @@ class StandIn(nn.Module):
             self.lift = nn.Linear(lifted, hidden)
         self.readout = nn.Linear(hidden or lifted, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, d) → (…, d), in the dtype of x."""
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x (…, d) → (…, d), in the dtype of x; added ``onto`` the residual where a layer hands it over (BLOOM)."""
         z = x
         if self.normalize:  # torch computes it in float32 for narrower dtypes, and casts back
             z = nn.functional.rms_norm(x, (self.width,), eps=self.eps)
@@ -227,7 +317,9 @@ class StandIn(nn.Module):
         if self.hidden:
             z = self.act(self.lift(z))
         y = self.readout(z)
-        return x + y if self.residual else y
+        if self.residual:
+            y = x + y
+        return y if onto is None else onto + y
 
     def mapped(self, part: str, z: Tensor) -> Tensor:
         """What one part of the kind makes of x̂: (…, d) → (…, d | 2m | m | c)."""
@@ -316,31 +408,39 @@ class SlicedLayer(nn.Module):
     kdp_attention_shortcut: nn.Linear  # S₁, absent where the layer is parallel
     kdp_mlp_shortcut: nn.Linear  # S₂
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own arguments and result."""
         state = hidden_states[..., : self.kdp_width]
-        attended = self.attend(state, *args, **kwargs)
-        if getattr(self, self.kdp_family.parallel or "", False):
-            return self.kdp_mlp_shortcut(state) + attended + self.transform(state)
-        state = self.kdp_attention_shortcut(state) + attended
-        return self.kdp_mlp_shortcut(state) + self.transform(state)
+        attended, weights = self._attended(state, *args, **kwargs)
+        if self.kdp_family.is_parallel(self):
+            output = self.kdp_mlp_shortcut(state) + attended + self.transform(state)
+        else:
+            state = self.kdp_attention_shortcut(state) + attended
+            output = self.kdp_mlp_shortcut(state) + self.transform(state)
+        return (output, weights) if self.kdp_family.returns_tuple else output
 
     def attend(self, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What attention adds, (B, T, a) → (B, T, b)."""
+        return self._attended(state, *args, **kwargs)[0]
+
+    def _attended(self, state: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """The same, with the attention weights where they were asked for."""
         family, arguments = self.kdp_family, dict(zip(self.kdp_arguments, args, strict=False))
-        state = getattr(self, family.attention_norm)(state)
-        return self._drop(getattr(self, family.attention)(state, **arguments, **kwargs)[0], 0)
+        state = getattr(self, family.norm_in(self, family.attention_norm) or "")(state)
+        added, weights, *_ = getattr(self, family.attention)(state, **arguments, **kwargs)
+        return self._drop(added, 0) * family.multiplier(self), weights
 
     def transform(self, state: Tensor) -> Tensor:
         """What the MLP adds, (B, T, b) → (B, T, c)."""
-        state = getattr(self, self.kdp_family.mlp_norm)(state)
-        for name in self.kdp_family.mlp:
+        family = self.kdp_family
+        state = getattr(self, family.norm_in(self, family.mlp_norm) or "")(state)
+        for name in family.mlp:
             state = getattr(self, name)(state)
-        return self._drop(state, 1)
+        return self._drop(state, 1) * family.multiplier(self)
 
     def _drop(self, state: Tensor, which: int) -> Tensor:
         """The layer's own dropout behind attention (0) or MLP (1)."""
-        if not self.kdp_family.dropouts:
+        if not self.kdp_family.dropouts or not self.kdp_family.dropouts[which]:
             return state
         part = getattr(self, self.kdp_family.dropouts[which])
         if isinstance(part, nn.Module):
@@ -459,7 +559,8 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
 
 def key_value_heads(config: Any) -> int:
     """How many key-value heads the dense layers of a model have: its queries where it does not group them."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
+    return (grouped_queries if family is None else family.key_value_heads)(config)
 
 
 # Attributes that say how many outputs and inputs a projection or an embedding table has.
@@ -493,6 +594,9 @@ def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -
     all_groups, out = key_value_heads(config), layer.get_submodule(family.attention_out)
     if not 1 <= groups <= all_groups:
         raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads")
+    if groups < all_groups and family.has_joined_heads(config):
+        raise ValueError(f"got {groups} of {all_groups} heads for a {family.model_type} layer, whose heads are joined "
+                         "by a norm, or have norms or slopes of their own; expected all of them")
     columns = columns_of(out) * groups // all_groups
     for module in map(layer.get_submodule, family.qkv):
         resize(module, outputs=_outputs(module) * groups // all_groups)
@@ -511,6 +615,9 @@ def thin_mlp(layer: nn.Module, channels: int, family: Family) -> None:
 
     Raises ValueError for a number of channels that it does not have.
     """
+    if not family.mlp_out:
+        raise ValueError(f"got fewer channels for a {family.model_type} layer, whose MLP is a mixture of experts; "
+                         "expected the whole of it")
     down = layer.get_submodule(family.mlp_out)
     all_channels = columns_of(down)
     if not 1 <= channels <= all_channels:
@@ -530,20 +637,35 @@ def columns_of(module: Any) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.nx
 
 
+def norms_and_readers(layer: nn.Module, family: Family) -> list[tuple[str, tuple[str, ...]]]:
+    """The norms in front of attention and MLP, which may be the same one, each with the projections that read it.
+
+    Raises ValueError for a family without them there, and for one with a norm in front of layer 0.
+    """
+    found = []
+    for names, paths in ((family.attention_norm, family.qkv), (family.mlp_norm, family.mlp_in)):
+        name = family.norm_in(layer, names)
+        if name is None or not paths or family.embedding_norm:
+            raise ValueError(f"got a {family.model_type} layer, expected norms in front of projections, and none "
+                             "behind the embeddings: its stream cannot be made narrower")
+        found.append((name, paths))
+    return found
+
+
 def slice_layer(layer: nn.Module, states: list[int], family: Family, width: int) -> None:
     """Make ``layer``, of a model of this ``width``, a sliced one in place: ``states`` [a, b, c] as in :func:`narrow`.
 
     What reads a norm with a bias gets a bias. Where attention and MLP are parallel b must be a.
     """
     entering, middle, leaving = states
-    parallel = getattr(layer, family.parallel or "", False)
+    parallel = family.is_parallel(layer)
     if not all(1 <= size <= width for size in states) or (parallel and middle != entering):
         raise ValueError(f"config.kdp gives a layer of a model {width} wide the states {states}")
-    for norm, paths, size in ((family.attention_norm, family.qkv, entering), (family.mlp_norm, family.mlp_in, middle)):
-        old: Any = getattr(layer, norm)
+    readers = [(name, getattr(layer, name), paths) for name, paths in norms_and_readers(layer, family)]
+    for (name, old, paths), size in zip(readers, (entering, middle), strict=True):
         for path in paths:
             resize(layer.get_submodule(path), inputs=size, bias=getattr(old, "bias", None) is not None)
-        setattr(layer, norm, ScaleFreeNorm(width, getattr(old, family.norm_eps)))
+        setattr(layer, name, ScaleFreeNorm(width, getattr(old, family.norm_eps)))
     resize(layer.get_submodule(family.attention_out), outputs=leaving if parallel else middle)
     resize(layer.get_submodule(family.mlp_out), outputs=leaving)
     layer.__class__ = generated(family, "SlicedLayer")

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, layer_output
 from kdprune.model.placement import input_device
 from kdprune.store.files import Notify, tell
 
@@ -38,10 +38,10 @@ def standing_in(layers: Sequence[nn.Module], forward: Forward) -> Iterator[None]
     missing = object()
     before = [layer.__dict__.get("forward", missing) for layer in layers]
 
-    def substitute(index: int) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
+    def substitute(index: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            return forward(index, hidden, (args[1:], kwargs))
+            return layer_output(layers[index], forward(index, hidden, (args[1:], kwargs)))
         return call
 
     try:

@@ -207,6 +207,9 @@ def _source(old: Tensor, key: str, stood_for: dict[int, Source]) -> Source:
         return found
     # Loading made a copy of the placeholder, in the dtype that the architecture wants for it.
     named = [source for source in stood_for.values() if source.stored.key == key]
+    if not named and ".experts." in key:
+        raise KDPruneError("got a checkpoint that holds its experts one by one, which is not read layer by layer; give "
+                           "it more memory (--host-memory)")
     if not named:
         raise KDPruneError(f"cannot tell where {key} is in the checkpoint; load and save the model with transformers")
     return replace(named[0], dtype=old.dtype)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.errors import KDPruneError
+from kdprune.model.families import decoder_layers, family_of, has_experts, norm_before_mlp
 from kdprune.model.modeling_kdp import columns_of, key_value_heads
 from kdprune.model.surgery import plain_copy
 
@@ -84,13 +85,17 @@ def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructureP
         parts = [StructurePart(path, False, rows) for path, rows in zip(family.qkv, (query, key, key), strict=True)]
     else:
         blocks = torch.cat((query, columns + key, columns + key.numel() + key), dim=1)
-        heads = torch.arange(3 * columns).view(groups, -1)  # each head's query, key and value in turn
+        heads = torch.arange(columns + 2 * groups * width).view(groups, -1)  # of each its queries, key, value in turn
         parts = [StructurePart(family.qkv[0], False, heads if family.fused == "heads" else blocks)]
     return [*parts, StructurePart(family.attention_out, True, query)]
 
 
 def mlp_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
-    """MLP channels: rows of the projections into the MLP (gate and up, fused or not), columns of the one out of it."""
+    """MLP channels: rows of the projections into the MLP (gate and up, fused or not), columns of the one out of it.
+
+    Raises KDPruneError for experts.
+    """
+    refuse_experts(model)
     family = family_of(model)
     out = layer.get_submodule(family.mlp_out)
     channels = _weight(out).shape[_axis(out, inputs=True)]
@@ -165,17 +170,20 @@ def mlp_weights(
 
 def has_mlp_biases(model: PreTrainedModel) -> bool:
     """Whether the projections of this model's MLPs have biases."""
+    refuse_experts(model)
     return getattr(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out), "bias", None) is not None
 
 
 def channels_of(model: PreTrainedModel) -> int:
     """How many MLP channels a layer of this model has."""
+    refuse_experts(model)
     return columns_of(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out))
 
 
 def activation_of(model: PreTrainedModel) -> str:
     """The activation of this model's MLP channels, as transformers calls it."""
-    return str(getattr(model.config, family_of(model).activation))
+    name = family_of(model).activation
+    return str(getattr(model.config, name, name))
 
 
 def is_gated(model: PreTrainedModel) -> bool:
@@ -184,11 +192,18 @@ def is_gated(model: PreTrainedModel) -> bool:
     return sum(part.members.shape[1] for part in into) == 2
 
 
-def norm_before_mlp(model: PreTrainedModel) -> str:
-    """The attribute of a layer whose output its MLP reads; where layers normalise behind a sum, that of attention."""
-    family = family_of(model)
-    behind = family.pre_norm and not getattr(model.config, family.pre_norm)
-    return family.attention_norm if behind else family.mlp_norm
+def refuse_experts(model: PreTrainedModel) -> None:
+    """Raises KDPruneError where there are no channels to speak of."""
+    if has_experts(model):
+        raise KDPruneError(
+            f"got a {family_of(model).model_type} model, whose MLPs are mixtures of experts and have no channels of "
+            "their own; expected plain ones: use a method that takes layers whole (shortgpt, uidl, sleb, linear), or "
+            "--kernel linear or learned with kdp")
+
+
+def has_joined_heads(model: PreTrainedModel) -> bool:
+    """Whether this model's heads go together or not at all."""
+    return family_of(model).has_joined_heads(model.config)
 
 
 @torch.no_grad()
@@ -196,10 +211,11 @@ def mlp_channels(model: PreTrainedModel, index: int) -> Channels:
     """The channels of layer ``index``, its norm's scale and shift folded in; of a streamed model the layer is read."""
     layer = plain_copy(decoder_layers(model)[index])
     *into, out = mlp_parts(model, layer)
-    scale, shift = norm_affine(getattr(layer, norm_before_mlp(model)).float(), model.config.hidden_size)
+    scale, shift = norm_affine(norm_before_mlp(model, layer).float(), model.config.hidden_size)
     lines = torch.cat([part.lines(layer) for part in into], dim=1).float()
     biases = torch.cat([part.biases(layer) for part in into], dim=1).float() + lines @ shift
-    return Channels(lines * scale, biases, out.lines(layer).norm(dim=-1)[:, 0].float())
+    outgoing = out.lines(layer).norm(dim=-1)[:, 0].float() * family_of(model).multiplier(layer)
+    return Channels(lines * scale, biases, outgoing)
 
 
 def reciprocal(scale: Tensor) -> Tensor:
@@ -210,9 +226,9 @@ def reciprocal(scale: Tensor) -> Tensor:
 def norm_affine(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
     """(γ, β) of a norm γ ∘ n(x) + β, RMS or layer norm, from what it makes of x and −x; (d,) each.
 
-    Families store γ in different ways (Gemma: γ − 1), and not all have β.
+    Families store γ in different ways (Gemma: γ − 1), and not all have β. Identity has 1 and 0.
     """
-    device = next(norm.parameters()).device
+    device = next((parameter.device for parameter in norm.parameters()), torch.device("cpu"))
     x = torch.ones(width, device=device)
     x[1::2] = -1
     x = x - x.mean()  # of an odd width; a layer norm would do it

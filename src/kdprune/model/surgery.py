@@ -20,10 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import KDPruneError
 from .edits import Drop, Edit, Resize, Rewrite, Substitute
 from .families import (
+    check_inferred,
     decoder_layers,
     family_of,
     install_layers,
     layer_types_of,
+    number_layers,
     numbered_modules,
     restore_rotations,
     set_depth,
@@ -92,7 +94,7 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
         if isinstance(edit, Rewrite):
             rewrite(decoder_layers(pruned), edit, cuts)
     slots = _slots(pruned, cuts, family)
-    _shorten_config(config, [slot.source for slot in slots])
+    _shorten_config(config, family, [slot.source for slot in slots])
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
@@ -244,14 +246,16 @@ def check_model(model: PreTrainedModel, substitutes: bool, drops: bool = False) 
     """Raise KDPruneError for a model that cannot be shortened or subclassed, or that holds stand-ins: of that layers
     may be taken out (``drops``), stand-ins like others, but none replaced or changed."""
     family = family_of(model)
+    check_inferred(model, drops)
     record = getattr(model.config, "kdp", None) or {}
     if model.config.model_type.startswith(PREFIX) and not (drops and not record.get("widths")):
         held = "is narrowed" if record.get("widths") and not record["stand_ins"] else "holds stand-ins"
         raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once, or "
                            "take more layers out with shortgpt, uidl or sleb")
-    if family.numbered and getattr(model.config, family.numbered, False):
+    numbered, usual = family.numbered or ("", None)
+    if numbered and getattr(model.config, numbered, usual) != usual:
         raise KDPruneError(
-            f"config.{family.numbered} makes every layer depend on its number: "
+            f"config.{numbered} makes every layer depend on its number: "
             "a checkpoint without some of its layers would not compute the same"
         )
     if substitutes and type(model).__name__ != family.causal_lm:
@@ -350,7 +354,7 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, edit: Substitute) 
             twins[name]._forward_hooks = copy.copy(part._forward_hooks)
             twins[name]._forward_hooks_with_kwargs = copy.copy(part._forward_hooks_with_kwargs)
     width: dict[str, Any] = {} if groups is None else {"groups": groups}
-    if ordinary:
+    if ordinary and family.mlp_out:
         channels, all_channels = (columns_of(part.get_submodule(family.mlp_out)) for part in (context, source))
         if width or channels != all_channels:
             width = {"groups": groups or heads, "channels": channels}
@@ -395,8 +399,9 @@ def earlier_blocks(config: Any) -> list[list[list[int]]]:
     return [] if record is None else [*record.get("earlier", ()), record["blocks"]]
 
 
-def _shorten_config(config: Any, sources: Sequence[int]) -> None:
+def _shorten_config(config: Any, family: Family, sources: Sequence[int]) -> None:
     """Make ``config`` describe a model that has the layers with these indices of the dense model's."""
+    number_layers(config, family, sources)
     types = getattr(config, "layer_types", None)
     set_depth(config, len(sources), None if types is None else [types[index] for index in sources])
     full = getattr(config, "max_window_layers", None)  # Qwen: the layers from this one on have a sliding window

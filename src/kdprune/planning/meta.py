@@ -21,7 +21,7 @@ from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
-from kdprune.model.families import family_of
+from kdprune.model.families import has_experts
 from kdprune.model.forms import check_adapter, check_quantised, located
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
 from kdprune.model.surgery import apply_edits, context_layer, ordinary_layer
@@ -49,7 +49,8 @@ def meta_model(model: str | Path | PreTrainedConfig, dtype: Any = None) -> PreTr
     except Exception as error:  # sizes that do not go together fail in many ways
         raise KDPruneError(f"cannot build a model from {str(model)!r} ({one_line(error)}); expected the config of a "
                            "causal LM, check its sizes") from error
-    family_of(made)
+    if has_experts(made):  # of the ways to run them the one that takes any dtype without values
+        made.set_experts_implementation("batched_mm")
     return made.eval()
 
 

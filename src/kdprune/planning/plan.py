@@ -17,7 +17,7 @@ from kdprune.evaluation.models import longest_context
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods import make_method
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.model.families import decoder_layers, outside_embeddings
+from kdprune.model.families import decoder_layers, inactive_parameters, outside_embeddings
 from kdprune.model.forms import quantised_by
 from kdprune.model.surgery import layers_replaced
 from kdprune.planning.forecast import Device, Job, device_of_name
@@ -33,6 +33,7 @@ class Side:
         parameters_layers: those outside the embeddings.
         disk_bytes: of the safetensors.
         kv_bytes: of keys and values a token.
+        active: parameters that a token goes through: of experts only those chosen for it.
         prefill_flops: operations a token in reading a row, head included.
         decode_flops: operations in writing one token behind it.
     """
@@ -40,6 +41,7 @@ class Side:
     layers: int
     parameters: int
     parameters_layers: int
+    active: int
     disk_bytes: int
     kv_bytes: int
     prefill_flops: float
@@ -215,7 +217,7 @@ def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
                if name not in module._non_persistent_buffers_set]
     return Side(
         layers=model.config.num_hidden_layers, parameters=model.num_parameters(),
-        parameters_layers=outside_embeddings(model),
+        parameters_layers=outside_embeddings(model), active=model.num_parameters() - inactive_parameters(model),
         disk_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *buffers]),
         kv_bytes=cache * model.config.num_hidden_layers, prefill_flops=forward_flops(model, 1, length) / length,
         decode_flops=forward_flops(model, 1, 1, length))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, key_value_heads, narrow
-from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
+from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts
 from kdprune.model.surgery import context_layer, ordinary_layer
 from kdprune.model.widths import set_weights
 
@@ -57,8 +57,11 @@ def random_stand_in(width: int, seed: int = 0, scale: float = 0.3, **options: An
 
 
 def kept_heads(model: PreTrainedModel) -> Tensor:
-    """The key-value heads that narrowed layers keep: the second half, so that a cut to the first ones is wrong."""
+    """The key-value heads that narrowed layers keep: the second half, so that a cut to the first ones is wrong; all,
+    where they cannot go one by one."""
     heads = key_value_heads(model.config)
+    if has_joined_heads(model):
+        return torch.arange(heads)
     return torch.arange(heads // 2, heads)
 
 
@@ -155,7 +158,7 @@ def _stream(model: PreTrainedModel) -> list[Edit]:
     family, small, width = family_of(model), copy.deepcopy(model), model.config.hidden_size
     layers = decoder_layers(small)
     narrower, generator = 3 * width // 4, torch.Generator().manual_seed(4)
-    parallel = bool(getattr(layers[0], family.parallel or "", False))
+    parallel = family.is_parallel(layers[0])
     widths = [{"states": [narrower, narrower if parallel else width // 2, narrower]} for _ in layers]
     widths[-1]["states"][-1] = width
     narrow(small, widths, family)

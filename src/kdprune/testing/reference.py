@@ -63,13 +63,13 @@ def _answer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
 def _in_context(model: PreTrainedModel, layer: nn.Module, edit: Substitute) -> None:
     """The layer's MLP path becomes the stand-in, or the layer the ordinary one of its size; heads and channels that are
     gone are silent."""
-    family, seen, stand_in = family_of(model), list[Tensor](), edit.stand_in
+    family, seen, stand_in = family_of(model), list[Any](), edit.stand_in
     if edit.groups is not None:
         _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
     if stand_in is not None:
         first, last = (getattr(layer, family.mlp[end]) for end in (0, -1))
-        first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        last.register_forward_hook(lambda module, args, output: stand_in(seen.pop()))
+        first.register_forward_pre_hook(lambda module, args: seen.append(args))
+        last.register_forward_hook(lambda module, args, output: stand_in(*seen.pop()))
     elif edit.groups is None and edit.context is not None:
         layer.load_state_dict(edit.context.state_dict())
     else:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kdprune.kernel.features import rms_normalize
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of, norms_behind_mlp
+from kdprune.model.families import decoder_layers, family_of, norm_of_mlp, norms_behind_mlp
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
 from kdprune.model.structures import has_mlp_biases, mlp_weights, norm_affine, reciprocal
@@ -60,6 +60,7 @@ class StandInFit:
 
     Attributes:
         intercept: whether the read-out has a bias.
+        multiplier: what the layer around it multiplies its output by (Granite), else 1.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class StandInFit:
         self.stand_in = template.to(device)
         self.module: nn.Module = self.stand_in
         self._norm: nn.Module | None = None
+        self.multiplier = 1.0
         self._behind: Any = None  # the norm between an ordinary layer's MLP and its residual sum
         if context is not None:
             self.module = context_layer(model, context, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
-            norm = getattr(decoder_layers(model)[context], family_of(model).mlp_norm)
-            self._norm = plain_copy(norm).float().to(device)
+            self._norm = plain_copy(norm_of_mlp(model, decoder_layers(model)[context])).float().to(device)
+            self.multiplier = family_of(model).multiplier(decoder_layers(model)[context])
             for name in norms_behind_mlp(family_of(model)) if ordinary else ():
                 self._behind = plain_copy(getattr(decoder_layers(model)[context], name)).float().to(device)
                 setattr(self.module, name, self._behind)
@@ -141,9 +143,9 @@ class StandInFit:
 
     @torch.no_grad()
     def wanted(self, probe: Probe) -> Tensor:
-        """What the read-out should give, (n, d): target − base. Where a norm γ ∘ n(·) stands behind it, of that the
-        direction before the norm, n((target − base) / γ): the norm takes its length away."""
-        update = probe.target - probe.base
+        """What the read-out should give, (n, d): target − base, over the layer's multiplier. Where a norm γ ∘ n(·)
+        stands behind it, of that the direction before it, n((target − base) / γ): the norm takes its length away."""
+        update = (probe.target - probe.base) / self.multiplier
         if self._behind is None:
             return update
         scale, _ = norm_affine(self._behind, update.shape[-1])

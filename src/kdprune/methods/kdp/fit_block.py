@@ -233,7 +233,7 @@ def _solve_inverse(
     moments = Moments(inverse.readout.in_features, inverse.readout.out_features, fitting.device)
     for rows in fitting.row_batches(PASS_ROWS):
         probe = fitting.probe(rows)
-        moments.update(inverse.hidden(mapped(probe)), probe.target - probe.base)
+        moments.update(inverse.hidden(mapped(probe)), (probe.target - probe.base) / fitting.multiplier)
     solve_readout(inverse, moments.add_processes(), ridge)
 
 
@@ -260,7 +260,7 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
 
     def loss_function(rows: Tensor) -> Sums:
         probe = fitting.probe(rows)
-        return state_errors(probe.base + inverse(mapped(probe)), probe.target, energy)
+        return state_errors(probe.base + fitting.multiplier * inverse(mapped(probe)), probe.target, energy)
 
     if this.shape.hidden:
         trained = [parameter for parameter in inverse.parameters() if parameter.requires_grad]

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
-from kdprune.model.families import decoder_layers
-from kdprune.model.structures import Channels, mlp_channels, norm_affine, norm_before_mlp
+from kdprune.model.families import decoder_layers, norm_before_mlp
+from kdprune.model.structures import Channels, mlp_channels, norm_affine
 from kdprune.model.surgery import plain_copy
 from kdprune.runtime.distributed import world
 
@@ -52,7 +52,8 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
     maps = [stand_in.gate, stand_in.up] if stand_in.gated else [stand_in.up]
     for number, projection in enumerate(maps):
         projection.weight.copy_(pool.lines[:, number])
-        projection.bias.copy_(pool.biases[:, number])
+        if fitting.intercept:
+            projection.bias.copy_(pool.biases[:, number])
 
 
 def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
@@ -61,6 +62,8 @@ def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
     layers = [mlp_channels(model, index).through(*own) for index in fitting.states.block]
     fields = ("lines", "biases", "outgoing")
     every = Channels(*(torch.cat([getattr(layer, name) for layer in layers]) for name in fields))
+    if not fitting.intercept:  # an MLP without biases cannot hold the shifts of its block's norms
+        every.biases.zero_()
     squares = torch.zeros(len(every.lines), dtype=torch.float64, device=fitting.device)
     for rows in fitting.row_batches(PASS_ROWS):
         for x in fitting.probe(rows).kernel_input.split(CHUNK):
@@ -76,6 +79,6 @@ def _read_through(model: PreTrainedModel, fitting: StandInFit) -> tuple[Tensor, 
     width = model.config.hidden_size
     if fitting.context is None:
         return torch.ones(width, device=fitting.device), torch.zeros(width, device=fitting.device)
-    norm = plain_copy(getattr(decoder_layers(model)[fitting.context], norm_before_mlp(model))).float()
+    norm = plain_copy(norm_before_mlp(model, decoder_layers(model)[fitting.context])).float()
     scale, shift = norm_affine(norm, width)
     return scale.to(fitting.device), shift.to(fitting.device)

@@ -17,6 +17,7 @@ from kdprune.methods.common.selection import open_layers
 from kdprune.methods.peers.drop import check_reach, layer_sizes
 from kdprune.methods.peers.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
 from kdprune.model.families import decoder_layers
+from kdprune.model.structures import refuse_experts
 from kdprune.model.surgery import apply_edits
 from kdprune.options import option
 from kdprune.runtime.run import Run
@@ -75,6 +76,7 @@ class LaCo(DepthMethod):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError for layers that differ in shape, impossible bounds, or a ratio out of reach."""
         super().check(model, tokens)
+        refuse_experts(model)
         shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in decoder_layers(model)]
         odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
         if odd is not None:

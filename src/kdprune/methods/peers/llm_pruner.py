@@ -14,7 +14,7 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.peers.saliency import loss_gradients, random_slices, weight_saliency
 from kdprune.model.families import decoder_layers
-from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
+from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts
 from kdprune.model.surgery import Resize, check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
@@ -79,11 +79,12 @@ class LLMPruner(Method):
         (groups, head_cost), (channels, channel_cost) = (_cost(model, first, kind) for kind in parts)
         target = wanted.parameters
         whole = len(pruned) * (groups * head_cost + channels * channel_cost)
-        kept = max(1, math.floor(groups * (1 - min(target / whole, 1))))
+        least = groups if has_joined_heads(model) else 1  # then channels go alone
+        kept = max(least, math.floor(groups * (1 - min(target / whole, 1))))
         while kept < groups and len(pruned) * (groups - kept) * head_cost > target:
             kept += 1
         most = len(pruned) * (channels - 1)
-        while kept > 1 and len(pruned) * (groups - kept) * head_cost + most * channel_cost < target:
+        while kept > least and len(pruned) * (groups - kept) * head_cost + most * channel_cost < target:
             kept -= 1
         removed = len(pruned) * (groups - kept) * head_cost
         spare = max(0, math.ceil((target - removed) / channel_cost))

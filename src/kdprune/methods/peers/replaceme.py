@@ -23,6 +23,7 @@ from kdprune.model.families import decoder_layers, family_of, normalises_behind
 from kdprune.model.passes import run_layers
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import resident
+from kdprune.model.structures import refuse_experts
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.options import option
 from kdprune.runtime.run import Run
@@ -71,6 +72,7 @@ class ReplaceMe(DepthMethod):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)
+        refuse_experts(model)
         if normalises_behind(model):
             raise KDPruneError(
                 f"got a {family_of(model).model_type} model that normalises behind its MLP, expected one that adds the "
@@ -119,12 +121,15 @@ class ReplaceMe(DepthMethod):
 def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
     """While active, a function that runs a batch up to h_e and returns (M, h_s − M, h_e), real tokens only, (n, d).
 
-    M is what the down projection of layer s−1 puts out. Float32; nothing is kept beyond a batch.
+    M is what the down projection of layer s−1 puts out, times the multiplier of its residual. Float32; nothing is kept
+    beyond a batch.
     """
     layers, device = list(decoder_layers(model)), input_device(model)
     outputs: list[Tensor] = []
     projection = layers[block.start - 1].get_submodule(family_of(model).mlp_out)
-    hook = projection.register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+    multiplier = family_of(model).multiplier(layers[block.start - 1])
+    # A copy: some layers go on to add to the projection's output in place.
+    hook = projection.register_forward_hook(lambda _, __, output: outputs.append(output.detach() * multiplier))
 
     @torch.no_grad()
     def states(batch: TokenSet) -> tuple[Tensor, Tensor, Tensor]:

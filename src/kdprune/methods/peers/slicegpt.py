@@ -14,6 +14,7 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.peers.slicing import StreamSize, measure_cuts, sliced_edits
 from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
+from kdprune.model.structures import refuse_experts
 from kdprune.model.surgery import check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
@@ -58,10 +59,12 @@ class SliceGPT(Method):
         super().check(model, tokens)
         check_model(model, substitutes=True)
         family = family_of(model)
-        if normalises_behind(model) or isinstance(final_norm(model), nn.Identity):
+        refuse_experts(model)
+        if normalises_behind(model) or isinstance(final_norm(model), nn.Identity) or family.embedding_norm:
             raise KDPruneError(
-                f"got a {family.model_type} model with a norm between a sublayer and the residual sum or behind it, or "
-                f"none in front of the head, expected norms in front of every sublayer: SliceGPT cannot rotate it")
+                f"got a {family.model_type} model with a norm between a sublayer and the residual sum or behind it, "
+                f"behind the embeddings, or none in front of the head, expected norms in front of every sublayer: "
+                f"SliceGPT cannot rotate it")
         if model.get_parameter(f"{family.embeddings[0]}.weight").shape[1] != model.config.hidden_size:
             raise KDPruneError("got embeddings that are projected to the stream's width, expected its own width")
         self.widths(model)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_arguments, layer_states
-from kdprune.model.families import decoder_layers, family_of, final_norm
-from kdprune.model.modeling_kdp import Family, SlicedLayer, slice_layer
+from kdprune.model.families import decoder_layers, family_of, final_norm, norm_of_mlp
+from kdprune.model.modeling_kdp import Family, SlicedLayer, norms_and_readers, slice_layer
 from kdprune.model.surgery import Resize
 
 RIDGE = 0.01  # added to the second moments, in units of the mean of their diagonal
@@ -30,7 +30,7 @@ def stream_states(widths: Sequence[int], width: int, parallel: bool) -> list[lis
 
 def is_parallel(model: PreTrainedModel) -> bool:
     """Whether attention and MLP of the model's layers read the same state."""
-    return bool(getattr(decoder_layers(model)[0], family_of(model).parallel or "", False))
+    return family_of(model).is_parallel(decoder_layers(model)[0])
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,12 @@ class StreamSize:
 def _layer_size(layer: nn.Module, family: Family) -> tuple[int, int, int, int, int]:
     """An entry of ``StreamSize.layers``."""
     rest, sizes = sum(p.numel() for p in layer.parameters()), []
-    for norm, paths in ((family.attention_norm, family.qkv), (family.mlp_norm, family.mlp_in)):
+    readers = norms_and_readers(layer, family)
+    rest -= sum(p.numel() for name in {name for name, _ in readers} for p in layer.get_submodule(name).parameters())
+    for norm, paths in readers:
         own: Any = getattr(layer, norm)
         weights = [read(layer.get_submodule(path)) for path in paths]
-        rest -= sum(p.numel() for p in own.parameters()) + sum(weight.numel() for weight, _ in weights)
+        rest -= sum(weight.numel() for weight, _ in weights)
         if getattr(own, "bias", None) is not None:
             rest += sum(weight.shape[0] for weight, bias in weights if bias is None)
         sizes.append(sum(weight.shape[0] for weight, _ in weights))
@@ -105,14 +107,14 @@ def named(path: str, module: nn.Module, projection: Projection) -> dict[str, Ten
     return found if bias is None else {**found, f"{path}.bias": bias}
 
 
-def behind_norm(projection: Projection, norm: Any) -> Projection:
+def behind_norm(projection: Projection, norm: Any, family: Family) -> Projection:
     """The projection with scale γ and bias β of the norm in front folded in: W diag(γ), b + W β."""
     weight, bias = projection
     scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if shift is not None:
         moved = weight @ shift.detach().double()
         bias = moved if bias is None else bias + moved
-    return weight if scale is None else weight * scale.detach().double(), bias
+    return weight if scale is None else weight * (scale.detach().double() + family.norm_offset), bias
 
 
 def centred(values: Tensor, norm: nn.Module) -> Tensor:
@@ -123,12 +125,13 @@ def centred(values: Tensor, norm: nn.Module) -> Tensor:
 def folded_layer(layer: nn.Module, family: Family) -> dict[str, Projection]:
     """The layer's projections by path, with its norms folded into them: all act between scale-free norms."""
     found = {}
-    for norm, paths in ((family.attention_norm, family.qkv), (family.mlp_norm, family.mlp_in)):
+    readers = norms_and_readers(layer, family)
+    for name, paths in readers:
         for path in paths:
-            found[path] = behind_norm(read(layer.get_submodule(path)), getattr(layer, norm))
+            found[path] = behind_norm(read(layer.get_submodule(path)), getattr(layer, name), family)
+    norm = getattr(layer, readers[-1][0])
     for path in (family.attention_out, family.mlp_out):
         weight, bias = read(layer.get_submodule(path))
-        norm = getattr(layer, family.mlp_norm)
         found[path] = centred(weight.T, norm).T, None if bias is None else centred(bias, norm)
     return found
 
@@ -152,7 +155,7 @@ def measure_cuts(
     family, device, width = family_of(model), model.device, model.config.hidden_size
     first = decoder_layers(model)[0]
     batches = list(tokens.batches(batch_size))
-    stream = [centred(states[0].float().cpu(), getattr(first, family.mlp_norm))
+    stream = [centred(states[0].float().cpu(), norm_of_mlp(model, first))
               for _, states in layer_states(model, tokens, [0], batch_size)]
     sizes = iter(widths)
     rotations = [_cut(stream, batches, next(sizes), device)]
@@ -238,7 +241,7 @@ def _outside(model: PreTrainedModel, rotation: Tensor) -> Resize:
         table = model.get_parameter(f"{path}.weight").detach().double()
         weights[f"{path}.weight"] = centred(table, norm) @ rotation
     name, head = _head(model)
-    return Resize(None, {}, weights | named(name, head, behind_norm(read(head), norm)))
+    return Resize(None, {}, weights | named(name, head, behind_norm(read(head), norm, family)))
 
 
 def _head(model: PreTrainedModel) -> tuple[str, nn.Module]:

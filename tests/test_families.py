@@ -1,0 +1,157 @@
+"""Families without a row of the table, and what single rows say: layers by number, joined heads, experts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import EXPERTS, LAYERS, build
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import kdprune
+from kdprune.cli.families_page import markdown
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.flops import forward_flops
+from kdprune.methods.peers.drop import SLEB, ShortGPT
+from kdprune.methods.peers.linear import Linear
+from kdprune.methods.peers.llm_pruner import LLMPruner
+from kdprune.model.families import decoder_layers, family_of, inactive_parameters
+from kdprune.model.surgery import Drop, apply_edits, ordinary_layer
+from kdprune.planning.plan import plan
+from kdprune.testing import (
+    CALIBRATION,
+    IDS,
+    close,
+    edits_of,
+    logits_of,
+    run_method,
+    saved_and_loaded,
+    with_random_weights,
+)
+from kdprune.testing.reference import reference_logits
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64,
+    "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}
+
+
+def unknown(model_type: str, **options: Any) -> PreTrainedModel:
+    """A model of a family that the table lacks."""
+    config = AutoConfig.for_model(model_type, **{**_SMALL, **options})
+    return with_random_weights(AutoModelForCausalLM.from_config(config))
+
+
+def test_the_page_of_families_is_current() -> None:
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    assert page.read_text(encoding="utf-8") == markdown()
+
+
+# ------------------------------------------------------------------------------------------ no row
+
+
+@pytest.mark.parametrize(("model_type", "options"), [
+    ("cohere", {}),  # parallel sublayers
+    ("codegen", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),  # tuples
+    ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4}),  # windows on every other layer
+])
+@pytest.mark.parametrize("method", [ShortGPT, SLEB])
+def test_layers_of_an_unknown_family_are_dropped(
+    model_type: str, options: dict[str, Any], method: type, tmp_path: Path
+) -> None:
+    model = unknown(model_type, **options)
+    assert family_of(model).inferred
+    edits = run_method(method(ratio=0.2), model).edits
+    pruned = apply_edits(model, edits)
+    assert torch.equal(logits_of(pruned), reference_logits(model, edits))
+    assert type(saved_and_loaded(pruned, tmp_path)) is type(model)
+
+
+def test_an_unknown_family_is_pruned_from_a_checkpoint_and_refused_in_one_line_otherwise(tmp_path: Path) -> None:
+    unknown("cohere").save_pretrained(tmp_path / "model")
+    rows = CALIBRATION.ids % 60 + 1
+    given: dict[str, Any] = {"calibration": rows, "heldout": rows[:4], "ratio": 0.2}
+    with pytest.raises(KDPruneError, match=r"unknown model family 'cohere'.*shortgpt.*docs/add-a-family\.md") as error:
+        kdprune.prune(tmp_path / "model", method="linear", **given)
+    assert "\n" not in str(error.value)
+    result = kdprune.prune(tmp_path / "model", method="shortgpt", **given)
+    result.save(tmp_path / "pruned")
+    assert json.loads((tmp_path / "pruned" / "config.json").read_text(encoding="utf-8"))["model_type"] == "cohere"
+    with pytest.raises(KDPruneError, match="unknown model family 'cohere'"):
+        plan(tmp_path / "model" / "config.json")
+
+
+def test_layers_that_differ_are_not_dropped_unknown() -> None:
+    model = unknown("glm4_moe", first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, head_dim=8,
+                    moe_intermediate_size=16)
+    with pytest.raises(KDPruneError, match="unknown model family 'glm4_moe', whose layers differ"):
+        ShortGPT(ratio=0.2).check(model, CALIBRATION)
+
+
+# ------------------------------------------------------------------------------------------ layers by number
+
+
+def test_lists_of_the_config_follow_the_layers(tmp_path: Path) -> None:
+    smollm = apply_edits(build("smollm3"), [Drop(range(1, 3))])
+    assert smollm.config.no_rope_layers == [1, 0, 1, 1]
+    experts = apply_edits(build("qwen3_moe"), [Drop(range(1, 3))])
+    assert experts.config.mlp_only_layers == [1, 3]
+    saved_and_loaded(smollm, tmp_path)
+    model = build("qwen3_moe")
+    model.config.decoder_sparse_step = 2
+    with pytest.raises(KDPruneError, match=r"config\.decoder_sparse_step makes every layer depend on its number"):
+        apply_edits(model, [Drop(range(1))])
+
+
+# ------------------------------------------------------------------------------------------ heads and experts
+
+
+def falcon_with_slopes() -> PreTrainedModel:
+    """Falcon-RW: ALiBi, sequential sublayers."""
+    model = build("falcon-sequential")
+    config = type(model.config)(**{**model.config.to_dict(), "alibi": True})
+    return with_random_weights(AutoModelForCausalLM.from_config(config))
+
+
+def test_heads_with_slopes_or_joined_by_a_norm_go_together(tmp_path: Path) -> None:
+    for model in (build("olmo2"), build("bloom"), build("stablelm-parallel"), falcon_with_slopes()):
+        with pytest.raises(KDPruneError, match="whose heads are joined"):
+            ordinary_layer(model, 1, groups=1)
+    falcon = falcon_with_slopes()
+    edits = edits_of(falcon, "mixed")
+    pruned = apply_edits(falcon, edits)
+    close(logits_of(pruned), reference_logits(falcon, edits))
+    saved_and_loaded(pruned, tmp_path)
+    [*_, edit] = run_method(LLMPruner(ratio=0.2, keep_first=1, keep_last=1), falcon).edits
+    assert edit.width["groups"] == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_count_where_they_are_active(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    experts = [layer.mlp.experts for layer in decoder_layers(model) if hasattr(layer.mlp, "experts")]
+    each = sum(p.numel() for p in experts[0].parameters()) // 4
+    assert inactive_parameters(model) == len(experts) * each * 2  # two of four
+    model.config.save_pretrained(tmp_path)
+    found = plan(tmp_path, kernel="linear", context="none", ratio=0.2, samples=8, length=16, dtype="float32")
+    assert found.dense.parameters == model.num_parameters()
+    assert found.dense.active == model.num_parameters() - inactive_parameters(model)
+    pruned = apply_edits(model, run_method(Linear(ratio=0.2, protect=0.0), model).edits)
+    assert found.pruned.layers == pruned.config.num_hidden_layers < LAYERS
+    with pytest.raises(KDPruneError, match=r"mixtures of experts.*kernel linear"):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_operations_of_experts(name: str) -> None:
+    """Against torch's count of what runs: every token goes through two experts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(name)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(IDS, use_cache=False)
+    assert forward_flops(model, *IDS.shape, logits=IDS.shape[1]) == counter.get_total_flops()
