@@ -90,6 +90,13 @@ def test_healing_of_a_model_that_is_read_from_disk_is_refused_before_any_work(
     assert "got heal for a model whose layers are read from disk" in failed.reason
 
 
+def test_an_output_where_something_is_read_is_refused_in_python_too(bench: Bench) -> None:
+    with pytest.raises(KDPruneError, match="which holds the model"):
+        kdprune.compare(str(bench.model), ["shortgpt"], output_dir=Path(bench.model).parent, overwrite=True,
+                        **options(bench))
+    assert (Path(bench.model) / "config.json").is_file()
+
+
 def test_rows_are_numpy_s_mean_and_deviation(done: tuple[Comparison, Path]) -> None:
     result, _ = done
     for row in result.rows[:2]:

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdprune
 from kdprune.errors import KDPruneError
+from kdprune.run.inputs import inputs_of
 from kdprune.run.recipe import check_options
 from kdprune.run.resources import Resources
 from kdprune.runtime import memory
 from kdprune.runtime.memory import Memory
+from kdprune.store.directories import check_apart
 from kdprune.store.hashing import model_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
@@ -39,7 +41,7 @@ def test_what_cannot_be_is_said_before_any_work(
 
 def test_a_work_directory_does_not_hold_the_output(tmp_path: Path) -> None:
     with pytest.raises(KDPruneError, match="which lies in the work directory"):
-        Resources(work_dir=str(tmp_path)).check_apart(tmp_path / "out")
+        check_apart(tmp_path / "out", inputs_of(resources=Resources(work_dir=str(tmp_path))))
 
 
 def test_recipes_take_what_python_takes(tmp_path: Path) -> None:

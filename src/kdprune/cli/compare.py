@@ -11,11 +11,8 @@ from kdprune.errors import KDPruneError
 from kdprune.options import options_of, typed_options
 from kdprune.report.comparison_records import Comparison
 from kdprune.report.comparison_table import print_comparison
-from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import ABLATE, COMPARE
-from kdprune.run.resources import make_resources
 from kdprune.store.cache import MANIFEST
-from kdprune.store.directories import check_apart
 
 COMPARISON, ABLATION = "comparison", "ablation"  # where the commands write
 
@@ -33,12 +30,8 @@ def ablate_command(**options: Any) -> None:
 
 
 def _checked(options: Mapping[str, Any], groups: tuple[type, ...]) -> dict[str, Any]:
-    """The options, each of its type. Raises KDPruneError for an output where something is read, or where runs/ is not
-    of a comparison."""
+    """The options, each of its type. Raises KDPruneError for an output whose runs/ are not of a comparison."""
     chosen = typed_options(options, options_of(*groups))
-    texts = [chosen.get("calibration"), chosen.get("heldout")]
-    check_apart(chosen["output_dir"], inputs_of(
-        chosen.get("model"), texts=texts, folders=chosen.get("suite_data", ()), resources=make_resources(chosen)))
     runs = Path(chosen["output_dir"]) / "runs"
     if runs.is_dir() and any(runs.iterdir()) and not (runs / MANIFEST).is_file():
         raise KDPruneError(f"got output {chosen['output_dir']}, whose runs/ are not those of a comparison; choose a "

@@ -24,6 +24,7 @@ from kdprune.report.comparison_records import Comparison, Failure, Unit
 from kdprune.report.comparison_records import Variant as VariantRecord
 from kdprune.report.results import Calibration
 from kdprune.run.heal import HEAL_OPTIONS
+from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import (
     ABLATE,
     COMPARE,
@@ -43,7 +44,7 @@ from kdprune.run.record import software_versions
 from kdprune.run.resources import make_resources
 from kdprune.run.session import Session
 from kdprune.runtime.stages import Stages
-from kdprune.store.directories import check_output
+from kdprune.store.directories import check_apart, check_output
 
 
 @spelled_out(COMPARE)
@@ -116,7 +117,9 @@ def _run(
     _check_suite(suite)
     check_texts(data)
     if output.output_dir is not None:
-        resources.check_apart(output.output_dir)
+        check_apart(output.output_dir, inputs_of(
+            subject.model, texts=(data.calibration, data.heldout), tokenizer=subject.tokenizer,
+            folders=suite.suite_data, resources=resources))
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(

@@ -23,7 +23,6 @@ from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import computes_in, resolve_device
 from kdprune.runtime.memory import SCRATCH_SHARE, Memory, parse_bytes
 from kdprune.store.cache import Cache, CacheInUse, cache_dir, default_work_dir
-from kdprune.store.directories import check_apart
 from kdprune.store.files import tell
 from kdprune.store.hashing import IdentityPart, code_identity, digest, file_hash, files_identity, model_identity
 
@@ -60,11 +59,6 @@ class Resources:
         check_values(self)
         if self.work_dir == "":
             raise KDPruneError("got an empty work_dir, expected a directory, or none")
-
-    def check_apart(self, output_dir: str | Path) -> None:
-        """Raises KDPruneError for a work directory in the output's place, which is written whole at the end."""
-        if self.work_dir not in (None, NONE, AUTO):
-            check_apart(output_dir, {"work directory": [Path(str(self.work_dir))]})
 
     def memory(self, device: str) -> Memory:
         """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""
