@@ -64,7 +64,7 @@ def run(
 
 
 def missing(
-    page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any], places: Sequence[Path] = (),
+    page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any], places: Sequence[Path],
 ) -> Iterator[dict[str, Any]]:
     """The calls of compare or ablate that give what the record lacks of a run: variants that lack the same seeds."""
     seeds = range(options["seeds"]) if isinstance(options["seeds"], int) else options["seeds"]

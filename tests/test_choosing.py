@@ -214,7 +214,7 @@ def test_padding_enters_no_damage(context: str, tiny_model) -> None:
 def test_only_a_part_of_the_rows_is_looked_at(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(damage_module, "FIT_TOKENS", 12 * 10)
     monkeypatch.setattr(damage_module, "PER_INPUT", 0)
-    monkeypatch.setattr(damage_module, "LOSS_TOKENS", 12 * 3)
+    monkeypatch.setattr(damage_module, "DAMAGE_TOKENS", 12 * 3)
     model, tokens = tiny_model("llama3"), random_tokens(rows=40)
     part = tokens.select(torch.cat((torch.arange(10), torch.arange(30, 33))))
     found = measured(model, tokens, [range(1, 3)], held=0.25)

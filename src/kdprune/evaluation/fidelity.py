@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.evaluation.perplexity import (
     Perplexity,
-    batch_loss,
     default_batch,
     default_stride,
     default_window,
@@ -106,15 +105,13 @@ def fidelities(
 
 def _compared(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
     """Sums (B, 4) over the scored positions: loss of the dense model and of the pruned one, divergence, agreement."""
-    dense, pruned = logits
-    scored = (targets != IGNORED).flatten().cpu()
-    divergence, same = torch.zeros(scored.shape, dtype=torch.float64), torch.zeros(scored.shape, dtype=torch.float64)
-    size = max(1, SLICE // dense.shape[-1])
-    for rows in scored.nonzero()[:, 0].split(size):
-        p, q = (functional.log_softmax(one.flatten(0, 1)[rows.to(one.device)].float(), -1).to(dense.device)
-                for one in (dense, pruned))
-        divergence[rows] = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).cpu().double()
-        same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu().double()
-    return torch.stack([
-        batch_loss(dense, targets), batch_loss(pruned, targets),
-        *(one.view(targets.shape).sum(1) for one in (divergence, same))], 1)
+    flat, size = targets.flatten().cpu(), max(1, SLICE // logits[0].shape[-1])
+    found = torch.zeros(4, len(flat), dtype=torch.float64)
+    for rows in (flat != IGNORED).nonzero()[:, 0].split(size):
+        p, q = (functional.log_softmax(one.flatten(0, 1)[rows.to(one.device)].float(), -1).to(logits[0].device)
+                for one in logits)
+        wanted = flat[rows, None].to(p.device)
+        measures = (-p.gather(-1, wanted)[:, 0], -q.gather(-1, wanted)[:, 0],
+                    functional.kl_div(q, p, log_target=True, reduction="none").sum(-1), p.argmax(-1) == q.argmax(-1))
+        found[:, rows] = torch.stack([one.cpu().double() for one in measures])
+    return found.view(4, *targets.shape).sum(-1).T

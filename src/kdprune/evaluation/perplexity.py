@@ -64,7 +64,7 @@ def perplexity(
     stride = default_stride(window) if stride is None else stride
     size = batch_size or default_batch(model, window)
     count, sums = window_sums([model], tokens, window, stride, size,
-                              lambda logits, targets: batch_loss(logits[0], targets)[:, None])
+                              lambda logits, targets: _batch_loss(logits[0], targets)[:, None])
     mean = float(sums.sum()) / count
     return Perplexity(perplexity_of(mean), mean, count, window, stride, tuple(sums[:, 0].tolist()))
 
@@ -133,7 +133,7 @@ def window_sums(
     return count, torch.tensor([row for number in sorted(every) for row in every[number]], dtype=torch.float64)
 
 
-def batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _batch_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed loss of each window's scored positions, float64 (B,): logits (B, W, V), targets (B, W)."""
     flat = targets.flatten().to(logits.device)
     losses = [

@@ -31,7 +31,7 @@ from kdprune.store.states import States
 
 FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fitted to, …
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
-LOSS_TOKENS = 4_096  # of the held-out rows that its damage is taken over
+DAMAGE_TOKENS = 4_096  # of the held-out rows that its damage is taken over
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
 PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, …
 MOST = 4  # … and the most blocks of every length that are measured
@@ -74,9 +74,9 @@ class Damage:
                 for block in {candidate.block for candidate in self.alone}}
 
 
-def loss_rows(tokens: TokenSet, held: float) -> TokenSet:
-    """The rows that damage is taken over: the first of those that no fit sees, ``LOSS_TOKENS`` real tokens or less."""
-    return tokens.watching(held).first(LOSS_TOKENS)
+def damage_rows(tokens: TokenSet, held: float) -> TokenSet:
+    """The rows that damage is taken over: the first that no fit sees, of ``DAMAGE_TOKENS`` real tokens or less."""
+    return tokens.watching(held).first(DAMAGE_TOKENS)
 
 
 def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
@@ -90,7 +90,7 @@ def trials(
     """How many blocks of every length are measured, and what all of it costs in tokens that pass the whole model."""
     forms = len({candidate.shape for candidate in candidates})
     lengths = len({len(candidate.block) for candidate in candidates})
-    fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, loss_rows(tokens, held).tokens
+    fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
     cost = forms * (scored / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model)))
     most = min(max(round(PASSES * tokens.tokens / cost / lengths), 1), MOST)
@@ -131,7 +131,7 @@ def choose_by_damage(
     follows_from = [
         dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
         budget.target.parameters, budget.slack, fill,
-        [FIT_TOKENS, PER_INPUT, LOSS_TOKENS, TOP, PASSES, MOST, PRICES]]
+        [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, TOP, PASSES, MOST, PRICES]]
     measured = run.cached(
         "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
         JsonCodec(dict))
@@ -157,7 +157,7 @@ def _measure(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
     fill: bool,
 ) -> Damage:
-    rows, scored = fit_rows(tokens, trial.held, model.config.hidden_size), loss_rows(tokens, trial.held)
+    rows, scored = fit_rows(tokens, trial.held, model.config.hidden_size), damage_rows(tokens, trial.held)
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
     needed = sorted({index for block in blocks for index in range(max(block.start - 1, 0), block.stop + 1)})
     measuring = _Measuring(

@@ -120,8 +120,8 @@ class KDP(RankedMethod):
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
         group="size", rare=True)
     ranking: Literal["similarity", "damage"] | None = option(
-        None, "what the choice of blocks goes by: similarity of states, or the held-out loss that blocks cost with "
-        "stand-ins that are solved for, alone and together (damage where one process has the model whole)",
+        None, "what the choice of blocks goes by: similarity of states, or how far held-out predictions move (KL) "
+        "with stand-ins that are solved for, alone and together (damage where one process has the model whole)",
         group="size", rare=True)
     slack: float | None = option(
         None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
