@@ -2,8 +2,9 @@
 
     python benchmarks/texts.py DATA OUT      DATA holds train/, heldout/ and bench/; OUT gets one file a text
 
-Calibration: books, encyclopedia and news, as many characters of each, documents in an order drawn from seed 0. Held
-out: the same three kinds, and conversations (questions and answers of GSM8K, MIT licence) as plain turns.
+Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns, in
+an order drawn from seed 0; as many characters of the first three, a third of that of conversations. Held out: the same
+four kinds, of other documents.
 """
 
 import json
@@ -14,9 +15,10 @@ from pathlib import Path
 
 KINDS = {"books": "gutenberg-00", "encyclopedia": "wiki_en_2015-00", "news": "wikinews_en-00"}
 HELD_OUT = {"books": "gutenberg_valid", "encyclopedia": "wiki_en_2015_valid", "news": "wikinews_en_valid"}
-CALIBRATION = 2_600_000  # characters of each kind: some 600,000 tokens
+CALIBRATION = 1_600_000  # characters of each kind of prose: some 370,000 tokens
 LONGEST = 12_000  # characters of a document, so that no book is all there is
 EVALUATED = 150_000  # characters of each held-out text
+TURNS = 300  # conversations that are held out, the first
 
 
 def calibration(data: Path) -> list[str]:
@@ -31,14 +33,15 @@ def calibration(data: Path) -> list[str]:
                     if len(piece) > 500:
                         found.append(piece)
                         left -= len(piece)
+    found += conversations(data)[TURNS:]
     random.Random(0).shuffle(found)
     return found
 
 
-def conversations(data: Path) -> str:
-    """Questions and answers as turns."""
+def conversations(data: Path) -> list[str]:
+    """Questions with their answers, as turns."""
     lines = (data / "bench" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()
-    return "\n\n".join(f"User: {item['question']}\n\nAssistant: {item['answer']}" for item in map(json.loads, lines))
+    return [f"User: {item['question']}\n\nAssistant: {item['answer']}" for item in map(json.loads, lines)]
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in calibration(data)]
     (out / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
-    for name, text in (held | {"chat": conversations(data)}).items():
+    for name, text in (held | {"chat": "\n\n".join(conversations(data)[:TURNS])}).items():
         (out / f"{name}.txt").write_text(text[:EVALUATED], encoding="utf-8")
 
 

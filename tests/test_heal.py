@@ -25,7 +25,9 @@ from kdprune.model.teacher import Teacher
 from kdprune.report.results import Heal as HealRecord
 from kdprune.run.heal import Heal, heal, linear_weights, make_heal, put_in
 from kdprune.run.heal_training import budgeted
+from kdprune.run.session import Session
 from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama3", "gpt2", "gemma3", "opt", "gpt_neox", "phi3")
@@ -305,6 +307,20 @@ def test_prune_heals_records_and_saves(bench: Bench, tmp_path: Path) -> None:
     assert {key: recipe[key] for key in ("heal", "heal_what", "heal_tokens")} == {
         "heal": "kl", "heal_what": "lora", "heal_tokens": 500}
     assert "Healed: LoRA on the KL against the dense model, 500 tokens" in (tmp_path / "out/report.html").read_text()
+
+
+def test_healing_reads_on_in_the_text_and_never_what_watches(bench: Bench) -> None:
+    with Session(bench.model, None, 0, "cpu", "float32", False, Stages()) as session:
+        seen = session.calibration(bench.calibration, 12, 32)
+        assert session.healing(bench.calibration, seen, 0.25, 200) is seen  # the fitted rows are enough
+        for budget in (1_000, 10**6):  # more than the samples hold, and more than the text does
+            rows = session.healing(bench.calibration, seen, 0.25, budget)
+            watched = [tuple(row.tolist()) for row in seen.watching(0.25).ids]
+            trained = [tuple(row.tolist()) for row in rows.fitted(3 / len(rows)).ids]
+            assert [tuple(row.tolist()) for row in rows.ids[-3:]] == watched
+            assert not set(trained) & set(watched)
+            assert len(set(trained)) > len(seen)
+            assert 32 * len(trained) >= budget or budget == 10**6
 
 
 def test_the_command_line_has_the_options_and_refuses_before_work(bench: Bench, tmp_path: Path) -> None:

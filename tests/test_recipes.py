@@ -96,7 +96,7 @@ def test_signature_and_help_show_all_options_with_their_defaults() -> None:
     shown = inspect.signature(kdprune.prune).parameters
     assert list(shown)[:3] == ["model", "output_dir", "method"]
     assert [shown[name].default for name in ("model", "method", "samples", "seed", "device", "heal", "heal_batch")] == [
-        None, "kdp", None, 0, "auto", None, 8]
+        None, "kdp", None, 0, "auto", None, 4]
     for function in (kdprune.prune, kdprune.analyze, kdprune.compare, kdprune.ablate):
         for name, item in inspect.signature(function).parameters.items():
             assert item.kind is inspect.Parameter.VAR_KEYWORD or f"    {name}: " in str(function.__doc__), name

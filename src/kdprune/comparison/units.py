@@ -137,8 +137,10 @@ class Bench:
         tokens, seed = self.tokens(run.seed, variant), run.seed
         scores, shared = self._similarity(variant, run)
         run = dataclasses.replace(run, scores=scores)
+        rows = None if variant.heal is None else self.session.again(run.seed, run.stages).healing(
+            self.texts.source, tokens, variant.method.held, variant.heal.tokens)
         with metered() as cost:
-            made = run_method(self.session.model, variant.method, tokens, run, variant.heal)
+            made = run_method(self.session.model, variant.method, tokens, run, variant.heal, rows)
         outcome, healed = made.outcome, made.healed or {}
         seen = tokens.tokens if outcome.tokens is None else outcome.tokens
         unit = Unit(

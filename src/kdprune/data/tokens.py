@@ -4,6 +4,7 @@ Text is packed: documents are joined by the end-of-text token and cut into rows 
 tokenizer puts a beginning-of-text token before a text by itself, every row starts with it, as in use.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ class TokenSet:
     def first(self, limit: int) -> "TokenSet":
         """The first rows with at most `limit` real tokens, but one row at least."""
         return self.select(slice(max(1, int((self.mask.sum(1).cumsum(0) <= limit).sum()))))
+
+    def without(self, others: "TokenSet") -> "TokenSet":
+        """The rows that are none of ``others``, which are as long."""
+        known = {row.numpy().tobytes() for row in others.ids}
+        return self.select(torch.tensor([row.numpy().tobytes() not in known for row in self.ids]))
+
+    def followed_by(self, others: "TokenSet") -> "TokenSet":
+        """These rows and those of ``others``, which are as long."""
+        return dataclasses.replace(
+            self, ids=torch.cat([self.ids, others.ids]), mask=torch.cat([self.mask, others.mask]))
 
     def select(self, rows: slice | Tensor) -> "TokenSet":
         """The set of these rows alone: a slice or an int64 tensor of row indices."""

@@ -30,7 +30,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 
 WATCHED = 8_192  # tokens of held-out rows that are looked at, or as many as are trained on between two looks
-RATES = (4.0, 1.0, 0.25, 0.0625)  # of what was put in, times 1/width; the best in a trial is taken
+RATES = (4.0, 2.0, 1.0, 0.5, 0.25)
 LORA_RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,12 @@ class Heal:
         "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer",
         name="heal_what")
     tokens: int = option(
-        1_000_000, "calibration tokens healing sees, the text repeated if it is shorter", least=1, name="heal_tokens")
+        1_000_000, "tokens healing sees, of the calibration text beyond the samples too, all repeated if it is shorter",
+        least=1, name="heal_tokens")
     rate: float | None = option(
-        None, "peak learning rate of healing (of 4, 1, 1/4 and 1/16 / the width what a trial finds best; LoRA 1e-3)",
+        None, "peak learning rate of healing (of 4, 2, 1, 1/2 and 1/4 / the width what a trial finds best; LoRA 1e-3)",
         above=0, name="heal_rate", rare=True)
-    batch: int = option(8, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
+    batch: int = option(4, "rows (sequences) a step of healing", least=1, name="heal_batch", rare=True)
     top: int = option(
         128, "most probable tokens of the dense model's distribution that KL tells apart; all others count as one",
         least=1, name="heal_top", rare=True)
@@ -121,7 +122,7 @@ def heal(
         pruned: what ``edits`` made of ``dense``; neither is changed.
         dense: the dense model.
         edits: what the method returned.
-        tokens: the calibration rows.
+        tokens: the rows, as of :meth:`kdprune.run.session.Session.healing`.
         settings: what is trained, for how long.
         run: seed (of the order of rows and of LoRA's start), stages, cache; what is cached are the weights trained.
         held: how many rows at the end watch.
@@ -134,7 +135,7 @@ def heal(
     Raises:
         KDPruneError: the edits put nothing in that could be trained, or the loss became NaN or infinite.
     """
-    key = [follows_from, dataclasses.asdict(settings), held]
+    key = [follows_from, dataclasses.asdict(settings), held, tokens.identity()]
 
     def compute() -> tuple[PreTrainedModel, dict[str, Any]]:
         return _heal(pruned, dense, edits, tokens, settings, held, run, key)

@@ -161,7 +161,9 @@ def prune(
             if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
-            made = run_method(session.model, settings, tokens, run, healing)
+            rows = None if healing is None else session.healing(
+                data.calibration, tokens, settings.held, healing.tokens)
+            made = run_method(session.model, settings, tokens, run, healing, rows)
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
@@ -255,8 +257,9 @@ def scored(model: PreTrainedModel, tokens: TokenSet, method: Method, run: Run) -
 
 def run_method(
     model: PreTrainedModel, method: Method, tokens: TokenSet, run: Run, heal: Heal | None = None,
+    rows: TokenSet | None = None,
 ) -> RunOutcome:
-    """One method on a model, healed if asked for; in the pruned model kept weights are shared."""
+    """One method on a model, healed if asked for, on ``rows``; in the pruned model kept weights are shared."""
     options = method_identity(method)
 
     def compute() -> MethodResult:
@@ -267,7 +270,8 @@ def run_method(
     if heal is None:
         return RunOutcome(outcome, pruned)
     healed, record = heal_model(
-        pruned, model, outcome.edits, tokens, heal, run, held=tokens.held_out(method.held), follows_from=options)
+        pruned, model, outcome.edits, tokens if rows is None else rows, heal, run, held=tokens.held_out(method.held),
+        follows_from=options)
     return RunOutcome(outcome, healed, record)
 
 

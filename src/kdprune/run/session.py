@@ -118,6 +118,21 @@ class Session:
                 bundled_calibration() if source is None else source, self.tokenizer,
                 samples=rows, length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
+    def healing(self, source: Any, tokens: TokenSet, held: float, budget: int) -> TokenSet:
+        """The rows that healing is made of: ``tokens``, and where it has a larger budget more of the same text, fresh.
+
+        Args:
+            source: the calibration text as given.
+            tokens: what was read of it; the share ``held`` of its rows watches healing, and is the end of the result.
+            budget: real tokens that healing sees.
+        """
+        watched, fitted = tokens.watching(held), tokens.fitted(held)
+        if budget <= fitted.tokens:
+            return tokens
+        rows = len(tokens) + -(-(budget - fitted.tokens) * len(fitted) // fitted.tokens)
+        more = self.calibration(source, rows, tokens.ids.shape[1])
+        return more.without(watched).followed_by(watched) if more.ids.shape[1] == tokens.ids.shape[1] else tokens
+
     def heldout(
         self, source: Any, tokens: TokenSet, share: float, limit: int | None = None, windows: Sequence[int] = (),
     ) -> HeldOut:
