@@ -2,9 +2,9 @@
 
     python benchmarks/texts.py DATA OUT      DATA holds train/, heldout/ and bench/; OUT gets one file a text
 
-Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns, in
-an order drawn from seed 0; as many characters of the first three, a third of that of conversations. Held out: the same
-four kinds, of other documents.
+Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
+in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations. Held
+out: the same four kinds, of other documents.
 """
 
 import json

@@ -4,7 +4,6 @@ Text is packed: documents are joined by the end-of-text token and cut into rows 
 tokenizer puts a beginning-of-text token before a text by itself, every row starts with it, as in use.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,8 +121,8 @@ class TokenSet:
 
     def followed_by(self, others: "TokenSet") -> "TokenSet":
         """These rows and those of ``others``, which are as long."""
-        return dataclasses.replace(
-            self, ids=torch.cat([self.ids, others.ids]), mask=torch.cat([self.mask, others.mask]))
+        ids, mask = torch.cat([self.ids, others.ids]), torch.cat([self.mask, others.mask])
+        return TokenSet(ids, mask, self.source, self.bos)  # type: ignore[arg-type]
 
     def select(self, rows: slice | Tensor) -> "TokenSet":
         """The set of these rows alone: a slice or an int64 tensor of row indices."""
