@@ -10,8 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.model.layerwise import logits_behind
 from kdprune.model.losses import SLICE, batch_logits
-from kdprune.store.states import open_states
+from kdprune.model.placement import input_device
+from kdprune.store.states import States, open_states
 
 KEPT = 2**31  # bytes of distributions that are kept in memory; more go to disk, or are computed again
 
@@ -62,15 +64,16 @@ class Teacher:
         top: k, how many tokens of a distribution are told apart; None, or more than there are: the vocabulary.
         keep: whether what was computed is kept, because it is asked for again: N·T·k·8 bytes.
         folder: where it is kept if it is too much for memory; None: it is computed again then.
+        final: the model's states behind its last layer, where they are known: no layer is run then.
     """
 
     def __init__(
         self, dense: PreTrainedModel, rows: TokenSet, top: int | None = None, *, keep: bool = False,
-        folder: Path | None = None,
+        folder: Path | None = None, final: States | None = None,
     ):
         vocabulary = int(dense.get_output_embeddings().weight.shape[0])
         self.dense, self.rows, self.top = dense, rows, min(top or vocabulary, vocabulary)
-        self.whole = self.top == vocabulary
+        self.whole, self.final = self.top == vocabulary, final
         shape = (*rows.ids.shape, 2 * self.top)  # float32 holds ids up to 2²⁴ as they are
         much = math.prod(shape) * 4 > KEPT
         self.kept = open_states(
@@ -105,7 +108,9 @@ class Teacher:
     @torch.no_grad()
     def _compute(self, numbers: Tensor, mask: Tensor) -> Tensor:
         """log p and ids beside each other, (n, 2k)."""
-        logits = batch_logits(self.dense, self.rows.select(numbers))
+        batch = self.rows.select(numbers)
+        logits = batch_logits(self.dense, batch) if self.final is None else logits_behind(
+            self.dense, batch, self.final[numbers].to(input_device(self.dense)))
         rows = logits[mask.to(logits.device)]
         parts = []
         for part in rows.split(max(1, SLICE // rows.shape[-1])):
@@ -116,5 +121,5 @@ class Teacher:
         return torch.cat(parts)
 
     def _targets(self, packed: Tensor) -> Targets:
-        log_probabilities, ids = packed.to(self.dense.device).split(self.top, -1)
+        log_probabilities, ids = packed.to(input_device(self.dense)).split(self.top, -1)
         return Targets(log_probabilities, ids.long(), self.whole)
