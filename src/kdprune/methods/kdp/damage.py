@@ -216,7 +216,7 @@ class _Measuring:
         follows_from = ["damage", fitted, scored, run.batch_size]
         spill = (lambda index: run.spill_directory(index, follows_from)) if is_streamed(running) else lambda _: None
         states = boundary_states(running, rows, needed, run, stage="damage states", spill=spill)
-        teacher = Teacher(running, rows, TOP, keep=True, final=states[last])
+        teacher = Teacher(running, rows, TOP, keep=torch.arange(fitted, fitted + scored), final=states[last])
         return _Measuring(model, running, rows, scored, trial, run, states, teacher)
 
     def forget(self) -> None:
