@@ -27,7 +27,6 @@ from kdprune.report.style import (
     ORANGE,
     PANEL,
     PAPER,
-    SKY,
     VERMILION,
     Canvas,
     legend_below,
@@ -119,7 +118,7 @@ def block_damage(results: Results) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=14)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.set_ylabel("nats a token")
         if isinstance(scale, LogNorm):
             log_axis(bar.ax)
@@ -139,16 +138,13 @@ def _short(value: float) -> str:
 
 
 def healing(results: Results) -> str:
-    """Loss of the rows that watch healing and of those trained on, over tokens; the best look, and the dense model."""
+    """Loss of the rows that watch healing over tokens; the best look, and the dense model where it is not 0."""
     heal = results.heal
     assert heal is not None
     canvas = Canvas("Healing", 5.2, 3.3)
     with canvas as figure:
         axes = figure.add_subplot()
         seen = array(looks(heal))
-        if heal.curve:
-            middles = (seen[1:] + seen[:-1]) / 2  # means over stretches
-            axes.plot(middles[: len(heal.curve)], array(heal.curve), color=SKY, label="trained on")
         axes.plot(seen, array(heal.watched), color=VERMILION, marker="o", label="held-out rows")
         best = best_of(heal.watched)
         if best is not None:
@@ -160,7 +156,7 @@ def healing(results: Results) -> str:
         axes.set(xlabel="calibration tokens", ylabel="next-token loss, nats" if heal.loss == "lm" else "KL, nats")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        spread(axes, [*heal.watched, *heal.curve], 10)
+        spread(axes, heal.watched, 10)
         legend_below(figure, axes)
     return canvas.svg
 
