@@ -9,6 +9,7 @@ from kdprune.report.results import (
     Calibration,
     Curve,
     Fit,
+    Heal,
     KernelTraining,
     KVCache,
     Layers,
@@ -33,6 +34,12 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
     cosine = np.exp(-0.45 * distance**1.3)
     linear, rbf = (np.exp(-rate * distance**1.4) for rate in (0.3, 0.12))
     near = [[v if abs(i - j) <= 9 else None for j, v in enumerate(row)] for i, row in enumerate(rbf)]
+    starts, lengths = range(2, layers - 5, 2), (2, 4, 6)
+    damage: list[list[float | None]] = [[None] * (layers + 1) for _ in range(layers + 1)]
+    for start in starts:
+        for length in lengths:
+            if start + length <= layers - 2:
+                damage[start][start + length] = 0.01 * length**1.5 * (1 + 4 * float(update[start]))
     norm, boundary = 4 * np.exp(1.1 * np.linspace(0, 1, layers + 1) ** 0.7 * 2.2), np.arange(layers + 1)
     inside = (boundary > 1) & (boundary < layers - 1)
     return Analysis(
@@ -43,6 +50,7 @@ def analysis(layers: int, seed: int = 0) -> Analysis:
         pair_cosine=cosine.tolist(),
         pair_linear_cka=linear.tolist(),
         pair_rbf_cka=near,
+        pair_damage=damage,
         state_norm=norm.tolist(),
         largest_norm=np.where(inside, np.maximum(600, 2 * norm), 2 * norm).tolist(),
         median_norm=norm.tolist(),
@@ -106,6 +114,7 @@ def fit(start: int, end: int, seed: int = 0, epochs: int = 40) -> Fit:
         step3=Curve(
             loss=_falling(0.42, 0.31, epochs, noise).tolist(),
             cosine=(1 - _falling(0.03, 0.02, epochs, noise)).tolist(),
+            watched=[0.45, *(_falling(0.44, 0.33, epochs, noise) + 0.001 * np.arange(epochs)).tolist()],
         ),
         explained_variance=0.81,
         effective_rank=47.3,
@@ -171,6 +180,11 @@ def results(layers: int = 16, blocks: tuple[tuple[int, int], ...] = ((4, 10),)) 
         calibration=Calibration(source="calibration.txt", samples=400, tokens=102_400, length=256),
         analysis=analysis(layers),
         fit=[fit(s, e, seed) for seed, (s, e) in enumerate(blocks)],
+        heal=Heal(
+            loss="lm", what="stand-ins", tokens=9_600, parameters=86_272, rate=2e-3, curve=[3.9, 3.7, 3.65, 3.6],
+            watched=[4.0, 3.8, 3.74, 3.71, 3.73], looks=[0, 2_560, 5_120, 7_680, 9_600], before=4.0, after=3.71,
+            language_before=4.0, language_after=3.71, language_dense=3.66, kept=True,
+        ),
         samples=[
             Sample(
                 prompt="The river rose in the night and",

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +15,18 @@ from transformers import PreTrainedModel
 
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
-from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
 from kdprune.methods.common.selection import candidate_blocks
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
 from kdprune.methods.kdp.damage import Trial, choose_by_damage, proposed
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.model.streaming import load_streamed
+from kdprune.model.loading import load_model
+from kdprune.model.streaming import Scratch, load_streamed, set_scratch
 from kdprune.model.surgery import apply_edits
+from kdprune.model.weights import Source
 from kdprune.planning.plan import plan
 from kdprune.report.results import Results
-from kdprune.runtime.distributed import World
 from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,7 +64,8 @@ def test_what_the_widest_stand_ins_leave_unspent_shows_in_the_net_ratio(bundled:
 
 # What the stand-ins of the measurement are, in the method's own words.
 SOLVED = {
-    **QUICK, "ranking": None, "kernel": "fixed", "kernel_epochs": 1, "refine": False, "protect": 0.0, "bandwidth": 2.0}
+    **QUICK, "ranking": "damage", "kernel": "fixed", "kernel_epochs": 1, "refine": False, "protect": 0.0,
+    "bandwidth": 2.0}
 
 
 def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) -> float:
@@ -237,22 +240,61 @@ def test_the_record_holds_the_damages_and_a_second_run_finds_them(bench: Bench, 
     assert first.blocks == second.blocks
 
 
-def test_damage_is_refused_where_the_model_cannot_run_whole(
-    bench: Bench, tiny_model, monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("room", ["abreast", "one by one", "in files"])
+def test_a_streamed_model_is_measured_to_the_same_bits(
+    room: str, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokens = tiny_model("llama3"), random_tokens()
-    method = KDP(ratio=0.1, ranking="damage")
-    method.check(model, tokens)
-    with pytest.raises(KDPruneError, match="leave load_in out") as caught:
-        method.check_states_model()
-    assert "\n" not in str(caught.value)
-    streamed = load_streamed(bench.model, device="cpu")
-    with pytest.raises(KDPruneError, match="read from disk"):
-        method.check(streamed, tokens)
-    KDP(ratio=0.1, ranking="damage", blocks=((1, 3),)).check(streamed, tokens)  # there is nothing to measure
-    monkeypatch.setattr(damage_module, "world", lambda: World(0, 2))
-    with pytest.raises(KDPruneError, match="in 2 processes, expected one"):
-        method.check(model, tokens)
+    """The last layer, behind all blocks, is read once for the states, once for all candidates, once for all sets."""
+    tiny_model("qwen3", seed=5).save_pretrained(tmp_path / "model")
+    whole, streamed = load_model(tmp_path / "model", device="cpu"), load_streamed(tmp_path / "model", device="cpu")
+    tokens = padded_tokens()
+    set_scratch(streamed, Scratch(tmp_path / "scratch" if room == "in files" else None,
+                                  1 if room == "one by one" else 2**30))
+    reads: Counter[str] = Counter()
+    read = Source.read
+
+    def counted(source: Source) -> torch.Tensor:
+        reads[source.stored.key] += 1
+        return read(source)
+
+    monkeypatch.setattr(Source, "read", counted)
+    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.1, "max_block": 3, "protect": 0.1})
+    budget = method.budget(whole)
+    trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
+    candidates = method.candidates(candidate_blocks(range(1, 5), 1, 3), budget.shape)
+    (chosen, damage), (again, found) = (
+        choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), fill=True)
+        for model in (whole, streamed))
+    assert (chosen, damage) == (again, found)
+    last = [count for key, count in reads.items() if key.startswith("model.layers.5.")]
+    passes = 3 if room != "one by one" else 1 + len(damage.alone) + len(damage.together)
+    if room == "one by one":
+        passes += len(list(streamed_batches(tokens))) - 1  # the states' pass takes one batch at a time as well
+    assert set(last) == {passes}
+
+
+def streamed_batches(tokens: TokenSet) -> Iterator[TokenSet]:
+    """The batches of rows that are looked at: all of them, those that no fit sees set the size."""
+    return tokens.batches(tokens.held_out(0.1))
+
+
+def test_a_method_that_measures_takes_streamed_and_placed_models_and_copies_in_fewer_bits(bench: Bench) -> None:
+    method, tokens = KDP(ratio=0.1, ranking="damage"), random_tokens()
+    method.check(load_streamed(bench.model, device="cpu"), tokens)
+    method.check_states_model()
+
+
+def test_of_a_copy_in_fewer_bits_it_is_the_copy_that_is_measured(tiny_model) -> None:
+    model, copy = tiny_model("llama3"), tiny_model("llama3", seed=1)
+    tokens, method = random_tokens(rows=20), KDP(**{**SOLVED, "kernel": "linear", "ratio": 0.1})
+    budget = method.budget(model)
+    trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
+    candidates = [Candidate(range(1, 3), budget.shape)]
+    values = [
+        choose_by_damage(one, tokens, candidates, budget, trial, Run(3, batch_size=4, states_model=states), False)[1]
+        for one, states in ((model, None), (copy, None), (model, copy))]
+    assert values[2].alone != values[0].alone
+    assert values[2].alone[candidates[0]] != values[1].alone[candidates[0]]  # its attention is the model's own
 
 
 def test_planning_measures_nothing() -> None:

@@ -18,7 +18,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.model.checkpoint import save_model, verify
-from kdprune.model.losses import language_loss
+from kdprune.model.losses import language_loss, mean_loss
 from kdprune.model.recompute import activation_bytes, recomputing
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, apply_edits
 from kdprune.model.teacher import Teacher
@@ -28,6 +28,7 @@ from kdprune.run.heal_training import budgeted
 from kdprune.run.session import Session
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
+from kdprune.store.states import open_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("llama3", "gpt2", "gemma3", "opt", "gpt_neox", "phi3")
@@ -89,7 +90,7 @@ def test_a_teacher_tells_the_most_probable_tokens_apart_and_remembers(
 ) -> None:
     dense, model, batch = tiny_model("llama3"), tiny_model("llama3", seed=1), tokens(4, padded=True)
     monkeypatch.setattr("kdprune.model.teacher.KEPT", 0 if folder else 2**31)
-    teacher = Teacher(dense, batch, 3, keep=True, folder=tmp_path / "kept" if folder else None)
+    teacher = Teacher(dense, batch, 3, keep=torch.arange(4), folder=tmp_path / "kept" if folder else None)
     expected = 0.0
     for ids, mask in zip(batch.ids, batch.mask, strict=True):
         p = dense(ids[mask][None]).logits[0].double().softmax(-1)
@@ -104,6 +105,44 @@ def test_a_teacher_tells_the_most_probable_tokens_apart_and_remembers(
         monkeypatch.setattr(teacher, "_compute", None)  # what was computed once is not computed again
     assert (tmp_path / "kept").is_dir() == folder
     assert float(total) < float(Teacher(dense, batch).divergence(model, batch, torch.arange(4))[0])
+
+
+@torch.no_grad()
+def test_a_teacher_keeps_the_rows_it_is_told_to_and_runs_no_layer_where_the_last_states_are_there(tiny_model) -> None:
+    dense, rows, draw = tiny_model("llama3"), tokens(6, padded=True), tiny_model("llama3")
+    final = open_states((*rows.ids.shape, dense.config.hidden_size), dense.dtype, "last states")
+    plain = Teacher(draw, rows, 3)
+    kept, both = (Teacher(dense, rows, 3, keep=torch.tensor([4, 1]), final=one) for one in (None, final))
+    seen = rows_through(dense)
+    for teacher, passed in ((kept, (1, 3, 3, 4)), (both, (1, 3, 3, 3))):  # rows 4 and 1 once, row 5 each time or once
+        seen.clear()
+        for order, so_far in zip(([1, 1], [4, 1, 5], [4, 1], [5, 4]), passed, strict=True):
+            numbers = torch.tensor(order)
+            cut = rows.mask[numbers].clone()
+            cut[-1, 3:] = False
+            found, expected = teacher(numbers, cut), plain(numbers, cut)
+            assert torch.equal(found.ids, expected.ids)
+            torch.testing.assert_close(found.log_probabilities, expected.log_probabilities)
+            assert sum(seen) == so_far
+
+
+def rows_through(dense: PreTrainedModel) -> list[int]:
+    """From now on how many rows pass the first layer of ``dense``, call by call; copies are to be made before."""
+    seen: list[int] = []
+    dense.model.layers[0].mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    return seen
+
+
+@pytest.mark.parametrize(("loss", "budget", "trained"), [("kl", 96, 8), ("kl", 400, 10), ("lm", 96, 0)])
+def test_the_teacher_runs_once_for_every_row(loss: str, budget: int, trained: int) -> None:
+    """Rows that watch, that rates are tried on (all of eight), and ten that come again."""
+    model, text, edits = build("llama3"), tokens(12), [Substitute(BLOCK, stand_in(3, scale=0.5))]
+    pruned, watched = apply_edits(model, edits), text.select(slice(10, 11))  # of two as many tokens as a look trains on
+    expected = mean_loss(model, watched, 1)
+    seen = rows_through(model)
+    _, record = heal(pruned, model, edits, text, Heal(loss=loss, tokens=budget, batch=2), Run(), held=2)
+    assert sum(seen) == trained + len(watched)
+    assert record["language_dense"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

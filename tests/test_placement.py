@@ -142,7 +142,7 @@ def test_methods_fit_on_a_placed_model_as_on_a_plain_one(form: str, tmp_path: Pa
     plain = build("llama3")
     pruned = []
     for model in (plain, placed(tmp_path / "dense", plain, disk=False)):
-        method, tokens = quick(form, ranking="similarity"), CALIBRATION  # a placed model is not measured
+        method, tokens = quick(form), CALIBRATION
         pruned.append(apply_edits(model, method(model, CALIBRATION, Run()).edits))
     assert torch.equal(logits(pruned[0]), logits(pruned[1]))
     assert perplexity(pruned[0], tokens) == perplexity(pruned[1], tokens)

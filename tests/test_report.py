@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from kdprune.errors import KDPruneError
-from kdprune.report import findings
+from kdprune.report import findings, fit_plots, plots
 from kdprune.report import page as page_module
 from kdprune.report.card import render_card
 from kdprune.report.page import layer_strip, render_page, write_analysis
@@ -188,14 +188,15 @@ def test_page_is_one_self_contained_file(source: str) -> None:
 def test_page_has_every_part(source: str) -> None:
     page = Page(source)
     for words in (
-        "Dense against pruned", "Cosine", "Linear CKA", "RBF CKA", "Change per layer", "Massive tokens", "Step 1",
+        "Dense against pruned", "Cosine", "Linear CKA", "RBF CKA", "Change per layer", "Massive tokens",
+        "What a block costs", "Healing", "Step 1",
         "Step 2", "Step 3", "constants over training", "Norm decay", "Theorem 1’s bound",
         "Is kernel space closer to linear?", "Outlier dimensions",
         "Recipe", "Time per stage", "transformers", "5.16.0", "45.72", "25.06",
         "the people of the town", "49,152 tokens, window 512, stride 256",
     ):  # fmt: skip
         assert words in page.text.replace("\u00a0", " "), words
-    assert page.tags.count("svg") == 3 + 3 + 1 + 3 + 5
+    assert page.tags.count("svg") == 3 + 4 + 2 + 3 + 5
     assert re.search(r"\b(nan|inf|None)\b", page.text) is None
 
 
@@ -203,7 +204,7 @@ def test_analysis_alone(run: Results, tmp_path: Path) -> None:
     alone = run.model_copy(update={"layers": Layers(dense=16), "parameters": Parameters(dense=3_548_288)})
     text = write_analysis(alone, tmp_path / "analysis.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
     assert "layer 1 writes them, layer 14 erases them" in page.text
     assert "the 0.2\u00a0% of tokens" in page.text
     assert "Dense against pruned" not in page.text
@@ -258,6 +259,40 @@ def test_no_massive_tokens_are_said_to_be_none(run: Results) -> None:
     assert found == "The largest token norm is 1 times the median, in h₁₆: no layer writes or erases massive tokens."
     several = run.analysis.model_copy(update={"writes": [2, 3], "erases": []})
     assert "layers 2 and 3 write them. No block" in findings.massive(run.model_copy(update={"analysis": several}))
+
+
+def test_damage_names_the_cheapest_block_and_the_chosen_ones(run: Results) -> None:
+    found = plots.damage_of_blocks(run)
+    assert len(found) == 5 + 5 + 4
+    assert min(found, key=found.__getitem__) == (8, 10)
+    text = findings.damage(run)
+    assert text == (f"Of 14 blocks layers 8–9 cost least, {found[8, 10]:.3g} nats a token; chosen: layers 4–9 "
+                    f"{found[4, 10]:.3g}.")
+    svg = Page(plots.block_damage(run))
+    for value in found.values():  # each in its cell
+        assert f"{value:.2g}".removeprefix("0") in svg.text
+    single = run.analysis.model_copy(update={"pair_damage": [
+        [value if (s, e) == (4, 10) else None for e, value in enumerate(row)]
+        for s, row in enumerate(run.analysis.pair_damage)]})
+    assert plots.block_damage(run.model_copy(update={"analysis": single}))
+    assert "What a block costs" not in render_page(run.model_copy(
+        update={"analysis": run.analysis.model_copy(update={"pair_damage": []})}))
+
+
+def test_what_held_out_rows_said_of_training_is_told(run: Results) -> None:
+    heal, step = run.heal, run.fit[0].step3
+    assert findings.healing(heal) == "Held-out loss 4 → 3.71 nats after 7.68\u00a0k tokens."
+    assert plots.looks(heal.model_copy(update={"looks": []})) == [0, 2400, 4800, 7200, 9600]
+    worse = heal.model_copy(update={"watched": [4.0, 4.1, 4.2, 4.3, 4.4], "kept": False})
+    assert findings.healing(worse) == "Held-out loss 4 → 4 nats: training gained nothing."
+    best = min(range(len(step.watched)), key=step.watched.__getitem__)
+    assert findings.training(step).endswith(
+        f"On held-out rows 0.45 → {step.watched[best]:.3g}, best after epoch {best}.")
+    assert findings.training(step.model_copy(update={"watched": [0.4, 0.5]})).endswith("best before the first: undone.")
+    assert "held-out rows" in fit_plots.training(run.fit[0], 3)
+    assert "held-out rows" not in fit_plots.training(run.fit[0], 2)
+    assert ("dense model" in plots.healing(run), "dense model" in plots.healing(
+        run.model_copy(update={"heal": heal.model_copy(update={"loss": "kl"})}))) == (True, False)
 
 
 def test_strip_covers_every_layer_once() -> None:

@@ -258,6 +258,11 @@ def test_two_processes_give_the_result_of_one(bench: Bench, tmp_path: Path, port
     found, single = Results.load(tmp_path / "two"), Results.load(one)
     assert found.perplexity.pruned == pytest.approx(single.perplexity.pruned, rel=1e-5)
     assert len(found.calibration.shares) == 2
+    damages = [[value for row in one.analysis.pair_damage for value in row if value is not None]
+               for one in (found, single)]
+    assert damages[0] == pytest.approx(damages[1], rel=1e-4)  # measured by both on their rows; the same blocks follow
+    assert found.blocks == single.blocks
+    assert len(damages[0]) > 1
     assert sum(found.calibration.shares) == found.calibration.tokens == single.calibration.tokens
     assert min(found.calibration.shares) > 0
     assert ["wrote" in (tmp_path / f"out{rank}").read_text() for rank in "01"] == [True, False]  # one speaks for all

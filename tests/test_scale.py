@@ -55,8 +55,7 @@ def test_a_streamed_run_gives_the_same_bits(
 ) -> None:
     build(name).save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {
-        **QUICK, "context": context, "calibration": random_ids() % 60 + 1, "ratio": 0.1, "block_length": 2,
-        "ranking": "similarity"}  # a streamed model is not measured
+        **QUICK, "context": context, "calibration": random_ids() % 60 + 1, "ratio": 0.1, "block_length": 2}
     whole = tensors(kdprune.prune(tmp_path / "model", **options), tmp_path / "whole")
     monkeypatch.setattr(memory, "MODEL_SHARE", 0.0)
     result = kdprune.prune(tmp_path / "model", **options)
@@ -76,7 +75,7 @@ def test_every_method_streams_or_says_that_it_cannot(bench: Bench, form: str, tm
             quick(form).check(streamed, rows)
         return
     for model, name in ((whole, "whole"), (streamed, "streamed")):
-        pruned = apply_edits(model, run_method(quick(form, ranking="similarity"), model, rows).edits)
+        pruned = apply_edits(model, run_method(quick(form), model, rows).edits)
         assert is_streamed(pruned) == (model is streamed)
         save_model(pruned, tmp_path / name)
     assert same_bits(tmp_path / "whole", tmp_path / "streamed")

@@ -84,14 +84,13 @@ def collect_block_states(
         ends = {index: walk.opened(index, run.spill_directory(index), notify)
                 for block in blocks for index in (block.start, block.stop)}
         paths = walk.run(ends, blocks, path)
-    local = torch.zeros(len(tokens), dtype=torch.bool)
-    local[world().share(len(tokens), run.batch_size)] = True
+    local = local_rows(tokens, run)
     fit_rows, held_rows = path.of(len(tokens))
     position = torch.arange(tokens.ids.shape[1]).expand(len(tokens), -1)
     return [
         BlockStates(
             block, tokens, held, ends[block.start], ends[block.stop], paths(block, fit_rows),
-            position[fit_rows][tokens.mask[fit_rows]], paths(block, held_rows), local,  # type: ignore[arg-type]
+            position[fit_rows][tokens.mask[fit_rows]], paths(block, held_rows), local,
         )
         for block in blocks
     ]
@@ -116,24 +115,35 @@ def boundary_states(
     return states
 
 
-def states_between(boundaries: Mapping[int, States], block: range, tokens: TokenSet, path: int) -> BlockStates:
-    """What :func:`collect_block_states` gives of a block with no rows held out, from the states at its boundaries.
-
-    For a run of one process, which has the states of all rows.
+def states_between(
+    boundaries: Mapping[int, States], block: range, tokens: TokenSet, held: int, path: int, run: Run
+) -> BlockStates:
+    """What :func:`collect_block_states` gives of a block, from the states at its boundaries; no held-out paths.
 
     Args:
         boundaries: from :func:`boundary_states`, those inside the block too if a path is wanted.
         tokens: their rows.
+        held: how many rows at the end are kept out of fits.
         path: how many rows at the beginning show their inner states.
+        run: the one that they were taken with.
     """
-    rows, mask = torch.arange(path), tokens.mask[:path]
+    here, mask = local_rows(tokens, run), tokens.mask[:path]
     inside = range(block.start, block.stop + 1) if path else range(0)
-    states = [boundaries[index][rows][mask].float() for index in inside]
+    own = {row: [boundaries[index][torch.tensor([row])][0][mask[row]].float() for index in inside]
+           for row in range(path) if here[row]}
+    rows = {row: states for part in world().gather(own) for row, states in part.items()}
+    states = [torch.cat([rows[row][number] for row in range(path)]) for number in range(len(inside))]
     position = torch.arange(tokens.ids.shape[1]).expand(path, -1)[mask]
     return BlockStates(
-        block, tokens, 0, boundaries[block.start], boundaries[block.stop],
-        torch.stack(states) if states else torch.empty(0), position, torch.empty(0),
-        torch.ones(len(tokens), dtype=torch.bool))  # type: ignore[arg-type]
+        block, tokens, held, boundaries[block.start], boundaries[block.stop],
+        torch.stack(states) if states else torch.empty(0), position, torch.empty(0), here)
+
+
+def local_rows(tokens: TokenSet, run: Run) -> BoolTensor:
+    """(N,), which rows this process holds states of."""
+    local = torch.zeros(len(tokens), dtype=torch.bool)
+    local[world().share(len(tokens), run.batch_size)] = True
+    return local  # type: ignore[return-value]
 
 
 @dataclass

@@ -7,18 +7,20 @@ too much; on the device are one layer and the batch at work.
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import DiskError, KDPruneError
+from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
 from kdprune.model.passes import Arguments, Forward, RowLimit, entering, joined, standing_in
+from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
 from kdprune.store.chunks import BrokenChunk, Chunk, write_chunk
 from kdprune.store.files import Notify, tell
@@ -59,18 +61,78 @@ def forward_streamed(
     if not is_streamed(model):
         yield from (batch_logits(model, batch) for batch in batches)
         return
-    layers = list(decoder_layers(model))
-    last = len(layers)
+    last = len(decoder_layers(model))
     found = streamed_states(model, batches, [[last]] * len(batches), scratch=scratch, notify=notify)
     for batch, states in zip(batches, found, strict=True):
-        with standing_in(layers, _ending_in(states[last], last)):
-            logits = batch_logits(model, batch)
-        yield logits
+        yield logits_behind(model, batch, states[last])
+
+
+@torch.no_grad()
+def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor) -> Tensor:
+    """Logits (B, T, V) of a batch from its h_L (B, T, d): the model's own forward pass, in which no layer is run."""
+    layers = list(decoder_layers(model))
+    with standing_in(layers, _ending_in(final, len(layers))):
+        return batch_logits(model, batch)
 
 
 def _ending_in(final: Tensor, count: int) -> Forward:
     """Of ``count`` layers the last gives ``final`` and the others do nothing."""
     return lambda index, hidden, _: final if index == count - 1 else hidden
+
+
+Way = Mapping[int, Callable[[], Substitute]]  # first layer of a block → what gives the edit that takes its place
+
+
+@torch.no_grad()
+def states_by_ways(
+    model: PreTrainedModel, batches: Sequence[TokenSet], ways: Sequence[Way], known: Callable[[int, int], Tensor],
+) -> list[list[Tensor]]:
+    """h_L (B, T, d) of each batch on each of several ways through the model, on which blocks are replaced.
+
+    All ways take a layer before any takes the next, so that each layer of a streamed model is read once for all of
+    them, and their states are on the host between two layers; those of another model stay where they are computed.
+
+    Args:
+        model: the dense model; not changed.
+        batches: rows.
+        ways: each with its edits, of separated blocks, asked for where their block begins and not kept: stand-ins may
+            be fitted then, and one is in memory at a time.
+        known: the dense model's state at a boundary, of a batch by number: where the first block of a way begins.
+
+    Returns:
+        By way, by batch.
+    """
+    layers, device, streamed = list(decoder_layers(model)), input_device(model), is_streamed(model)
+    arguments = [entering(model, batch)[1] for batch in batches]
+    states: list[list[Tensor]] = [[] for _ in ways]
+    behind = [len(layers)] * len(ways)  # the block that was replaced last
+
+    def through(module: nn.Module, index: int, number: int) -> None:
+        """Takes a way's states through a layer, or what stands in its place and is given what it would be."""
+        for batch, state in enumerate(states[number]):
+            args, kwargs = arguments[batch][index]
+            found = module(state.to(device), *args, **kwargs)
+            found = found if isinstance(found, Tensor) else found[0]
+            states[number][batch] = found.cpu() if streamed else found
+
+    for index, layer in enumerate(layers):
+        for number, way in enumerate(ways):
+            if index not in way:
+                continue
+            edit = way[index]()
+            states[number] = states[number] or [known(index, batch) for batch in range(len(batches))]
+            if edit.context is not None:
+                through(edit.context.to(model.dtype), edit.origin, number)
+            else:
+                assert edit.stand_in is not None
+                stand_in = edit.stand_in.to(model.dtype)
+                states[number] = [stand_in(state.to(device)) for state in states[number]]
+            behind[number] = edit.block.stop
+        moving = [number for number in range(len(ways)) if states[number] and behind[number] <= index]
+        with resident(layer) if streamed and moving else contextlib.nullcontext():
+            for number in moving:
+                through(layer, index, number)
+    return states
 
 
 def _groups(sizes: list[int], most: int) -> Iterator[list[int]]:

@@ -29,7 +29,12 @@ def batch_logits(model: PreTrainedModel, batch: TokenSet) -> Tensor:
 
 def language_loss(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, int]:
     """Summed next-token cross-entropy in nats over a batch's real tokens, in float32, and how many were scored."""
-    logits, targets = batch_logits(model, batch), next_tokens(batch)
+    return language_loss_of(batch_logits(model, batch), batch)
+
+
+def language_loss_of(logits: Tensor, batch: TokenSet) -> tuple[Tensor, int]:
+    """The same of logits (B, T, V) that are there already."""
+    targets = next_tokens(batch)
     loss = functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum")
     return loss, int((targets != IGNORED).sum())

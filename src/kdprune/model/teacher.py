@@ -10,8 +10,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.model.activations import recorded
+from kdprune.model.families import decoder_layers
+from kdprune.model.layerwise import logits_behind
 from kdprune.model.losses import SLICE, batch_logits
-from kdprune.store.states import open_states
+from kdprune.model.placement import input_device
+from kdprune.store.states import States, open_states
 
 KEPT = 2**31  # bytes of distributions that are kept in memory; more go to disk, or are computed again
 
@@ -60,35 +64,45 @@ class Teacher:
         dense: the model.
         rows: the rows, N of T tokens.
         top: k, how many tokens of a distribution are told apart; None, or more than there are: the vocabulary.
-        keep: whether what was computed is kept, because it is asked for again: N·T·k·8 bytes.
-        folder: where it is kept if it is too much for memory; None: it is computed again then.
+        keep: numbers of the rows whose distributions are kept, because they are asked for again: T·k·8 bytes each.
+        folder: where they are kept if they are too much for memory; None: they are computed again then.
+        final: the model's states behind its last layer. Of rows that are there no layer is run; those of the others are
+            put there.
     """
 
     def __init__(
-        self, dense: PreTrainedModel, rows: TokenSet, top: int | None = None, *, keep: bool = False,
-        folder: Path | None = None,
+        self, dense: PreTrainedModel, rows: TokenSet, top: int | None = None, *, keep: Tensor | None = None,
+        folder: Path | None = None, final: States | None = None,
     ):
         vocabulary = int(dense.get_output_embeddings().weight.shape[0])
         self.dense, self.rows, self.top = dense, rows, min(top or vocabulary, vocabulary)
-        self.whole = self.top == vocabulary
-        shape = (*rows.ids.shape, 2 * self.top)  # float32 holds ids up to 2²⁴ as they are
+        self.whole, self.final = self.top == vocabulary, final
+        keep = torch.empty(0, dtype=torch.long) if keep is None else keep.unique()
+        shape = (len(keep), rows.ids.shape[1], 2 * self.top)  # float32 holds ids up to 2²⁴ as they are
         much = math.prod(shape) * 4 > KEPT
-        self.kept = open_states(
-            shape, torch.float32, "the dense model's distributions", folder if much else None
-        ) if keep and (folder is not None or not much) else None
+        self.place = torch.full((len(rows),), -1)  # of a row among those that are kept
+        self.kept: States | None = None
+        if len(keep) and (folder is not None or not much):
+            self.place[keep] = torch.arange(len(keep))
+            self.kept = open_states(
+                shape, torch.float32, "the dense model's distributions", folder if much else None)
 
     def __call__(self, numbers: Tensor, mask: Tensor) -> Targets:
         """The distributions at the positions of ``mask`` (b, T) in the rows of these numbers (b,)."""
-        if self.kept is None:
+        places = self.place[numbers]
+        if self.kept is None or bool((places < 0).all()):
             return self._targets(self._compute(numbers, mask))
-        fresh = numbers[torch.isin(numbers, self.kept.missing)].unique()
-        if len(fresh):
+        fresh = (places < 0) | torch.isin(places, self.kept.missing)
+        values = torch.zeros(len(numbers), *self.kept.shape[1:])
+        values[~fresh] = self.kept[places[~fresh]]
+        if fresh.any():
             # Of a whole row, whatever part of it is wanted now.
-            found = self._compute(fresh, self.rows.mask[fresh])
-            values = torch.zeros(len(fresh), *self.kept.shape[1:])
-            values[self.rows.mask[fresh]] = found.cpu()
-            self.kept.put(fresh, values)
-        return self._targets(self.kept[numbers][mask.cpu()])
+            new, which = numbers[fresh].unique(return_inverse=True)
+            found = torch.zeros(len(new), *self.kept.shape[1:])
+            found[self.rows.mask[new]] = self._compute(new, self.rows.mask[new]).cpu()
+            values[fresh], stays = found[which], self.place[new] >= 0
+            self.kept.put(self.place[new[stays]], found[stays])
+        return self._targets(values[mask.cpu()])
 
     def divergence(self, model: PreTrainedModel, batch: TokenSet, numbers: Tensor) -> tuple[Tensor, int]:
         """Summed KL(dense‖model), as :meth:`Targets.divergence`, at a batch's real tokens, and how many these are.
@@ -103,9 +117,23 @@ class Teacher:
         return targets.divergence(logits[batch.mask.to(logits.device)]), batch.tokens
 
     @torch.no_grad()
+    def logits(self, numbers: Tensor) -> Tensor:
+        """The model's logits (b, T, V) for some rows, from the states behind its last layer where these are there."""
+        batch = self.rows.select(numbers)
+        if self.final is None:
+            return batch_logits(self.dense, batch)
+        if torch.isin(numbers, self.final.missing).any():
+            last = len(decoder_layers(self.dense))
+            with recorded(self.dense, [last]) as seen:
+                logits = batch_logits(self.dense, batch)
+            self.final.put(numbers, seen[last])
+            return logits
+        return logits_behind(self.dense, batch, self.final[numbers].to(input_device(self.dense)))
+
+    @torch.no_grad()
     def _compute(self, numbers: Tensor, mask: Tensor) -> Tensor:
         """log p and ids beside each other, (n, 2k)."""
-        logits = batch_logits(self.dense, self.rows.select(numbers))
+        logits = self.logits(numbers)
         rows = logits[mask.to(logits.device)]
         parts = []
         for part in rows.split(max(1, SLICE // rows.shape[-1])):
@@ -116,5 +144,5 @@ class Teacher:
         return torch.cat(parts)
 
     def _targets(self, packed: Tensor) -> Targets:
-        log_probabilities, ids = packed.to(self.dense.device).split(self.top, -1)
+        log_probabilities, ids = packed.to(input_device(self.dense)).split(self.top, -1)
         return Targets(log_probabilities, ids.long(), self.whole)

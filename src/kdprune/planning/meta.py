@@ -123,7 +123,7 @@ def job_of(
     layer, path = stack / len(sizes), method.path_rows(tokens, shape)
     kept = len(sizes) - sum(map(len, blocks))
     measured = 0.0
-    if method.measures(dense):
+    if method.measures:
         tried = method.candidates(possible_blocks(method, method.budget(dense)), shape)
         measured = trials(tokens, tried, method.held, dense)[1]
     return Job(

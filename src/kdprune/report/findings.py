@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Sequence
 
 from kdprune.report.analysis_record import Analysis
+from kdprune.report.heal_record import Heal
+from kdprune.report.plots import best_of, damage_of_blocks, looks
 from kdprune.report.records import Curve, Fit, KernelTraining, Number, Outliers, divide
 from kdprune.report.results import Results
 from kdprune.report.summary import count, layer_range, percent
@@ -83,6 +85,26 @@ def _low(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
+def damage(results: Results) -> str:
+    """The block of least damage, and those that were chosen."""
+    found = damage_of_blocks(results)
+    if not found:
+        return ""
+    least = min(found, key=found.__getitem__)
+    chosen = [f"layers {layer_range(block)} {_number(found[block])}" for block in results.blocks if block in found]
+    text = f"Of {len(found)} blocks layers {layer_range(least)} cost least, {_number(found[least])} nats a token"
+    return f"{text}; chosen: {', '.join(chosen)}." if chosen else f"{text}."
+
+
+def healing(heal: Heal) -> str:
+    """Where the held-out rows began, and where they were best."""
+    best = best_of(heal.watched)
+    if best is None:
+        return ""
+    text = f"Held-out loss {_number(heal.watched[0])} → {_number(heal.watched[best])} nats"
+    return f"{text} after {count(looks(heal)[best])} tokens." if best else f"{text}: training gained nothing."
+
+
 def left_over(results: Results) -> str:
     """The largest share of a block's change that its stand-in misses, against the linear map."""
     parts = [
@@ -104,7 +126,13 @@ def training(curve: KernelTraining | Curve) -> str:
     text = f"Loss {_number(curve.loss[0])} → {_number(curve.loss[-1])}"
     if curve.cosine:
         text += f", cosine {_number(curve.cosine[0])} → {_number(curve.cosine[-1])}"
-    return f"{text} in {len(curve.loss)} epochs."
+    text = f"{text} in {len(curve.loss)} epochs."
+    best = best_of(curve.watched) if isinstance(curve, Curve) else None
+    if best is None:
+        return text
+    held = [_number(curve.watched[index]) for index in (0, best)]  # type: ignore[union-attr]
+    return f"{text} On held-out rows {held[0]} → {held[1]}, " + (
+        f"best after epoch {best}." if best else "best before the first: undone.")
 
 
 def constants(fit: Fit) -> str:

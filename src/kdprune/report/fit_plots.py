@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from kdprune.report.findings import relative_error
-from kdprune.report.plots import array
+from kdprune.report.plots import array, best_of
 from kdprune.report.records import Curve, Fit, KernelTraining, Outliers
 from kdprune.report.results import Results
 from kdprune.report.style import (
@@ -15,6 +15,7 @@ from kdprune.report.style import (
     MARKERS,
     MUTED,
     ORANGE,
+    PAPER,
     PURPLE,
     SERIES,
     SKY,
@@ -72,14 +73,21 @@ def training(fit: Fit, step: int) -> str:
     canvas = Canvas(f"Step {step}, layers {layer_range(fit.block)}", 3.6, 3.3)
     with canvas as figure:
         loss, cosine = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _over_epochs(loss, curve.loss, BLUE, "loss")
-        spread(loss, curve.loss, 10)
+        watched = curve.watched if isinstance(curve, Curve) else []
+        _over_epochs(loss, curve.loss, BLUE, "loss", "fitted rows" if watched else None)
+        spread(loss, [*curve.loss, *watched], 10)
         _over_epochs(cosine, curve.cosine, GREEN, "cosine")
+        if watched:
+            _over_epochs(loss, watched, VERMILION, "loss", "held-out rows", first=0)
+            best = best_of(watched)
+            if best is not None:
+                loss.plot(best, array(watched)[best], color=INK, marker="*", markersize=11, linestyle="",
+                          markeredgecolor=PAPER, label="best, kept", zorder=3)
         if step == 3 and fit.step2 is not None:
             for axes, values in ((loss, fit.step2.loss), (cosine, fit.step2.cosine)):
                 if values and values[-1] is not None:
                     axes.axhline(values[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
-            legend_below(figure, loss)
+        legend_below(figure, loss, 2)
         cosine.set_xlabel("epoch")
     return canvas.svg
 

@@ -18,8 +18,11 @@ class Heal(Record):
     curve: Numbers = Field(default_factory=list, description="training loss, means over successive stretches")
     watched: Numbers = Field(
         default_factory=list, description="the loss on held-out rows, before the first step and at those points")
+    looks: list[int] = Field(
+        default_factory=list, description="tokens seen at those looks at held-out rows; empty in older records")
     before: Number = Field(None, description="the loss trained on, before healing, nats")
     after: Number = Field(None, description="the same after healing")
     language_before: Number = Field(None, description="next-token loss before healing, nats")
     language_after: Number = Field(None, description="next-token loss after healing")
+    language_dense: Number = Field(None, description="next-token loss of the dense model; null in older records")
     kept: bool = Field(description="false: held-out rows got worse and healing was undone")

@@ -95,7 +95,7 @@ def write_page(results: Results, path: str | Path) -> Path:
 
 def write_analysis(results: Results, path: str | Path) -> Path:
     """Write the similarity report alone, whatever else the run holds."""
-    left_out: dict[str, Any] = {"fit": [], "samples": [], "perplexity": None, "speed": None}
+    left_out: dict[str, Any] = {"fit": [], "samples": [], "perplexity": None, "speed": None, "heal": None}
     return write_page(results.model_copy(update=left_out), path)
 
 

@@ -1,4 +1,5 @@
-"""Pictures of the analysis: how similar the states of the layers are, and where the chosen blocks lie."""
+"""Pictures of the analysis: how similar the states of the layers are, what blocks cost, where the chosen ones lie; and
+of healing."""
 
 import io
 from collections.abc import Sequence
@@ -7,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import FuncNorm
+from matplotlib.colors import FuncNorm, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from kdprune.errors import KDPruneError
 from kdprune.report.analysis_record import Analysis
+from kdprune.report.heal_record import Heal
 from kdprune.report.records import Matrix, Number
 from kdprune.report.results import Results, write_file
 from kdprune.report.style import (
@@ -32,6 +34,7 @@ from kdprune.report.style import (
     spread,
     styled,
 )
+from kdprune.report.summary import count
 
 Blocks = Sequence[tuple[int, int]]
 
@@ -80,6 +83,95 @@ def massive_tokens(results: Results) -> str:
         _draw_massive(axes, _analysis(results), results.blocks)
         legend_below(figure, axes, 4)
     return canvas.svg
+
+
+def block_damage(results: Results) -> str:
+    """Damage of every block that was measured alone, by its first layer and its length; the chosen ones in frames."""
+    damages = damage_of_blocks(results)
+    lengths = range(min(e - s for s, e in damages), max(e - s for s, e in damages) + 1)
+    first, last = min(s for s, _ in damages), max(s for s, _ in damages)
+    grid = np.full((len(lengths), last - first + 1), np.nan)
+    for (start, end), value in damages.items():
+        grid[end - start - lengths[0], start - first] = value
+    canvas = Canvas("Damage of the blocks that were measured", 5.2, 1.9 + 0.3 * len(lengths))
+    with canvas as figure:
+        axes = figure.add_subplot()
+        low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+        scale = LogNorm(low, high) if 0 < low < high else Normalize(low, max(high, low + 1e-9))
+        image = axes.imshow(
+            grid, cmap="viridis_r", norm=scale, interpolation="none", aspect="auto", origin="lower",
+            extent=(first - 0.5, last + 0.5, lengths[0] - 0.5, lengths[-1] + 0.5))
+        axes.set_facecolor(PANEL)
+        axes.grid(False)
+        for (start, end), value in damages.items():
+            dark = float(scale(value)) > 0.45  # of this colour map, turned round, the large values
+            axes.text(
+                start, end - start, _short(value), ha="center", va="center", color="white" if dark else "black",
+                fontsize=7 if last - first < 24 else 5)
+        for start, end in results.blocks:
+            if (start, end) in damages:
+                corner = (start - 0.5, end - start - 0.5)
+                for colour, width in ((PAPER, 3.6), (VERMILION, 2.0)):
+                    axes.add_patch(Rectangle(
+                        corner, 1, 1, fill=False, edgecolor=colour, linewidth=width, clip_on=False, zorder=3))
+        axes.set(xlabel="first layer s of the block", ylabel="layers e − s")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=14)
+        bar.outline.set_visible(False)
+        bar.ax.set_ylabel("nats a token")
+        if isinstance(scale, LogNorm):
+            log_axis(bar.ax)
+    return canvas.svg
+
+
+def damage_of_blocks(results: Results) -> dict[tuple[int, int], float]:
+    """What was measured, by block [s, e); empty where nothing was."""
+    pairs = _analysis(results).pair_damage if results.analysis is not None else []
+    return {(start, end): value for start, row in enumerate(pairs) for end, value in enumerate(row)
+            if value is not None}
+
+
+def _short(value: float) -> str:
+    """.043, .61, 2.4: two digits in as little room as there is."""
+    return f"{value:.2g}".removeprefix("0") if value >= 1e-3 else f"{value:.0e}"
+
+
+def healing(results: Results) -> str:
+    """Loss of the rows that watch healing over tokens; the best look, and the dense model where it is not 0."""
+    heal = results.heal
+    assert heal is not None
+    canvas = Canvas("Healing", 5.2, 3.3)
+    with canvas as figure:
+        axes = figure.add_subplot()
+        seen = array(looks(heal))
+        axes.plot(seen, array(heal.watched), color=VERMILION, marker="o", label="held-out rows")
+        best = best_of(heal.watched)
+        if best is not None:
+            label = "best, kept" if heal.kept else "best"
+            axes.plot(seen[best], array(heal.watched)[best], color=INK, marker="*", markersize=12, linestyle="",
+                      markeredgecolor=PAPER, label=label, zorder=3)
+        if heal.loss == "lm" and heal.language_dense is not None:
+            axes.axhline(heal.language_dense, color=MUTED, linestyle="--", linewidth=1.1, label="dense model")
+        axes.set(xlabel="calibration tokens", ylabel="next-token loss, nats" if heal.loss == "lm" else "KL, nats")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        spread(axes, heal.watched, 10)
+        legend_below(figure, axes)
+    return canvas.svg
+
+
+def looks(heal: Heal) -> Sequence[float]:
+    """Tokens seen at each look at the watched rows: in older records evenly spaced, up to rounding."""
+    if len(heal.looks) == len(heal.watched):
+        return heal.looks
+    return [heal.tokens * number / max(1, len(heal.watched) - 1) for number in range(len(heal.watched))]
+
+
+def best_of(values: Sequence[Number]) -> int | None:
+    """The index of the least known value."""
+    known = [index for index, value in enumerate(values) if value is not None]
+    return min(known, key=lambda index: values[index] or 0.0, default=None)
 
 
 def save_analysis_plot(analysis: Analysis, path: str | Path, blocks: Blocks = ()) -> Path:

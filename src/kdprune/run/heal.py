@@ -19,15 +19,24 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
 from kdprune.methods.common.method import Method
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import language_loss, mean_loss
+from kdprune.model.losses import language_loss, language_loss_of, mean_loss
 from kdprune.model.placement import input_device
 from kdprune.model.surgery import Drop, Edit, Rewrite, Substitute, sharing_copy
 from kdprune.model.teacher import Teacher
 from kdprune.options import check_values, option, options_of, recorded, taken
-from kdprune.run.heal_training import POINTS, PURPOSE, Objective, Training, budgeted, mean_objective
+from kdprune.run.heal_training import (
+    POINTS,
+    PURPOSE,
+    Objective,
+    Training,
+    budgeted,
+    mean_objective,
+    rows_on_trial,
+)
 from kdprune.runtime.machine import computes_in
 from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
+from kdprune.store.states import open_states
 
 WATCHED = 8_192  # tokens of held-out rows that are looked at, or as many as are trained on between two looks
 RATES = (4.0, 2.0, 1.0, 0.5, 0.25)
@@ -168,31 +177,39 @@ def _heal(
     watched = tokens.select(slice(len(tokens) - held, None)).first(min(WATCHED, settings.tokens // POINTS))
     rows, numbers = budgeted(tokens.select(slice(len(tokens) - held)), settings.tokens)
     fast = settings.what == "stand-ins" and computes_in(torch.bfloat16, input_device(pruned))
+    # What leaves the dense model's layers is kept of the watched rows: they run once, whatever is asked of them later.
+    final = open_states((*watched.ids.shape, dense.config.hidden_size), dense.dtype, "the dense model's last states")
+    teacher = Teacher(dense, watched, final=final)
     with gradients_as_before(pruned, dense), evaluating(pruned), evaluating(dense):
-        before = _measured(pruned, dense, watched, settings)
+        before = _measured(pruned, teacher, settings)
         tuned = _trainable(pruned, names, fast)
         if settings.loss == "lm":
             objective: Objective = lambda model, batch, _: language_loss(model, batch)  # noqa: E731
             looked = objective
         else:
             spill = run.cache.spill_directory("teacher", run.key("teacher", key))
-            again = len(numbers.unique()) < len(numbers)
+            again = asked_again(numbers, settings)
             objective = Teacher(dense, tokens, settings.top, keep=again, folder=spill).divergence
-            looked = Teacher(dense, watched, settings.top, keep=True).divergence
+            looked = Teacher(
+                dense, watched, settings.top, keep=torch.arange(len(watched)), final=final).divergence
         train = _train_lora if settings.what == "lora" else _train_put_in
         with evaluating(tuned), run.stage("heal", len(rows)) as progress:
             training = Training(tuned, objective, rows, numbers, looked, watched, settings.batch, settings.patience,
                                 fast, run, progress)
             count, rate, curves = train(tuned, names, settings, run, training, run.checkpoint("heal", key))
         healed = _with_weights(pruned, {name: tuned.get_parameter(name) for name in names})
-        after = _measured(healed, dense, watched, settings)
+        after = _measured(healed, teacher, settings)
+        language = mean_objective(
+            lambda _, batch, rows: language_loss_of(teacher.logits(rows), batch), dense, watched, settings.batch)
     kept = after[0] < before[0]
     if not kept:  # what it came to, not the start that it ended with
         after = max(after[0], min(curves["watched"][1:])), after[1]
     record = {
         "loss": settings.loss, "what": settings.what, "tokens": training.seen(curves), "parameters": count,
-        "rate": rate, "curve": curves["loss"], "watched": curves["watched"], "before": before[0], "after": after[0],
-        "language_before": before[1], "language_after": after[1], "kept": kept}
+        "rate": rate, "curve": curves["loss"], "watched": curves["watched"],
+        "looks": [training.seen({"loss": curves["loss"][:end]}) for end in range(len(curves["watched"]))],
+        "before": before[0], "after": after[0], "language_before": before[1], "language_after": after[1],
+        "language_dense": language, "kept": kept}
     return healed if kept else pruned, record
 
 
@@ -207,15 +224,22 @@ def _trainable(pruned: PreTrainedModel, names: Collection[str], fast: bool) -> P
     return tuned
 
 
+def asked_again(numbers: Tensor, settings: Heal) -> Tensor:
+    """Of the rows that are trained on, by their numbers, those whose distributions are wanted more than once: all where
+    rows come again, else those that rates are tried on."""
+    if len(numbers.unique()) < len(numbers):
+        return numbers
+    trials = settings.rate is None and settings.what == "stand-ins"
+    return numbers[: rows_on_trial(len(numbers), settings.batch) if trials else 0]
+
+
 @torch.no_grad()
-def _measured(
-    model: PreTrainedModel, dense: PreTrainedModel, watched: TokenSet, settings: Heal
-) -> tuple[float, float]:
-    """The loss that is trained on, of all tokens of the vocabulary, and the next-token loss, on the watched rows."""
-    language = mean_loss(model, watched, settings.batch)
+def _measured(model: PreTrainedModel, teacher: Teacher, settings: Heal) -> tuple[float, float]:
+    """The loss that is trained on, of all tokens of the vocabulary, and the next-token loss, on the teacher's rows."""
+    language = mean_loss(model, teacher.rows, settings.batch)
     if settings.loss == "lm":
         return language, language
-    return mean_objective(Teacher(dense, watched).divergence, model, watched, settings.batch), language
+    return mean_objective(teacher.divergence, model, teacher.rows, settings.batch), language
 
 
 def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:

@@ -92,7 +92,7 @@ class Training:
     @property
     def stretch(self) -> int:
         """Steps from one look to the next."""
-        return -(-len(self.rows) // (self.batch * POINTS))
+        return stretch_of(len(self.rows), self.batch)
 
     def seen(self, curves: Mapping[str, Sequence[float]]) -> int:
         """Tokens that were seen until these curves ended."""
@@ -136,7 +136,7 @@ class Training:
         differs by a factor of ten: weights of the same width are five times as large in one as in another.
         """
         start = [parameter.detach().clone() for parameter in parameters]
-        count = min(len(self.rows), max(self.stretch, LEAST_STEPS) * self.batch)
+        count = rows_on_trial(len(self.rows), self.batch)
         best = math.inf, rates[-1]
         for rate in rates:
             try:
@@ -155,6 +155,16 @@ class Training:
                 break
             best = value, rate
         return best[1]
+
+
+def stretch_of(rows: int, batch: int) -> int:
+    """Steps from one look to the next, of a training on so many rows, ``batch`` a step."""
+    return -(-rows // (batch * POINTS))
+
+
+def rows_on_trial(rows: int, batch: int) -> int:
+    """How many of them, the first, a rate on trial is given: those up to the first look."""
+    return min(rows, max(stretch_of(rows, batch), LEAST_STEPS) * batch)
 
 
 @torch.no_grad()

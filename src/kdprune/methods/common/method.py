@@ -54,27 +54,21 @@ class Method(ABC):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         check_model(model, substitutes=False, drops=self.composes)
-        if (self.needs_whole_model or not self.streams) and is_streamed(model):
+        if not self.streams and is_streamed(model):
             raise KDPruneError(
                 f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
                 f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory)")
         spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
-        spreads = self.spreads and not self.needs_whole_model
-        if (spread or is_dispatched(model)) and not (spreads and is_dispatched(model)):
+        if (spread or is_dispatched(model)) and not (self.spreads and is_dispatched(model)):
             raise KDPruneError(
                 f"got a model spread over several devices or offloaded, which {self.title} cannot use; expected one on "
                 f"one device: load it without device_map")
 
     def check_states_model(self) -> None:
         """Raises KDPruneError if hidden states of a copy in fewer bits are not all that the method asks for."""
-        if self.needs_whole_model or not self.collects:
+        if not self.collects:
             raise KDPruneError(
                 f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
-
-    @property
-    def needs_whole_model(self) -> bool:
-        """Whether these options ask for the model whole on one device, whatever the method can do without."""
-        return False
 
     @property
     def puts_in(self) -> bool:

@@ -1,31 +1,32 @@
 """Blocks and stand-ins chosen by what they cost, measured with stand-ins that are only solved for."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.errors import KDPruneError
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.budget import Budget, filled
 from kdprune.methods.common.selection import reachable
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.fit_block import Fit, FitSettings, fit_closed_form
-from kdprune.model.block_states import boundary_states, states_between
-from kdprune.model.edits import Edit, Substitute
+from kdprune.model.block_states import boundary_states, local_rows, states_between
+from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
-from kdprune.model.losses import batch_logits
-from kdprune.model.surgery import apply_edits, folded, running_from
+from kdprune.model.layerwise import logits_behind, states_by_ways
+from kdprune.model.placement import input_device
+from kdprune.model.streaming import is_streamed, scratch_of
 from kdprune.model.teacher import Teacher
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
+from kdprune.runtime.stages import Advance
 from kdprune.store.cache import JsonCodec
 from kdprune.store.states import States
 
@@ -97,14 +98,6 @@ def trials(
     return most, most * lengths * cost + len(PRICES) * scored + fitted + scored
 
 
-def check_damage() -> None:
-    """Raises KDPruneError where damage cannot be measured: the model has to run whole, many times, in one process."""
-    if world().size > 1:
-        raise KDPruneError(
-            f"got ranking 'damage' in {world().size} processes, expected one: start it without launcher, or rank "
-            "by similarity (ranking=similarity)")
-
-
 def choose_by_damage(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
     fill: bool,
@@ -157,30 +150,18 @@ def _measure(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
     fill: bool,
 ) -> Damage:
-    rows, scored = fit_rows(tokens, trial.held, model.config.hidden_size), damage_rows(tokens, trial.held)
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
-    needed = sorted({index for block in blocks for index in range(max(block.start - 1, 0), block.stop + 1)})
-    measuring = _Measuring(
-        model, rows, scored, trial, run, boundary_states(model, rows, needed, run, stage="damage states"),
-        boundary_states(model, scored, needed, run, stage="held-out states"),
-        Teacher(model, scored, TOP, keep=True))
+    measuring = _Measuring.of(model, tokens, blocks, trial, run)
     most, _ = trials(tokens, candidates, trial.held, model)
     promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
     if budget.most_removed(tried) < budget.target.parameters:
         tried = list(candidates)  # the ratio is near the largest that any blocks reach
-    with run.stage("damage", len(tried)) as progress:
-        alone = {}
-        for candidate in tried:
-            alone[candidate] = measuring.damage_of(candidate)
-            progress(1)
+    alone = dict(zip(tried, measuring.damages([[candidate] for candidate in tried], "damage"), strict=True))
     sets = proposed(alone, budget)
-    with run.stage("damage of sets", len(sets)) as progress:
-        together = []
-        for chosen in sets:
-            together.append((tuple(chosen), measuring.damage_together(filled(chosen, budget) if fill else chosen)))
-            progress(1)
-    return Damage(alone, sorted(together, key=lambda entry: entry[1]))
+    values = measuring.damages([filled(chosen, budget) if fill else chosen for chosen in sets], "damage of sets")
+    measuring.forget()
+    return Damage(alone, sorted(zip(map(tuple, sets), values, strict=True), key=lambda entry: entry[1]))
 
 
 def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
@@ -197,18 +178,62 @@ def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Cand
     return found
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Measuring:
-    """A dense model with the states at its boundaries, of rows to fit on and of rows to measure damage on."""
+    """A dense model with the states at its boundaries, of rows to fit on and, behind them, of rows to measure on.
+
+    Attributes:
+        model: the dense model, which stand-ins are made from.
+        running: the one that is run: itself, or its copy in fewer bits.
+        rows: both kinds of rows.
+        scored: how many at the end damage is measured on.
+        trial: how stand-ins are fitted.
+        run: with batches so small that every process has rows to measure on, where these suffice.
+        states: by boundary; this process's share of the rows.
+        teacher: the dense model's distributions, by number among ``rows``.
+    """
 
     model: PreTrainedModel
+    running: PreTrainedModel
     rows: TokenSet
-    scored: TokenSet
+    scored: int
     trial: Trial
     run: Run
     states: Mapping[int, States]
-    scored_states: Mapping[int, States]
     teacher: Teacher
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run
+    ) -> "_Measuring":
+        """The states of all boundaries from one pass over both kinds of rows; a streamed model's lie on the disk."""
+        running, last = run.running(model), len(decoder_layers(model))
+        fitted = len(fit_rows(tokens, trial.held, model.config.hidden_size))
+        scored, behind = len(damage_rows(tokens, trial.held)), len(tokens.fitted(trial.held))
+        rows = tokens.select(torch.cat([torch.arange(fitted), torch.arange(behind, behind + scored)]))
+        run = dataclasses.replace(run, batch_size=min(run.batch_size, -(-scored // world().size)))
+        needed = sorted({index for block in blocks for index in range(block.start, block.stop + 1)} | {last})
+        follows_from = ["damage", fitted, scored, run.batch_size]
+        spill = (lambda index: run.spill_directory(index, follows_from)) if is_streamed(running) else lambda _: None
+        states = boundary_states(running, rows, needed, run, stage="damage states", spill=spill)
+        teacher = Teacher(running, rows, TOP, keep=torch.arange(fitted, fitted + scored), final=states[last])
+        return _Measuring(model, running, rows, scored, trial, run, states, teacher)
+
+    def forget(self) -> None:
+        """Lets go of the states."""
+        for states in self.states.values():
+            states.forget()
+
+    def batches(self, scored: bool) -> list[Tensor]:
+        """Numbers of this process's rows of one kind, in batches."""
+        first, last = (len(self.rows) - self.scored, len(self.rows)) if scored else (0, len(self.rows) - self.scored)
+        numbers = torch.arange(first, last)
+        return [part for part in numbers[local_rows(self.rows, self.run)[first:last]].split(self.run.batch_size)
+                if len(part)]
+
+    def real(self, boundary: int, numbers: Tensor) -> Tensor:
+        """States of the real tokens of some rows, (n, d), float32."""
+        return self.states[boundary][numbers][self.rows.mask[numbers]].float()
 
     def promising(self, blocks: Sequence[range], most: int) -> list[range]:
         """The blocks worth a measurement: of every length those of least :meth:`_linear_errors`, half a length apart,
@@ -231,72 +256,66 @@ class _Measuring:
     def _linear_errors(self, blocks: Sequence[range]) -> dict[range, float]:
         """Of blocks with one start the mean of ‖h_s + M h_s + c − h_e‖² / ‖h_e‖² over the scored tokens, with M and c
         of the fitted ones: relative, because what reads the state next divides by its size."""
-        start = blocks[0].start
-        inputs, tested = _real(self.states[start], self.rows), _real(self.scored_states[start], self.scored)
-        width = inputs.shape[1]
+        start, width = blocks[0].start, self.model.config.hidden_size
         moments = Moments(width, len(blocks) * width)
-        moments.update(inputs, torch.cat([_real(self.states[b.stop], self.rows) - inputs for b in blocks], dim=1))
-        matrix, offset = (value.float() for value in moments.solve_affine(self.trial.settings.ridge))
-        predicted = (tested @ matrix.T + offset).split(width, dim=1)
-        found = {}
-        for block, update in zip(blocks, predicted, strict=True):
-            true = _real(self.scored_states[block.stop], self.scored)
-            found[block] = float(((tested + update - true).square().sum(-1) / true.square().sum(-1)).mean())
-        return found
+        for numbers in self.batches(scored=False):
+            inputs = self.real(start, numbers)
+            moments.update(inputs, torch.cat([self.real(b.stop, numbers) - inputs for b in blocks], dim=1))
+        solved = moments.add_processes().solve_affine(self.trial.settings.ridge)
+        matrix, offset = (value.float() for value in solved)
+        sums = [0.0] * len(blocks)
+        for numbers in self.batches(scored=True):
+            tested = self.real(start, numbers)
+            predicted = (tested @ matrix.T + offset).split(width, dim=1)
+            for place, (block, update) in enumerate(zip(blocks, predicted, strict=True)):
+                true = self.real(block.stop, numbers)
+                sums[place] += float(((tested + update - true).square().sum(-1) / true.square().sum(-1)).sum())
+        return dict(zip(blocks, world().total(sums), strict=True))
 
     def fitted(self, candidate: Candidate) -> Substitute:
         """The candidate's stand-in, solved for, with the draws that a fit of it alone would start from."""
-        states = states_between(self.states, candidate.block, self.rows, min(self.trial.path, len(self.rows)))
+        path = min(self.trial.path, len(self.rows) - self.scored)
+        states = states_between(self.states, candidate.block, self.rows, self.scored, path, self.run)
         this = Fit.of(self.model, states, candidate.shape, self.trial.settings, 0, self.run)
         fit_closed_form(self.model, this)
         return this.fitting.edit()
 
-    def damage_of(self, candidate: Candidate) -> float:
-        """Mean KL(dense‖pruned) with the candidate alone in place; infinite where it is not a number.
+    def damages(self, sets: Sequence[Sequence[Candidate]], stage: str) -> list[float]:
+        """Mean KL(dense‖pruned) of each set of candidates, all of it in place; infinite where it is not a number.
 
-        What enters the block is known, so that only what is behind it is run.
+        What enters a set's first block is known, so that only what is behind that is run.
         """
-        edit = self.fitted(candidate)
-        layers = layers_with(self.model, edit)
-        first = candidate.start if edit.context is not None else max(candidate.start - 1, 0)  # folded into that layer
-        known = self.scored_states[first]
-        return self._mean(self.model, lambda numbers: running_from(
-            self.model, layers, first, known[numbers].to(self.model.device)))
+        found: list[float] = []
+        abreast = self._abreast()
+        with self.run.stage(stage, len(sets)) as progress:
+            for first in range(0, len(sets), abreast):
+                found += self._together(sets[first : first + abreast], progress)
+        return found
 
-    def damage_together(self, candidates: Sequence[Candidate]) -> float:
-        """The same with all of them in place."""
-        edits: list[Edit] = [self.fitted(candidate) for candidate in candidates]
-        return self._mean(apply_edits(self.model, edits), lambda _: nullcontext())
+    def _abreast(self) -> int:
+        """How many ways pass the layers side by side, the same in all processes: of a streamed model, to read them
+        once for all, as many as there is room for; else one."""
+        if not is_streamed(self.running):
+            return 1
+        tokens = max(sum(map(len, self.batches(scored=True))), 1) * self.rows.ids.shape[1]
+        one = tokens * self.model.config.hidden_size * self.running.dtype.itemsize
+        return max(min(world().gather(scratch_of(self.running).host_bytes // one)), 1)
 
-    @torch.no_grad()
-    def _mean(self, model: PreTrainedModel, running: Callable[[Tensor], AbstractContextManager[Any]]) -> float:
-        """Mean divergence over the scored rows; the teacher speaks before anything runs in its layers' place."""
-        total = 0.0
-        for numbers in torch.arange(len(self.scored)).split(self.run.batch_size):
-            batch = self.scored.select(numbers)
-            targets = self.teacher(numbers, batch.mask)
-            with running(numbers):
-                logits = batch_logits(model, batch)
-            total += float(targets.divergence(logits[batch.mask.to(logits.device)]))
-        return total / self.scored.tokens if math.isfinite(total) else math.inf
-
-
-def _real(states: States, tokens: TokenSet) -> Tensor:
-    """The states of the real tokens, (n, d), float32."""
-    return states[torch.arange(len(tokens))][tokens.mask].float()
-
-
-def layers_with(model: PreTrainedModel, edit: Substitute) -> list[nn.Module]:
-    """The layers that :func:`apply_edits` would leave of ``model`` with this edit alone, for :func:`layers_replaced`.
-
-    The stand-in and its context are not copied: they are cast to the model's dtype.
-    """
-    layers, block = list(decoder_layers(model)), edit.block
-    front, back = layers[: block.start], layers[block.stop :]
-    if edit.context is not None:
-        return [*front, edit.context.to(model.dtype), *back]
-    assert edit.stand_in is not None
-    stand_in = edit.stand_in.to(model.dtype)
-    if front:
-        return [*front[:-1], folded(model, front[-1], stand_in), *back]
-    return [folded(model, back[0], stand_in, "before"), *back[1:]]
+    def _together(self, sets: Sequence[Sequence[Candidate]], progress: Advance) -> list[float]:
+        """The same of sets whose states are held at once."""
+        numbers = self.batches(scored=True)
+        batches = [self.rows.select(part) for part in numbers]
+        ways = [{c.start: functools.partial(self.fitted, c) for c in chosen} for chosen in sets]
+        finals = states_by_ways(self.running, batches, ways, lambda index, batch: self.states[index][numbers[batch]])
+        found = []
+        for states in finals:
+            total, count = 0.0, 0
+            for part, batch, state in zip(numbers, batches, states, strict=True):
+                targets = self.teacher(part, batch.mask)
+                logits = logits_behind(self.running, batch, state.to(input_device(self.running)))
+                total += float(targets.divergence(logits[batch.mask.to(logits.device)]))
+                count += batch.tokens
+            total, tokens = world().total([total, count])
+            found.append(total / tokens if math.isfinite(total) else math.inf)
+            progress(1)
+        return found

@@ -13,16 +13,13 @@ from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, 
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Candidate, Shape
-from kdprune.methods.kdp.damage import Damage, Trial, check_damage, choose_by_damage
+from kdprune.methods.kdp.damage import Damage, Trial, choose_by_damage
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
 from kdprune.model.block_states import PathRows
-from kdprune.model.placement import is_dispatched
-from kdprune.model.streaming import is_streamed
 from kdprune.model.structures import activation_of, channels_of, has_mlp_biases, is_gated
 from kdprune.model.surgery import check_model
 from kdprune.options import option
-from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
@@ -37,6 +34,7 @@ Kernel: TypeAlias = Literal[
 _BEST: Mapping[str, Any] = {
     "kernel": "linear+data", "inverse": "residual", "context": "attention", "refine": True, "hidden": 0,
     "fill": True, "endpoints": "input", "sequential": True, "slack": 0.5,
+    "ranking": "damage",
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
@@ -121,7 +119,7 @@ class KDP(RankedMethod):
         group="size", rare=True)
     ranking: Literal["similarity", "damage"] | None = option(
         None, "what the choice of blocks goes by: similarity of states, or how far held-out predictions move (KL) "
-        "with stand-ins that are solved for, alone and together (damage where one process has the model whole)",
+        "with stand-ins that are solved for, alone and together (damage)",
         group="size", rare=True)
     slack: float | None = option(
         None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "
@@ -212,15 +210,8 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
-        check_budget(self if self.measures(model) else replace(self, ranking="similarity"), self.budget(model))
+        check_budget(self if self.measures else replace(self, ranking="similarity"), self.budget(model))
         check_rows(tokens)
-        if self.ranking == "damage" and self.blocks is None:
-            check_damage()
-
-    @property
-    def needs_whole_model(self) -> bool:
-        """To measure damage the model runs many times."""
-        return self.ranking == "damage" and self.blocks is None
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits."""
@@ -239,7 +230,7 @@ class KDP(RankedMethod):
     ) -> tuple[list[Candidate], Damage | None]:
         """The blocks with the form of their stand-ins, and what was measured to find them."""
         shape = budget.shape
-        if not self.measures(model):
+        if not self.measures:
             method = replace(self, ranking="similarity")
             return [Candidate(block, shape) for block in choose_blocks(method, model, tokens, run, budget)], None
         candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
@@ -268,12 +259,10 @@ class KDP(RankedMethod):
         """A single layer may go behind a linear map."""
         return 2 if self.ranking == "similarity" or self.refine or self.form != "folded" else 1
 
-    def measures(self, model: PreTrainedModel) -> bool:
-        """Whether blocks are to be chosen, by damage; where nothing else is asked for, if it can be measured."""
-        if self.blocks is not None or self.ranking == "similarity":
-            return False
-        able = world().size == 1 and not is_streamed(model) and not is_dispatched(model)
-        return self.ranking == "damage" or able
+    @property
+    def measures(self) -> bool:
+        """Whether blocks are to be chosen, by damage."""
+        return self.blocks is None and self.ranking == "damage"
 
     def path_rows(self, tokens: TokenSet, shape: Shape) -> PathRows:
         """Rows that step 1 sees: enough tokens for the operators' solves."""
