@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from cost import STEPS, by_step
 from random_checkpoint import shape_config
 
 from kdprune.methods.common.analysis import ENOUGH
+from kdprune.methods.kdp import kdp
 from kdprune.planning.plan import PruningPlan, plan
 
 HERE = Path(__file__).parent
@@ -49,9 +51,9 @@ def record(theme: str) -> dict[str, Any]:
 
 
 def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
-    """The plan of a shape of benchmarks/speed.py, on a CPU; the runs on record had Fourier features alone, and no slack
-    for their blocks."""
-    with tempfile.TemporaryDirectory() as folder:
+    """The plan of a shape of benchmarks/speed.py, on a CPU; the runs on record had Fourier features alone, no slack for
+    their blocks, and any number of features, not multiples alone."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(kdp, "unit_of", return_value=1):
         shape_config(shape).save_pretrained(folder)
         return plan(folder, dtype=dtype, device="cpu", slack=0.0, **{"preset": "fourier", **options})
 

@@ -34,21 +34,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ------------------------------------------------------------------------------------------ slack
 
 
-def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[range], Shape, float]:
-    """Blocks, stand-ins and net ratio as a run would have them, with a similarity that falls with distance^power."""
+def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[Candidate], Shape, float]:
+    """Blocks behind their stand-ins, the first of these and the net ratio as a run would have them, with a similarity
+    that falls with distance^power."""
     method = KDP(**options)
     budget, layers = method.budget(model), model.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
-    shape = filled([Candidate(block, budget.shape) for block in blocks], budget)[0].shape
-    return blocks, shape, sum(budget.removal(block, shape) for block in blocks) / budget.target.total
+    chosen = filled([Candidate(block, budget.shape) for block in blocks], budget)
+    return chosen, chosen[0].shape, sum(map(budget.removed_by, chosen)) / budget.target.total
 
 
 def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:
     found = {slack: layout(bundled, power=2.0, ratio=0.25, slack=slack) for slack in (0.0, 1.0)}
     assert len(found[1.0][0]) > len(found[0.0][0])      # more and shorter blocks, which are more similar end to end
-    for blocks, shape, net in found.values():
-        assert 0.25 <= net < 0.25 + len(blocks) * shape.parameters_per_unit() / bundled.num_parameters()
+    for chosen, shape, net in found.values():
+        assert shape.unit == 16
+        assert all(candidate.shape.units % 16 == 0 for candidate in chosen)
+        assert 0.25 <= net < 0.25 + 16 * shape.parameters_per_unit() / bundled.num_parameters()
     without_fill = KDP(slack=1.0, fill=False)
     assert without_fill.budget(bundled).slack == 0      # nothing would spend it
 

@@ -1,4 +1,4 @@
-"""The command line: prune, plan, compare, ablate, analyze, eval, report.
+"""The command line: prune, plan, compare, ablate, analyze, eval, report, export-gguf.
 
 Bad input is one line on stderr and exit status 2, never a traceback.
 """
@@ -14,6 +14,7 @@ import typer
 import kdprune
 from kdprune.cli.compare import ABLATION, COMPARISON, ablate_command, compare_command
 from kdprune.cli.evaluate import EVAL, eval_command, report_command
+from kdprune.cli.export import ExportOptions, export_command
 from kdprune.cli.options import command
 from kdprune.cli.plan import PlanOptions, plan_command
 from kdprune.cli.prune import ANALYSIS, OUTPUT, analyze_command, prune_command
@@ -41,6 +42,7 @@ def build_app(method: str) -> typer.Typer:
     command(app, "analyze", analyze_command, options_of(*ANALYZE), {"output_dir": ANALYSIS})
     command(app, "eval", eval_command, EVAL)
     command(app, "report", report_command, {})
+    command(app, "export-gguf", export_command, options_of(ExportOptions))
     return app
 
 

@@ -6,6 +6,7 @@ python -m kdprune.cli.options_page > docs/options.md
 from collections.abc import Iterable, Mapping
 
 from kdprune.cli.evaluate import EVAL
+from kdprune.cli.export import ExportOptions
 from kdprune.cli.plan import PlanOptions
 from kdprune.methods import METHODS
 from kdprune.options import HEADINGS, Option, choices, options_of
@@ -54,7 +55,7 @@ def markdown() -> str:
     own = {"compare": options_of(CompareOptions), "ablate": options_of(AblateOptions),
            "analyze": options_of(AnalysisOptions),
            "eval": {name: item for name, item in EVAL.items() if name not in shared},
-           "plan": options_of(PlanOptions)}
+           "plan": options_of(PlanOptions), "export-gguf": options_of(ExportOptions)}
     for command, options in own.items():
         lines += [f"## Of `kdprune {command}`", "", *_table(options.values()), ""]
     for name, method in METHODS.items():

@@ -30,10 +30,10 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
         return None
     dense = meta_model(model.config, model.dtype)
     try:
-        blocks, shape = layout(method, dense)
+        chosen = layout(method, dense)
     except KDPruneError:  # only stand-ins of several forms together reach so large a ratio
         return None
-    job = job_of(method, dense, prune_meta(dense, blocks, shape), blocks, shape, tokens)
+    job = job_of(method, dense, prune_meta(dense, chosen), chosen, tokens)
     like = DEVICES["cpu" if model.device.type == "cpu" else "h100"]
     if not computes_in(torch.bfloat16, model.device):
         like = replace(like, half=like.single)

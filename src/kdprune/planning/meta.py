@@ -17,7 +17,7 @@ from kdprune.methods.common.budget import (
     possible_blocks,
     select_by_similarity,
 )
-from kdprune.methods.common.shape import Candidate, Shape
+from kdprune.methods.common.shape import Candidate
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.edits import Substitute
@@ -75,7 +75,7 @@ def _config(name: str | Path) -> PreTrainedConfig:
                            "LM") from error
 
 
-def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
+def layout(method: KDP, dense: PreTrainedModel) -> list[Candidate]:
     """Blocks and stand-ins as KDP chooses them by a similarity that falls with distance; what damage it would measure
     is not known. Where its stand-in leaves the ratio out of reach, with the smaller one that it may choose."""
     whole = method.budget(dense)
@@ -89,19 +89,19 @@ def layout(method: KDP, dense: PreTrainedModel) -> tuple[list[range], Shape]:
             break
     blocks = select_by_similarity(by, similarity, budget, [candidate.block for candidate in offered])
     chosen = [Candidate(block, shape) for block in blocks]
-    return blocks, (filled(chosen, budget) if method.fill else chosen)[0].shape
+    return filled(chosen, budget) if method.fill else chosen
 
 
-def added_parameters(method: KDP, dense: PreTrainedModel, blocks: list[range], shape: Shape) -> list[int]:
+def added_parameters(method: KDP, dense: PreTrainedModel, chosen: list[Candidate]) -> list[int]:
     """Parameters put in the place of every block."""
-    budget = Budget(dense, shape, method.target(dense))
-    return [sum(budget.layers[index] for index in block) - budget.removal(block) for block in blocks]
+    budget = Budget(dense, chosen[0].shape, method.target(dense))
+    return [sum(budget.layers[index] for index in found.block) - budget.removed_by(found) for found in chosen]
 
 
-def prune_meta(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> PreTrainedModel:
+def prune_meta(dense: PreTrainedModel, chosen: list[Candidate]) -> PreTrainedModel:
     """The meta model with stand-ins in the place of the blocks."""
     edits = []
-    for block in blocks:
+    for block, shape in ((found.block, found.shape) for found in chosen):
         with torch.device("meta"):
             stand_in = shape.build(generator(0))
         source = shape.source(block)
@@ -114,9 +114,10 @@ def prune_meta(dense: PreTrainedModel, blocks: list[range], shape: Shape) -> Pre
 
 
 def job_of(
-    method: KDP, dense: PreTrainedModel, pruned: PreTrainedModel, blocks: list[range], shape: Shape, tokens: TokenSet,
+    method: KDP, dense: PreTrainedModel, pruned: PreTrainedModel, chosen: list[Candidate], tokens: TokenSet,
 ) -> Job:
-    """What the forecast counts from."""
+    """What the forecast counts from; stand-ins are taken to be as wide as the first, which is the widest."""
+    blocks, shape = [found.block for found in chosen], chosen[0].shape
     rows, length = tokens.ids.shape
     sizes, itemsize = layer_sizes(dense), dense.dtype.itemsize
     stack, left = (forward_flops(model, 1, length, logits=0) / length for model in (dense, pruned))
@@ -132,4 +133,4 @@ def job_of(
         path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
         replacement=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
         outside=(dense.num_parameters() - sum(sizes)) * itemsize,
-        added=max(added_parameters(method, dense, blocks, shape)), measured=measured)
+        added=max(added_parameters(method, dense, chosen)), measured=measured)

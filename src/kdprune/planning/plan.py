@@ -84,8 +84,8 @@ class PruningPlan:
         net_ratio_layers: the same of those outside the embeddings.
         given: whether the blocks were named.
         kind: feature map of the stand-ins.
-        features: m of each.
-        channels: c of each.
+        features: m of the first, which is the widest; others may have a unit less.
+        channels: c of it.
         hidden: width of the inverse's hidden layer.
         context: whether an attention sublayer stands before them.
         ordinary: whether each is an ordinary decoder layer.
@@ -159,10 +159,10 @@ def plan(
     dense = meta_model(BUNDLED_MODEL if model is None else model, dtype)
     tokens = _calibration(dense, samples, length)
     method.check(dense, tokens)
-    blocks, shape = layout(method, dense)
-    pruned = prune_meta(dense, blocks, shape)
+    chosen = layout(method, dense)
+    pruned, shape = prune_meta(dense, chosen), chosen[0].shape
     row = tokens.ids.shape[1]
-    job = job_of(method, dense, pruned, blocks, shape, tokens)
+    job = job_of(method, dense, pruned, chosen, tokens)
     accelerator = place.bandwidth is not None or tflops is not None
     needs = _needs(job, place, accelerator, None if host_memory is None else parse_bytes(host_memory))
     forward = job.forward().seconds(place, job.itemsize)
@@ -174,10 +174,10 @@ def plan(
         model_type=dense.config.model_type, dtype=str(dense.dtype).removeprefix("torch."), ratio=ratio,
         of=method.of, net_ratio=1 - pruned_side.parameters / dense_side.parameters,
         net_ratio_layers=1 - pruned_side.parameters_layers / dense_side.parameters_layers,
-        blocks=[(block.start, block.stop) for block in blocks], given=method.blocks is not None, kind=shape.kind,
+        blocks=[(found.start, found.stop) for found in chosen], given=method.blocks is not None, kind=shape.kind,
         features=shape.features, channels=shape.channels, hidden=shape.hidden, context=shape.context,
         ordinary=shape.ordinary,
-        added=added_parameters(method, dense, blocks, shape),
+        added=added_parameters(method, dense, chosen),
         samples=len(tokens), length=row, dense=dense_side, pruned=pruned_side, states_bytes=job.states(),
         scratch_bytes=job.scratch(), memory=needs, device=place, forward_seconds=forward,
         stages=[Stage(name, value / forward, value) for name, value in seconds.items()],

@@ -227,13 +227,19 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
 def filled(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
     """The same blocks with stand-ins, of those that can be wider, widened evenly by what all remove beyond the target.
 
-    The count grows while the target is still met, up to ``WIDEST`` · d or the shape's most; the net ratio ends above
-    the target by less than one feature, or channel, a block unless that cap is reached.
+    The count grows by the shape's unit while the target is still met, up to ``WIDEST`` · d or the shape's most; where
+    units are more than one, the first blocks' grow by one more as long as there is that much left. The net ratio ends
+    above the target by less than one unit of features, or channels, or one of them a block, unless that cap is reached.
     """
     spare = sum(map(budget.removed_by, candidates)) - budget.target.parameters
-    cost = sum(candidate.shape.parameters_per_unit() for candidate in candidates)
-    if spare < cost or not cost:
+    costs = [shape.unit * shape.parameters_per_unit() for shape in (candidate.shape for candidate in candidates)]
+    if spare < 0 or not any(costs):
         return list(candidates)
-    return [
-        Candidate(block, shape.wider(max(min(spare // cost, (shape.most or WIDEST * shape.width) - shape.units), 0)))
-        for block, shape in ((candidate.block, candidate.shape) for candidate in candidates)]
+    each, spare = divmod(spare, sum(costs))
+    found = []
+    for candidate, cost in zip(candidates, costs, strict=True):
+        shape, more = candidate.shape, candidate.shape.unit > 1 and 0 < cost <= spare
+        spare -= cost * more
+        most = (shape.most or WIDEST * shape.width) - shape.units
+        found.append(Candidate(candidate.block, shape.wider(max(min((each + more) * shape.unit, most), 0))))
+    return found

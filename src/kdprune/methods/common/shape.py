@@ -25,6 +25,7 @@ class Shape:
         ordinary: in the end it is the MLP of that layer: channels and a read-out, nothing else.
         biased: such an MLP has biases.
         most: channels or features at most, where it is widened; None: as many as are of use.
+        unit: in steps of how many it is widened.
     """
 
     width: int
@@ -39,6 +40,7 @@ class Shape:
     ordinary: bool = False
     biased: bool = True
     most: int | None = None
+    unit: int = 1
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, 
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Candidate, Shape
+from kdprune.methods.common.units import unit_of, whole_units
 from kdprune.methods.kdp.damage import Damage, Trial, choose_by_damage
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
@@ -67,7 +68,7 @@ class KDP(RankedMethod):
 
     Fields left at None are filled from the preset. Sizes left at None follow the model's width d: ``features`` m = d/2
     with a hidden layer, 5d/6 without (2.5 d² parameters either way), ``channels`` c = d/2; d/4 of both where the kernel
-    has both.
+    has both; all rounded down to multiples of 64 (16 in models narrower than 512), and widened by as many.
 
     Raises:
         KDPruneError: a value is outside its range (says which and what is expected).
@@ -189,13 +190,14 @@ class KDP(RankedMethod):
         both = {"fourier", "data"} <= set(parts)
         features = {"fourier": width // 4 if both else width // 2 if hidden else round(5 * width / 6),
                     "mlp": round(5 * width / 4)}
-        drawn = [self.features or features[part] for part in parts if part in features]
+        unit = unit_of(width)
+        drawn = [self.features or whole_units(features[part], unit) for part in parts if part in features]
         shape = Shape(
             width=width, kind="+".join(parts), features=sum(drawn), hidden=hidden, residual=self.inverse == "residual",
-            context=self.context == "attention")
+            context=self.context == "attention", unit=unit)
         if "data" not in parts:
             return shape
-        channels = self.channels or (width // 4 if both else width // 2)
+        channels = self.channels or whole_units(width // 4 if both else width // 2, unit)
         shape = replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
         if self.form == "folded":
             return shape

@@ -12,6 +12,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.saliency import loss_gradients, random_slices, weight_saliency
 from kdprune.model.families import decoder_layers
 from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts
@@ -41,9 +42,9 @@ class LLMPruner(Method):
 
     The paper removes n − ⌊n(1 − r)⌋ of n structures a layer at one nominal rate r. Here the rate follows from the net
     ratio: heads go by that rule at r = the share of the prunable parameters, fewer where they alone would exceed the
-    ratio; channels make up the rest, which few heads leave coarse, evenly over the layers up to one channel. So the
-    net ratio is met from above by less than one channel. Every layer keeps at least one head group and one channel.
-    Biases count as weights of their structure.
+    ratio; channels make up the rest, which few heads leave coarse, in units of 64 (16 in models narrower than 512),
+    evenly over the layers up to one unit. So the net ratio is met from above by less than one unit in one layer. Every
+    layer keeps at least one head group and one unit. Biases count as weights of their structure.
     """
 
     title: ClassVar[str] = "LLM-Pruner"
@@ -83,16 +84,17 @@ class LLMPruner(Method):
         kept = max(least, math.floor(groups * (1 - min(target / whole, 1))))
         while kept < groups and len(pruned) * (groups - kept) * head_cost > target:
             kept += 1
-        most = len(pruned) * (channels - 1)
+        unit = unit_of(model.config.hidden_size, channels)
+        most = len(pruned) * (channels - unit)
         while kept > least and len(pruned) * (groups - kept) * head_cost + most * channel_cost < target:
             kept -= 1
         removed = len(pruned) * (groups - kept) * head_cost
-        spare = max(0, math.ceil((target - removed) / channel_cost))
+        spare = max(0, math.ceil((target - removed) / (channel_cost * unit)))
         wanted.check(
             removed + most * channel_cost, f"that layers {pruned.start} to {pruned.stop - 1} allow",
             "lower the ratio or keep fewer layers whole (keep_first=…, keep_last=…)")
         each, more = divmod(spare, len(pruned))
-        return Widths(pruned, kept, [channels - each - (number < more) for number in range(len(pruned))])
+        return Widths(pruned, kept, [channels - unit * (each + (number < more)) for number in range(len(pruned))])
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Ranks the structures of every layer and returns the narrower layers."""

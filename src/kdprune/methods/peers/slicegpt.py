@@ -12,6 +12,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.slicing import StreamSize, measure_cuts, sliced_edits
 from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
 from kdprune.model.structures import refuse_experts
@@ -19,6 +20,7 @@ from kdprune.model.surgery import check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
+PAPERS = 8  # its widths are multiples of this
 SPARE = 0.005  # share of the parameters counted by which the ratio may be exceeded before cuts get widths of their own
 
 
@@ -34,8 +36,9 @@ class SliceGPT(Method):
     identity, which computes the same as any other rotation. Embeddings and head are no longer tied.
 
     The paper's width is d' = ⌊(1 − s) d⌋ rounded down to a multiple of 8 for every cut; with ``sparsity`` s this is
-    what happens. Otherwise d' is the largest multiple that meets the net ratio. Where that exceeds the ratio by more
-    than half a point, cuts get up to ``round_to`` columns more, the last cut first, as many as the ratio allows.
+    what happens, with ``round_to`` 64 in models from 512 on and 16 in narrower ones. Otherwise d' is the largest
+    multiple that meets the net ratio. Where that exceeds the ratio by more than half a point, cuts get ``round_to``
+    columns more, the last cut first, as many as the ratio allows; where it still does, half as many, and so on.
 
     With ``of`` layers the ratio is what goes outside the embeddings, net, over what the dense model has there: the
     sizes of the projections with their shortcuts, and the norms that are folded away. That the tables get narrower,
@@ -46,7 +49,8 @@ class SliceGPT(Method):
 
     sparsity: float | None = option(
         None, "share of the stream's width to cut; then ratio is not used", least=0, group="size")
-    round_to: int = option(8, "widths are multiples of this", least=1, group="size", rare=True)
+    round_to: int | None = option(
+        None, "widths are multiples of this (64; 16 in models narrower than 512)", least=1, group="size", rare=True)
     sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1, group="data")
 
     def __post_init__(self) -> None:
@@ -73,22 +77,24 @@ class SliceGPT(Method):
         """The width of every cut in order, the last layer's output left out; raises KDPruneError for a ratio out of
         reach."""
         size, width = StreamSize.of(model), model.config.hidden_size
+        unit = self.round_to or max(unit_of(width), PAPERS)
         if self.sparsity is not None:
             kept = math.floor((1 - self.sparsity) * width + 1e-9)
-            kept = kept if kept == width else kept // self.round_to * self.round_to
+            kept = kept if kept == width else kept // unit * unit
             if kept < 1:
                 raise KDPruneError(f"got sparsity {self.sparsity:.4g}, expected one that leaves a multiple of "
-                                   f"{self.round_to} of a stream {width} wide: lower it, or round_to")
+                                   f"{unit} of a stream {width} wide: lower it, or round_to")
             return [kept] * size.cuts
         target, count = self.target(model), size.parameters if self.of == "all" else size.outside_embeddings
         most = target.total - target.parameters  # may stay
-        narrowest = min(self.round_to, width)
+        narrowest = min(unit, width)
         target.check(target.total - count([narrowest] * size.cuts), f"at a width of {narrowest}",
                      "lower the ratio (or round_to)")
-        fitting = [kept for kept in range(narrowest, width + 1, self.round_to) if count([kept] * size.cuts) <= most]
-        found = [fitting[-1]] * size.cuts
-        if count(found) < most - SPARE * target.total:
-            _widen(found, count, most, min(fitting[-1] + self.round_to, width))
+        fitting = [kept for kept in range(narrowest, width + 1, unit) if count([kept] * size.cuts) <= most]
+        found, step = [fitting[-1]] * size.cuts, unit
+        while step and count(found) < most - SPARE * target.total:
+            _widen(found, count, most, min(fitting[-1] + unit, width), step)
+            step //= 2
         return found
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
@@ -100,11 +106,11 @@ class SliceGPT(Method):
         return MethodResult(sliced_edits(model, rotations), tokens=chosen.tokens)
 
 
-def _widen(widths: list[int], count: Callable[[Sequence[int]], int], most: int, widest: int) -> None:
-    """Give cuts, the last first, more columns one by one while no more than ``most`` parameters stay."""
+def _widen(widths: list[int], count: Callable[[Sequence[int]], int], most: int, widest: int, step: int) -> None:
+    """Give cuts, the last first, ``step`` more columns at a time while no more than ``most`` parameters stay."""
     for cut in reversed(range(len(widths))):
-        while widths[cut] < widest:
-            widths[cut] += 1
+        while widths[cut] + step <= widest:
+            widths[cut] += step
             if count(widths) > most:
-                widths[cut] -= 1
+                widths[cut] -= step
                 return
