@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise_again()
     if arguments is None:  # a process of its own: what the libraries hold stays, and no collection walks it again
         gc.freeze()
+        gc.enable()  # kdprune/__init__.py stops it for the imports
     with steady_streams():
         status = _run(arguments)
         try:
