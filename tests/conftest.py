@@ -98,8 +98,8 @@ def _short_speeds() -> Iterator[None]:
     from kdprune.evaluation import samples, speed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "NEW_TOKENS", 4)
-        patch.setattr(samples, "NEW_TOKENS", 8)
+        patch.setattr(speed, "NEW_TOKENS", 1)
+        patch.setattr(samples, "NEW_TOKENS", 4)
         yield
 
 

@@ -88,8 +88,8 @@ def test_a_target_is_the_fewest_whole_parameters() -> None:
 # ------------------------------------------------------------------------------------------ every method
 
 
-@pytest.mark.parametrize("name", ["llama2", "opt"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "name"), [
+    *((form, "llama2") for form in FORMS), *((form, "opt") for form in METHODS)])
 def test_the_ratio_of_the_layers_is_met_from_above(form: str, name: str) -> None:
     dense, method, tokens = build(name), quick(form, of="layers", ratio=0.3), random_tokens()
     method.check(dense, tokens)

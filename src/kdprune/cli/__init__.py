@@ -4,6 +4,8 @@ Bad input is one line on stderr and exit status 2, never a traceback.
 """
 
 import difflib
+import functools
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ from kdprune.runtime.interrupts import INTERRUPTED, raise_again
 from kdprune.runtime.machine import quiet_libraries
 
 
+@functools.cache
 def build_app(method: str) -> typer.Typer:
     """The program; ``prune`` has the options of this method."""
     app = typer.Typer(
@@ -85,6 +88,9 @@ _UsageError: Any = next(base for base in typer.BadParameter.__mro__ if base.__na
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 2 for bad input, 130 when interrupted."""
     raise_again()
+    if arguments is None:  # a process of its own: what the libraries hold stays, and no collection walks it again
+        gc.freeze()
+        gc.enable()  # kdprune/__init__.py stops it for the imports
     with steady_streams():
         status = _run(arguments)
         try:

@@ -160,6 +160,7 @@ def _definition(name: str) -> Path | None:
     raise KDPruneError(f"got unknown suite or task {name!r}; {hint}")
 
 
+@functools.cache
 def _mentioned(name: str) -> bool:
     """Whether a task file of lm-eval names it: a second's look, before the index is built."""
     word = re.compile(rb"(?<![\w-])" + re.escape(name.encode()) + rb"(?![\w-])")

@@ -16,6 +16,7 @@ holds the table of families, and imports nothing of the package.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -697,21 +698,44 @@ def _slice_outside(model: PreTrainedModel, width: int, family: Family) -> None:
 
 
 def generated(family: Family, role: str) -> type:
-    """The generated class of ``family`` for role "Config", "Layer", "SlicedLayer" or one of ``HEADS``."""
-    return globals()[f"KDP{family.name}{role}"]
+    """The generated class of ``family`` for role "Config", "Layer", "SlicedLayer" or one of ``HEADS``.
+
+    Raises KeyError for a head that the family has not.
+    """
+    return _classes(family)[f"KDP{family.name}{role}"]
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """What ``config.auto_map`` says for ``model_type`` "kdp_<x>": the classes of this file, for
     trust_remote_code."""
     name = f"KDP{FAMILIES[model_type.removeprefix(PREFIX)].name}"
-    found = {auto.__name__: name + role for role, auto in HEADS.items() if name + role in globals()}
+    classes = _classes(FAMILIES[model_type.removeprefix(PREFIX)])
+    found = {auto.__name__: name + role for role, auto in HEADS.items() if name + role in classes}
     return {key: f"{__name__.rpartition('.')[2]}.{value}" for key, value in
             {"AutoConfig": f"{name}Config", **found}.items()}
 
 
+@cache
+def _classes(family: Family) -> dict[str, type]:
+    """The classes of ``family`` by name, made when the first is asked for: whom one checkpoint's code serves waits for
+    no other family. They are attributes of this module, so that they pickle."""
+    classes = _generate(family)
+    globals().update(classes)
+    # Heads look the model below them up here, also where this file came with the weights.
+    stem = f"KDP{family.name}"
+    AutoModel.register(classes[f"{stem}Config"], classes[f"{stem}Model"], exist_ok=True)
+    return classes
+
+
+def __getattr__(name: str) -> type:
+    """A generated class by its name, for the Auto classes and for pickle."""
+    for family in _ROWS:
+        if name.startswith(f"KDP{family.name}") and name in (classes := _classes(family)):
+            return classes[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _generate(family: Family) -> dict[str, type]:
-    """The classes of ``family`` by name. They are attributes of this module, so that they pickle."""
     path = f"transformers.models.{family.package}"
     modeling = import_module(f"{path}.modeling_{family.package}")
     stock_config = getattr(import_module(f"{path}.configuration_{family.package}"), f"{family.name}Config")
@@ -736,17 +760,11 @@ def _generate(family: Family) -> dict[str, type]:
     return classes
 
 
-for _row in _ROWS:
-    globals().update(_generate(_row))
-    # Heads look the model below them up here, also where this file came with the weights.
-    AutoModel.register(generated(_row, "Config"), generated(_row, "Model"), exist_ok=True)
-
-
 def register() -> None:
     """Make transformers' Auto classes know the generated ones. Safe to repeat."""
     for family in FAMILIES.values():
-        config = generated(family, "Config")
-        AutoConfig.register(PREFIX + family.model_type, config, exist_ok=True)
+        classes, stem = _classes(family), f"KDP{family.name}"
+        AutoConfig.register(PREFIX + family.model_type, classes[f"{stem}Config"], exist_ok=True)
         for role, auto in HEADS.items():
-            if f"KDP{family.name}{role}" in globals():
-                auto.register(config, generated(family, role), exist_ok=True)
+            if stem + role in classes:
+                auto.register(classes[f"{stem}Config"], classes[stem + role], exist_ok=True)

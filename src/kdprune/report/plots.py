@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import FuncNorm, LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -29,6 +28,7 @@ from kdprune.report.style import (
     PAPER,
     VERMILION,
     Canvas,
+    LaidOutOnce,
     legend_below,
     log_axis,
     spread,
@@ -181,7 +181,7 @@ def save_analysis_plot(analysis: Analysis, path: str | Path, blocks: Blocks = ()
         raise KDPruneError(f"cannot draw to {path}: expected a file that ends in .png, .svg or .pdf")
     stream = io.BytesIO()
     with styled("analysis", **{"svg.fonttype": "path"}):
-        figure = Figure(figsize=(11, 7.6), layout="constrained")
+        figure = LaidOutOnce(figsize=(11, 7.6), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(4, 3.4))
         top, bottom = parts
         for axes, (name, title) in zip(top.subplots(1, 3), PAIRS.items(), strict=True):

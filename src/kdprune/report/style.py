@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 # Neutral colours become CSS variables of the page (light or dark), with themselves as the fallback.
@@ -64,6 +65,22 @@ def styled(name: str, **changes: Any) -> AbstractContextManager[Any]:
     return matplotlib.rc_context(style)
 
 
+class LaidOutOnce(Figure):
+    """A figure that is drawn once when it is saved.
+
+    matplotlib draws all of it a first time for its layout, of which nothing is kept but where the parts stand: a
+    quarter of the time a page takes.
+    """
+
+    def draw(self, renderer: Any) -> None:
+        """The layout alone, while there is an engine for it; while a file is written there is none."""
+        engine = self.get_layout_engine()
+        if isinstance(engine, ConstrainedLayoutEngine):
+            engine.execute(self)
+        else:
+            super().draw(renderer)
+
+
 class Canvas:
     """A figure to draw on inside ``with``; afterwards ``svg`` holds the picture.
 
@@ -81,7 +98,7 @@ class Canvas:
 
     def __enter__(self) -> Figure:
         self._context.__enter__()
-        self.figure = Figure(figsize=self._size, layout="constrained")
+        self.figure = LaidOutOnce(figsize=self._size, layout="constrained")
         return self.figure
 
     def __exit__(

@@ -16,10 +16,10 @@ from transformers import AutoModel, PreTrainedModel, StaticCache
 from kdprune.model.edits import Edit
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn, generated
-from kdprune.model.surgery import apply_edits, sharing_copy
+from kdprune.model.surgery import apply_edits
 from kdprune.testing.elsewhere import load_elsewhere
 from kdprune.testing.kinds import KINDS, Kind, edits_of
-from kdprune.testing.models import IDS, close, logits_of, saved_and_loaded
+from kdprune.testing.models import IDS, Dense, close, dense_of, hidden_states, logits_of, saved_and_loaded
 from kdprune.testing.reference import reference_logits
 
 Build = Callable[[], PreTrainedModel]
@@ -30,8 +30,7 @@ class Edited:
     """A dense model, the edits, and what the edits made of it. Shared by the checks of a case: none changes it."""
 
     dense: PreTrainedModel
-    before: Tensor  # logits of the dense model before it was edited, …
-    config: dict[str, Any]  # … and its config
+    made: Dense  # what the dense model was before any edit
     edits: list[Edit]
     model: PreTrainedModel
     logits: Tensor
@@ -39,11 +38,10 @@ class Edited:
 
 @lru_cache(maxsize=1)  # a case's checks follow each other
 def _edited(build: Build, kind: str) -> Edited:
-    dense = build()
-    before, config = logits_of(dense), copy.deepcopy(dense.config.to_dict())
-    edits = edits_of(dense, kind)
-    model = apply_edits(dense, edits)
-    return Edited(dense, before, config, edits, model, logits_of(model))
+    made = dense_of(build)
+    edits = edits_of(made.model, kind)
+    model = apply_edits(made.model, edits)
+    return Edited(made.model, made, edits, model, logits_of(model))
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,8 @@ def _padded(pad: int) -> dict[str, Tensor]:
 class FamilyContract:
     """Subclasses give ``model``, or several ``models`` by name; pytest collects each check for each kind of edit.
 
-    Every call must give a model of its own, with the same weights, which make every layer count
+    Kinds that follow each other share a model; every call must give one of its own, with the same weights, which make
+    every layer count
     (:func:`kdprune.testing.with_random_weights`): six layers or more, 64 tokens, positions for 32, a width that four
     divides, an even number of key-value heads.
 
@@ -131,7 +130,7 @@ class FamilyContract:
 
     def test_it_computes_what_its_edits_say(self, case: FamilyCase) -> None:
         """Against the dense model with hooks and zeros in the places of what is gone."""
-        logits, before = case.edited.logits, case.edited.before
+        logits, before = case.edited.logits, case.edited.made.logits
         assert torch.isfinite(logits).all()
         assert (logits - before).std() > 0.1 * before.std()  # else nothing here would be seen
         if case.kind in ("heads", "layer", "channels"):  # zeros are summed in another order
@@ -157,9 +156,9 @@ class FamilyContract:
     def test_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
         """Its logits to the bit, its depth and its config."""
         dense = case.edited.dense
-        assert torch.equal(logits_of(dense), case.edited.before)
+        assert torch.equal(logits_of(dense), case.edited.made.logits)
         assert len(decoder_layers(dense)) == dense.config.num_hidden_layers
-        assert dense.config.to_dict() == case.edited.config
+        assert case.edited.made.has_its_config()
 
     def test_it_shares_the_dense_models_weights(self, case: FamilyCase) -> None:
         """All but stand-ins and what the edits bring."""
@@ -250,12 +249,9 @@ class FamilyContract:
     @_pruned_class
     def test_hidden_states_are_the_embeddings_and_one_more_a_layer(self, case: FamilyCase) -> None:
         """As many as transformers promises, beginning with what enters layer 0."""
-        with torch.no_grad():  # on copies: transformers hooks what records its states, and then it does not pickle
-            found, embedded = (
-                sharing_copy(model)(IDS, output_hidden_states=True).hidden_states
-                for model in (case.edited.model, case.edited.dense))
+        found = hidden_states(case.edited.model)
         assert len(found) == case.edited.model.config.num_hidden_layers + 1
-        assert case.kind == "stream" or torch.equal(found[0], embedded[0])
+        assert case.kind == "stream" or torch.equal(found[0], case.edited.made.embedded)
 
     @_in_full
     def test_copies_and_pickles_compute_the_same(self, case: FamilyCase) -> None:
@@ -266,8 +262,12 @@ class FamilyContract:
     @_in_full
     def test_gradients_with_and_without_checkpointing(self, case: FamilyCase) -> None:
         """The same, and in every stand-in; with checkpointing it runs again on the way back."""
-        plain, calls = _gradients(case.edited.model, checkpointing=False)
-        checkpointed, again = _gradients(case.edited.model, checkpointing=True)
+        model = copy.deepcopy(case.edited.model).train()
+        plain, calls = _gradients(model)
+        with warnings.catch_warnings():  # newer releases of transformers
+            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointed, again = _gradients(model)
         assert plain
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
@@ -281,20 +281,17 @@ class FamilyContract:
             assert plain.get(f"{stand_in}.phase.weight", torch.ones(1)).abs().max() > 0
 
 
-def _gradients(model: PreTrainedModel, checkpointing: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _gradients(model: PreTrainedModel) -> tuple[dict[str, Tensor], list[str]]:
     """Gradients of the loss by parameter, and the stand-ins that were run, each as often as it was."""
-    model = copy.deepcopy(model).train()
     calls: list[str] = []
 
     def seen(name: str) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: calls.append(name)
 
-    for name, module in model.named_modules():
-        if isinstance(module, StandIn):
-            module.register_forward_pre_hook(seen(name))
-    if checkpointing:
-        with warnings.catch_warnings():  # newer releases of transformers
-            warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hooks = [module.register_forward_pre_hook(seen(name))
+             for name, module in model.named_modules() if isinstance(module, StandIn)]
+    model.zero_grad(set_to_none=True)
     model(IDS, labels=IDS, use_cache=False).loss.backward()
+    for hook in hooks:
+        hook.remove()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls

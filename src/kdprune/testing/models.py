@@ -1,5 +1,8 @@
 """What both contracts ask of a model: logits of fixed ids, and that a checkpoint of it computes the same bits."""
 
+import copy
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.model.surgery import sharing_copy
 
 # Two rows of twelve ids from 3 to 63, longer than the sliding windows of a tiny model.
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(5))
@@ -28,6 +32,57 @@ def logits_of(model: PreTrainedModel, ids: Tensor = IDS, **options: Any) -> Tens
     """Logits (B, T, V) of ``ids`` (B, T), without gradients; ``options`` go to the model's forward."""
     with torch.no_grad():
         return model(input_ids=ids, **options).logits
+
+
+def hidden_states(model: PreTrainedModel) -> tuple[Tensor, ...]:
+    """States (B, T, d) of ``IDS`` in front of every layer and behind the last.
+
+    Those of a copy: transformers hooks what records its states, and then it does not pickle.
+    """
+    with torch.no_grad():
+        return sharing_copy(model)(IDS, output_hidden_states=True).hidden_states
+
+
+class Dense:
+    """A dense model, and what it was when it was made. The cases that follow each other share it: none may change it.
+
+    Attributes:
+        model: the model.
+        weights: copies of all that it holds, by name.
+        config: a copy of its config.
+        logits: of ``IDS``.
+        embedded: what enters layer 0.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.weights = {name: value.clone() for name, value in model.state_dict().items()}
+        self.config: dict[str, Any] = copy.deepcopy(model.config.to_dict())
+        self.logits, self.embedded = logits_of(model), hidden_states(model)[0]
+
+    def has_its_weights(self) -> bool:
+        """To the bit, without gradients, and all of them can be trained."""
+        now = self.model.state_dict()
+        return (now.keys() == self.weights.keys() and all(torch.equal(now[key], self.weights[key]) for key in now)
+                and all(p.requires_grad and p.grad is None for p in self.model.parameters()))
+
+    def has_its_config(self) -> bool:
+        """Every entry."""
+        return self.model.config.to_dict() == self.config
+
+
+@lru_cache(maxsize=1)  # cases of one model follow each other
+def _made(build: Callable[[], PreTrainedModel]) -> Dense:
+    return Dense(build())
+
+
+def dense_of(build: Callable[[], PreTrainedModel]) -> Dense:
+    """The model, made anew where it is another than that of the last case, or where that case changed it."""
+    found = _made(build)
+    if not (found.has_its_weights() and found.has_its_config()):
+        _made.cache_clear()
+        found = _made(build)
+    return found
 
 
 def close(found: Tensor, expected: Tensor) -> None:
