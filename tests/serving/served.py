@@ -18,10 +18,11 @@ from kdprune.model.surgery import apply_edits
 from kdprune.testing import edits_of, with_random_weights
 
 WIDTH, HEAD, CHANNELS, POSITIONS, WINDOW, NEW = 128, 32, 192, 512, 32, 12
-# By what a config calls it: the sizes of tests/families.py are too small for a server's attention kernels.
+# By what a config calls it: the sizes of tests/families.py are too small for a server's attention kernels. vLLM's own
+# Falcon has four times the width in its MLP, whatever the config says.
 _LARGER: dict[str, Any] = {
     "head_dim": HEAD, "query_pre_attn_scalar": HEAD, "intermediate_size": CHANNELS, "ffn_dim": CHANNELS,
-    "ffn_hidden_size": CHANNELS, "n_inner": CHANNELS, "word_embed_proj_dim": WIDTH // 2, "rotary_dim": HEAD // 2,
+    "ffn_hidden_size": 4 * WIDTH, "n_inner": CHANNELS, "word_embed_proj_dim": WIDTH // 2, "rotary_dim": HEAD // 2,
     "sliding_window": WINDOW, "moe_intermediate_size": CHANNELS // 2,
 }
 # Of each length there is one, and of those of a length a pair with a common beginning, so that a prefix cache is hit.

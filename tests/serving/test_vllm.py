@@ -45,8 +45,9 @@ CASES = (
 )
 ALONE = ("llama3.1-mixed", "qwen3-heads", "granite-channels", "gpt_neox-stream", "mixtral-mixed", "opt-heads")
 COMPILED = "llama3.1-heads"
-# In float32 sums of another order; Gemma 2 caps attention's logits, where vLLM's CPU kernel is less exact.
-CLOSE, CLOSE_CAPPED = 5e-5, 2e-3
+# In float32 sums of another order; less exact is vLLM's attention on CPU where its logits are capped (Gemma 2) or have
+# slopes (BLOOM, by vLLM's own class): up to 3.5e-4 was seen.
+CLOSE, CLOSE_CAPPED, CAPPED = 5e-5, 2e-3, ("gemma2", "bloom")
 QUIET: dict[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
@@ -137,7 +138,7 @@ def same(case: str, found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -
     assert [text["ids"] for text in found] == [text["ids"] for text in wanted]
     gaps = [abs(a - b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x["logs"], y["logs"], strict=True)]
     assert len(gaps) == len(LENGTHS) * NEW
-    assert max(gaps) < (CLOSE_CAPPED if case.startswith("gemma2-") else CLOSE)
+    assert max(gaps) < (CLOSE_CAPPED if case.partition("-")[0] in CAPPED else CLOSE)
 
 
 def same_rounds(case: str, record: dict[str, Any], checkpoints: Checkpoints) -> None:
@@ -168,8 +169,9 @@ def test_what_it_cannot_run_is_refused(
         assert "serve it with transformers" in error
 
 
-def test_a_compiled_model_is_kept(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_a_compiled_model_is_written_to_the_cache(checkpoints: Checkpoints, tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
+    # One start: on CPU vLLM 0.32 does not load what it has written, of stock models neither.
     record = offline(checkpoints, (COMPILED,), tmp_path / "log", {}, VLLM_CACHE_ROOT=cache)[COMPILED]
     same_rounds(COMPILED, record, checkpoints)
     said = (tmp_path / "log").read_text()
