@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,8 +204,14 @@ def test_vllm_is_told_every_class_once(monkeypatch: pytest.MonkeyPatch) -> None:
         get_supported_archs=lambda: {name for name, _ in registered},
         register_model=lambda name, path: registered.append((name, path)),
     )
+    asked: dict[str, Any] = {}
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setitem(
+        sys.modules, "vllm.model_executor.models.config", types.SimpleNamespace(MODELS_CONFIG_MAP=asked))
     register_vllm()
     register_vllm()
     assert len(registered) == len(modeling_kdp.FAMILIES)
     assert ("KDPLlamaForCausalLM", BACKEND) in registered
+    assert sorted(asked) == ["KDPBloomForCausalLM", "KDPFalconForCausalLM", "KDPGPT2ForCausalLM", "KDPGPTJForCausalLM"]
+    with pytest.raises(ValueError, match=r"got a pruned gpt2 model.*serve it with transformers"):
+        asked["KDPGPT2ForCausalLM"].verify_and_update_model_config(None)

@@ -1,12 +1,14 @@
 """The stand-in's arithmetic, and the rows of the family table against the models they describe."""
 
 import copy
+import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, LAYERS, WIDTH
+from families import CONFIGS, LAYERS, WIDTH, build
 from pruned import prune, stand_in
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, CohereConfig, PreTrainedModel, T5Config
@@ -118,3 +120,33 @@ def test_registration_can_be_repeated() -> None:
     modeling_kdp.register()
     config = modeling_kdp.KDPLlamaConfig(num_hidden_layers=0, hidden_size=8, num_attention_heads=1, vocab_size=8)  # type: ignore[attr-defined]
     assert type(AutoModelForCausalLM.from_config(config)) is modeling_kdp.KDPLlamaForCausalLM  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", sorted(modeling_kdp.FAMILIES))
+def test_what_a_base_model_runs_is_found_by_name(name: str) -> None:
+    """A server keeps compiled models by pickling their forward with what it closes over."""
+    model: Any = modeling_kdp.generated(modeling_kdp.FAMILIES[name], "Model")
+    assert pickle.loads(pickle.dumps(model.forward)) is model.forward
+    for cell in model.forward.__closure__:
+        assert pickle.loads(pickle.dumps(cell.cell_contents)) is cell.cell_contents
+    stock = model.__mro__[2]
+    assert inspect.signature(model.forward) == inspect.signature(stock.forward)
+
+
+def test_the_config_says_what_the_head_does_behind_the_base_model() -> None:
+    """vLLM runs the base model and the head's weight alone."""
+    for name, expected in {"granite": 0.5, "llama3": 1.0}.items():
+        model: Any = prune(build(name), "after")
+        with torch.no_grad():
+            head = model.lm_head(model.model(IDS).last_hidden_state)
+        assert model.config.logit_scale == expected
+        torch.testing.assert_close(head * model.config.logit_scale, model(IDS).logits)
+
+
+def test_a_family_that_a_server_cannot_run_says_so() -> None:
+    assert modeling_kdp.KDPLlamaForCausalLM.is_backend_compatible()  # type: ignore[attr-defined]
+    for name in ("GPT2", "GPTJ", "Falcon", "Bloom"):
+        with pytest.raises(ValueError, match="expected a family whose attention vLLM can replace"):
+            modeling_kdp.generated(
+                next(row for row in modeling_kdp.FAMILIES.values() if row.name == name), "ForCausalLM"
+            ).is_backend_compatible()  # type: ignore[attr-defined]

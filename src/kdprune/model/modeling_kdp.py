@@ -16,7 +16,7 @@ holds the table of families, and imports nothing of the package.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from operator import attrgetter
 from typing import Any
@@ -114,6 +114,10 @@ class Family:
     numbered: tuple[str, Any] | None = None
     per_layer: tuple[str, ...] = ()  # config lists with an entry a layer, beside layer_types (SmolLM3: who rotates)
     layer_numbers: tuple[str, ...] = ()  # config lists of layers by number (Qwen3-MoE: who has no experts)
+    head_divisor: str = ""  # config field: what logits are divided by (Granite)
+    # Whether a server's attention, which has its own cache, can take the place of the family's (vLLM): transformers
+    # calls that of Falcon, BLOOM and GPT-J by class, and of GPT-2's transposed projections vLLM makes nothing.
+    lends_attention: bool = True
     inferred: bool = False  # no row: all that is known of the architecture is its list of layers
 
     def norm_in(self, layer: Any, names: str | tuple[str, ...]) -> str | None:
@@ -142,7 +146,8 @@ _GEMMA: Any = {"mlp_norm": "pre_feedforward_layernorm", "mlp": ("mlp", "post_fee
 _FUSED: Any = {"qkv": ("self_attention.query_key_value",), "fused": "heads", "attention": "self_attention",
                "attention_out": "self_attention.dense", "mlp_in": ("mlp.dense_h_to_4h",),
                "mlp_out": "mlp.dense_4h_to_h", "layers": "transformer.h", "norm": "transformer.ln_f",
-               "embeddings": ("transformer.word_embeddings",), "norm_eps": "eps", "returns_tuple": True}
+               "embeddings": ("transformer.word_embeddings",), "norm_eps": "eps", "returns_tuple": True,
+               "lends_attention": False}
 # The experts leave with their layers.
 _EXPERTS: Any = {"experts": "mlp.experts", "router": "mlp.gate", "mlp_in": (), "mlp_out": ""}
 # fmt: off
@@ -175,7 +180,7 @@ _ROWS = (
            mlp_in=("mlp.c_fc",), mlp_out="mlp.c_proj", activation="activation_function",
            numbered=("scale_attn_by_inverse_layer_idx", False),
            counts=(("num_heads", "queries"), ("split_size", "columns")), norm_eps="eps",
-           embeddings=("transformer.wte", "transformer.wpe"), embedded="transformer.drop"),
+           embeddings=("transformer.wte", "transformer.wpe"), embedded="transformer.drop", lends_attention=False),
     Family("phi", "Phi", "PhiForCausalLM", "PhiDecoderLayer", "phi",
            norm="model.final_layernorm", mlp_norm="input_layernorm", attention_out="self_attn.dense",
            mlp_in=("mlp.fc1",), mlp_out="mlp.fc2", parallel=True, dropouts=("resid_dropout", "resid_dropout"),
@@ -190,7 +195,7 @@ _ROWS = (
            post_norms=("post_attention_layernorm", "post_feedforward_layernorm"), joined_heads=True),
     Family("smollm3", "SmolLM3", "SmolLM3ForCausalLM", "SmolLM3DecoderLayer", "smollm3", per_layer=("no_rope_layers",)),
     Family("granite", "Granite", "GraniteForCausalLM", "GraniteDecoderLayer", "granite",
-           residual_multiplier="residual_multiplier"),
+           residual_multiplier="residual_multiplier", head_divisor="logits_scaling"),
     Family("ministral", "Ministral", "MinistralForCausalLM", "MinistralDecoderLayer", "ministral"),
     Family("falcon", "Falcon", "FalconForCausalLM", "FalconDecoderLayer", "falcon",
            mlp_norm=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
@@ -208,7 +213,7 @@ _ROWS = (
            qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), attention_out="attn.out_proj", mlp_in=("mlp.fc_in",),
            mlp_out="mlp.fc_out", activation="activation_function", counts=(("num_attention_heads", "queries"),),
            parallel=True, returns_tuple=True, norm_eps="eps", embeddings=("transformer.wte",),
-           embedded="transformer.drop"),
+           embedded="transformer.drop", lends_attention=False),
     Family("mixtral", "Mixtral", "MixtralForCausalLM", "MixtralDecoderLayer", "mixtral", **_EXPERTS),
     Family("qwen3_moe", "Qwen3Moe", "Qwen3MoeForCausalLM", "Qwen3MoeDecoderLayer", "qwen3_moe",
            numbered=("decoder_sparse_step", 1), layer_numbers=("mlp_only_layers",), **_EXPERTS),
@@ -450,10 +455,14 @@ class SlicedLayer(nn.Module):
 
 
 class OwnConfig:
-    """The model's config as one attention module sees it: what is set here hides ``base``, all else is read there."""
+    """The model's config as one layer sees it: what is set here hides ``base``, all else is read there."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, **own: Any) -> None:
         self.base = base
+        self.__dict__.update(own)
+
+    def validate_architecture(self) -> None:
+        """Nothing: the model's own config was checked, and asks those of its layers."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "base" not in self.__dict__:  # while it is copied or unpickled
@@ -474,6 +483,57 @@ class PrunedConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.auto_map = auto_map(self.model_type)
 
+    # transformers' own form of a model whose layers differ, made from the record: caches that are laid out before the
+    # model runs, transformers' static one and those of servers, take the sizes of every layer from here. Its own way to
+    # it hides the numbers of the whole model, which the stock code that builds the layers reads.
+
+    @property
+    def logit_scale(self) -> float:
+        """What vLLM multiplies the head's output by: it runs the base model, and none of what the model with its head
+        does behind that."""
+        divisor = FAMILIES[self.model_type.removeprefix(PREFIX)].head_divisor
+        return 1.0 / getattr(self, divisor) if divisor else 1.0
+
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether layers have fewer heads than the config says."""
+        return any("groups" in width for width in self._widths()) or super().is_heterogeneous  # type: ignore[misc]
+
+    @property
+    def per_layer_config(self) -> Any:
+        """The config of each layer, with the heads that it has: ``num_attention_heads``, ``num_key_value_heads`` and
+        ``head_dim``."""
+        if not any("groups" in width for width in self._widths()):
+            return super().per_layer_config  # type: ignore[misc]
+        config: Any = self
+        heads, groups = config.num_attention_heads, key_value_heads(config)
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = [width.get("groups", groups) for width in self._widths()]
+        return [OwnConfig(self, head_dim=size, num_key_value_heads=left, num_attention_heads=heads * left // groups)
+                for left in kept]
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Any) -> None:
+        super(PrunedConfig, type(self)).per_layer_config.fset(self, value)  # type: ignore[misc]
+
+    @property
+    def per_layer_attributes(self) -> Any:
+        """What cannot be read from the config of the whole model: nothing."""
+        return super().per_layer_attributes if self._own_way() else set()  # type: ignore[misc]
+
+    def _update_heterogeneous_to_dict_output(self, output: dict[str, Any]) -> None:
+        """The record is written, and says it all."""
+        if self._own_way():
+            super()._update_heterogeneous_to_dict_output(output)  # type: ignore[misc]
+
+    def _own_way(self) -> bool:
+        """Whether transformers' own record of layers that differ is there, or none is."""
+        return not self.is_heterogeneous or super().is_heterogeneous  # type: ignore[misc]
+
+    def _widths(self) -> list[dict[str, Any]]:
+        """The record's widths, none where it has none."""
+        return (self.__dict__.get("kdp") or {}).get("widths") or []
+
 
 class PrunedModel(PreTrainedModel):
     """Mixed into a family's base model and its models with heads: the stock model, then its stand-ins and widths as the
@@ -485,6 +545,25 @@ class PrunedModel(PreTrainedModel):
         if inner is self or not isinstance(inner, PrunedModel):  # some heads make the pruned model themselves
             attach_stand_ins(self)
         self.post_init()
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Whether a server's attention can take the place of the model's own: asked by vLLM before it loads anything.
+
+        Raises ValueError where it cannot, which says it more clearly than the server would.
+        """
+        config: Any = cls.config_class
+        refuse_to_serve(FAMILIES[config.model_type.removeprefix(PREFIX)])
+        return super().is_backend_compatible()
+
+
+def refuse_to_serve(family: Family) -> None:
+    """Raises ValueError for a family whose pruned models vLLM cannot run."""
+    if not family.lends_attention:
+        raise ValueError(
+            f"got a pruned {family.model_type} model with a class of its own, expected a family whose attention vLLM "
+            "can replace; serve it with transformers, or prune with a method that leaves a stock model (shortgpt, uidl,"
+            " sleb, replaceme, or --form stock), which vLLM runs by its own class")
 
 
 def place_stand_in(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
@@ -756,8 +835,26 @@ def _generate(family: Family) -> dict[str, type]:
             continue
         no_split = [*(stock._no_split_modules or ()), f"{stem}Layer", f"{stem}SlicedLayer"]
         body = {**common, "config_class": config, "_auto_class": auto.__name__, "_no_split_modules": no_split}
+        if role == "Model":
+            body["forward"] = _own_forward(stock, f"{stem}Model")
         classes[stem + role] = type(stem + role, (PrunedModel, stock), body)
     return classes
+
+
+def _own_forward(stock: type[nn.Module], name: str) -> Callable[..., Any]:
+    """The forward of a class, as one that is found under the name of the generated class.
+
+    vLLM keeps compiled models by pickling the forward with what it closes over. Transformers' own closes over wrapped
+    functions that have its name, and are not found under it; this one over one that is.
+    """
+    forward_of_stock = stock.forward
+
+    @wraps(forward_of_stock)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward_of_stock(self, *args, **kwargs)
+
+    forward.__module__, forward.__qualname__ = __name__, f"{name}.forward"
+    return forward
 
 
 def register() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .modeling_kdp import FAMILIES, generated, register
+from typing import Any
+
+from .modeling_kdp import FAMILIES, Family, generated, refuse_to_serve, register
 
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
@@ -10,9 +12,11 @@ BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 def register_vllm() -> None:
     """Register every ``KDP<X>ForCausalLM`` with vLLM, to be run by its Transformers backend.
 
+    Families that this backend cannot run are registered to be refused, in one line and before an engine is started.
     vLLM calls this in each of its processes; it is safe to repeat. Raises ImportError where vLLM is absent.
     """
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     register()
     known = set(ModelRegistry.get_supported_archs())
@@ -20,3 +24,20 @@ def register_vllm() -> None:
         name = generated(family, "ForCausalLM").__name__
         if name not in known:
             ModelRegistry.register_model(name, BACKEND)
+        if not family.lends_attention:
+            MODELS_CONFIG_MAP[name] = _refusal(family)
+
+
+def _refusal(family: Family) -> type:
+    """What vLLM asks about a model's config before it starts anything: it raises ValueError."""
+
+    class Refusal:
+        @staticmethod
+        def verify_and_update_model_config(config: Any) -> None:
+            refuse_to_serve(family)
+
+        @staticmethod
+        def verify_and_update_config(config: Any) -> None:
+            refuse_to_serve(family)
+
+    return Refusal

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, StaticCache
+from transformers import AutoModel, DynamicCache, PreTrainedModel, StaticCache
 
 from kdprune.model.edits import Edit
 from kdprune.model.families import decoder_layers, family_of
@@ -152,6 +152,23 @@ class FamilyContract:
             assert not {"kdp", "auto_map"} & set(config.to_dict())
         else:
             assert type(model) is generated(family_of(dense), "ForCausalLM")
+
+    @_pruned_class
+    def test_its_config_says_what_heads_its_layers_have(self, case: FamilyCase) -> None:
+        """transformers' form for layers that differ, which a server lays out its cache by: what the layers cache."""
+        model, family = case.edited.model, family_of(case.edited.dense)
+        config: Any = model.config
+        assert config.is_heterogeneous == any("groups" in width for width in config.kdp.get("widths", ()))
+        assert type(config).from_dict(config.to_dict()).is_heterogeneous == config.is_heterogeneous
+        if not config.is_heterogeneous or not family.lends_attention:
+            return
+        cache = DynamicCache(config=config)
+        logits_of(model, past_key_values=cache, use_cache=True)
+        cached: list[Any] = list(cache.layers)
+        for layer, states, own in zip(decoder_layers(model), cached, config.per_layer_config, strict=True):
+            assert (own.num_key_value_heads, own.head_dim) == (states.keys.shape[1], states.keys.shape[3])
+            out: Any = layer.get_submodule(family.attention_out)
+            assert own.num_attention_heads * own.head_dim == out.weight.shape[1]
 
     def test_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
         """Its logits to the bit, its depth and its config."""
