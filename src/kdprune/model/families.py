@@ -182,6 +182,23 @@ def norms_behind_mlp(family: Family) -> list[str]:
     return [name for name in family.mlp if name in family.post_norms]
 
 
+def layer_widths(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What ``config.kdp`` says of the width of every layer, ``{}`` for one that was never narrowed."""
+    record = getattr(model.config, "kdp", None) or {}
+    return [dict(width) for width in record.get("widths") or [{} for _ in decoder_layers(model)]]
+
+
+def is_sliced(config: PreTrainedConfig) -> bool:
+    """Whether the stream of the model that ``config`` describes was turned and cut (SliceGPT)."""
+    record = getattr(config, "kdp", None) or {}
+    return any("states" in width for width in record.get("widths", ()))
+
+
+def holds_stand_ins(config: PreTrainedConfig) -> bool:
+    """Whether an earlier pruning put stand-ins into the model that ``config`` describes."""
+    return bool((getattr(config, "kdp", None) or {}).get("stand_ins"))
+
+
 def numbered_modules(layer: nn.Module) -> list[Any]:
     """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
     return [module for module in layer.modules() if "layer_idx" in module.__dict__]

@@ -28,6 +28,7 @@ from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.report.summary import duration
+from kdprune.run.chain import write_chain
 from kdprune.run.heal import Heal, make_heal
 from kdprune.run.heal import heal as heal_model
 from kdprune.run.inputs import inputs_of
@@ -165,6 +166,7 @@ def prune(
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
+            write_chain(made.pruned, results)
             skipped = {text.source: text.skipped for text in heldout.texts}  # not what an evaluation is found again by
             for measure in (results.perplexity, *results.texts):
                 if measure is not None:
