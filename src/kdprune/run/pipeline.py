@@ -19,6 +19,7 @@ from kdprune.methods.common.method import Method, RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.families import explained
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
@@ -158,7 +159,7 @@ def prune(
         record = {
             **recorded(subject, name, data, draws, resources), **_sources(session, data),
             **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
-        with session.run(tokens) as run:
+        with session.run(tokens) as run, explained(session.model):
             if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
