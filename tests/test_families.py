@@ -38,6 +38,12 @@ _SMALL: dict[str, Any] = {
 }
 
 
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+           "linear_value_head_dim": 8, "head_dim": 8}
+_LLAMA4 = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8}
+_ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "moe_intermediate_size": 16}
+
+
 def unknown(model_type: str, **options: Any) -> PreTrainedModel:
     """A model of a family that the table lacks."""
     config = AutoConfig.for_model(model_type, **{**_SMALL, **options})
@@ -56,6 +62,8 @@ def test_the_page_of_families_is_current() -> None:
     ("cohere", {}),  # parallel sublayers
     ("codegen", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),  # tuples
     ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4}),  # windows on every other layer
+    ("qwen3_5_text", {**_LINEAR, "num_hidden_layers": 8}),  # linear attention and attention, by config.layer_types
+    ("mamba", {"state_size": 4}),  # states instead of keys and values; layer_types follow from the count
 ])
 @pytest.mark.parametrize("method", [ShortGPT, SLEB])
 def test_layers_of_an_unknown_family_are_dropped(
@@ -83,11 +91,53 @@ def test_an_unknown_family_is_pruned_from_a_checkpoint_and_refused_in_one_line_o
         plan(tmp_path / "model" / "config.json")
 
 
-def test_layers_that_differ_are_not_dropped_unknown() -> None:
-    model = unknown("glm4_moe", first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, head_dim=8,
-                    moe_intermediate_size=16)
-    with pytest.raises(KDPruneError, match="unknown model family 'glm4_moe', whose layers differ"):
+@pytest.mark.parametrize(("model_type", "options"), [
+    ("glm4_moe", {"first_k_dense_replace": 1, **_ROUTED}),
+    ("deepseek_v3", {"first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                     "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1,
+                     **_ROUTED}),
+    ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 2}),
+    ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 1}),  # a list of who has experts, by number
+    ("jamba", {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+               "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4}),
+])
+def test_layers_that_differ_by_number_are_not_dropped_unknown(model_type: str, options: dict[str, Any]) -> None:
+    model = unknown(model_type, **options)
+    with pytest.raises(KDPruneError, match=f"unknown model family '{model_type}', whose layers differ") as error:
         ShortGPT(ratio=0.2).check(model, CALIBRATION)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "gpt_oss", "mamba", "mpt"])
+def test_an_unknown_family_is_planned_in_one_line_and_pruned_whole(model_type: str, tmp_path: Path) -> None:
+    """What its layers cannot do without running is not asked of an outline; its state or cache is measured."""
+    options: dict[str, dict[str, Any]] = {
+        "qwen3_5_text": {**_LINEAR, "num_hidden_layers": 8},
+        "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4},
+        "mamba": {"state_size": 4},
+        "mpt": {"d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2}}
+    model = unknown(model_type, **options[model_type])
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(KDPruneError, match=f"unknown model family '{model_type}'.*families_page") as error:
+        plan(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    rows = CALIBRATION.ids % 60 + 1
+    result = kdprune.prune(
+        tmp_path / "model", tmp_path / "pruned", method="shortgpt", calibration=rows, heldout=rows[:4], ratio=0.2,
+        work_dir="none")
+    assert result.results.layers.pruned == len(decoder_layers(result.model))
+    assert result.results.layers.pruned < result.results.layers.dense
+    cache = result.metrics["kv_cache_bytes_per_token"]
+    assert (cache["dense"] == 0) == (model_type == "mamba")
+    assert result.results.speed is not None
+
+
+def test_what_fails_inside_an_unknown_architecture_is_said_in_one_line() -> None:
+    """Qwen3.5 without a layer of full attention counts no cache, and transformers raises a ValueError."""
+    model, rows = unknown("qwen3_5_text", **_LINEAR), CALIBRATION.ids % 60 + 1
+    with pytest.raises(KDPruneError, match="family 'qwen3_5_text', whose code says: `get_seq_length`") as error:
+        kdprune.prune(model, method="shortgpt", blocks=((3, 4),), calibration=rows, heldout=rows[:4], work_dir="none")
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------ layers by number

@@ -33,6 +33,8 @@ COMMANDS: dict[str, dict[str, Option]] = {
 }
 # Numbers are small where they are counts: a run that is asked to take a year takes one.
 NUMBERS = ("0", "1", "2", "3", "-1", "0.5", "1e-3", "nan", "inf", "-inf", "1e999", "0x10", "١")
+# What may be pruned, compared or measured: a dense model, what was pruned before, and one that is damaged.
+MODELS = ("model", "stand-ins", "narrow", "sliced", "stock", "broken")
 WORDS = ("", " ", "none", "auto", "x", "-", "--", "~", "~nobody/x", ".", "..", "/", "é\u2212", "\udcff", "a=b", "a,b:c",
          "word " * 999, "4-7", "2-4", "8bit", "shortgpt", "kdp:rank=x", "org/name", "file.gguf", "%s{}")
 ROWS: tuple[Any, ...] = (
@@ -73,17 +75,26 @@ def command_lines(draw: st.DrawFn) -> tuple[str, list[tuple[str, str]], dict[str
     flags = draw(st.lists(st.tuples(st.sampled_from([*known, *extra]), values), max_size=3))
     for file in files:
         flags.append((draw(st.sampled_from(["--calibration", "--heldout", "--text", "--recipe", "--output"])), file))
-    return name, flags, files, draw(st.sampled_from(["model", "model", "model", "broken", *WORDS, *files]))
+    return name, flags, files, draw(st.sampled_from([*2 * MODELS, *WORDS, *files]))
 
 
 @pytest.fixture(scope="module")
 def world(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to be in: a model of two layers, and one that is damaged."""
+    """A folder to be in: a model of three layers, results of one of four, and one that is damaged."""
     folder = tmp_path_factory.mktemp("fuzz")
     shutil.copytree(bench.model, folder / "model")
     tiny_llama(3).save_pretrained(folder / "model")
     shutil.copytree(folder / "model", folder / "broken")
     (folder / "broken" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    given: dict[str, Any] = {name: bench.options[name] for name in ("calibration", "heldout", "samples", "length")}
+    dense, ways = folder / "dense", {"stand-ins": "linear", "narrow": "llm-pruner", "sliced": "slicegpt",
+                                     "stock": "shortgpt"}
+    shutil.copytree(bench.model, dense)
+    tiny_llama(4).save_pretrained(dense)
+    for name, method in ways.items():
+        own = {"blocks": ((1, 2),)} if method in ("linear", "shortgpt") else {"ratio": 0.1}
+        with no_drawing():
+            kdprune.prune(dense, folder / name, method=method, work_dir="none", **own, **given)
     return folder
 
 
@@ -95,7 +106,7 @@ def try_command(tried: tuple[str, list[tuple[str, str]], dict[str, bytes], str],
     here.mkdir()
     for file, content in files.items():
         (here / file).write_bytes(content)
-    argument = str(world / argument) if argument in ("model", "broken") else argument
+    argument = str(world / argument) if argument in MODELS else argument
     data = ["--calibration", str(bench.calibration), "--samples", "8", "--length", "32"]
     base = {"prune": bench.flags, "analyze": data, "ablate": [*data, "--only", "none"],
             "compare": [*data, "--heldout", str(bench.heldout), "--methods", "shortgpt", "--seeds", "1"],
@@ -110,7 +121,7 @@ def try_command(tried: tuple[str, list[tuple[str, str]], dict[str, bytes], str],
         assert last.startswith("kdprune: error: "), outcome.err
         assert sum(line.startswith("kdprune: error: ") for line in outcome.err.splitlines()) == 1, outcome.err
     assert "Traceback" not in outcome.err + outcome.out
-    for model in ("model", "broken"):
+    for model in MODELS:
         assert (world / model / "config.json").is_file()
 
 
@@ -142,8 +153,9 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of ``prune`` with values of any kind."""
     known = [item.name for item in COMMANDS["prune"].values() if "python" in item.places]
     found = draw(st.dictionaries(st.sampled_from([*known, "recipe", "nothing"]), st.sampled_from(VALUES), max_size=2))
-    return {name: value for name, value in found.items()
+    kept = {name: value for name, value in found.items()
             if not (value == 10**30 if isinstance(value, int) else False) or not any(part in name for part in LONG)}
+    return {"over": draw(st.sampled_from(MODELS)), **kept}
 
 
 def try_arguments(chosen: dict[str, Any], world: Path, bench: Bench) -> None:
@@ -151,10 +163,11 @@ def try_arguments(chosen: dict[str, Any], world: Path, bench: Bench) -> None:
     here = world / "here"
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir()
-    told = ""
+    told, model = "", world / chosen["over"]
+    rest = {name: value for name, value in chosen.items() if name != "over"}
     with contextlib.chdir(here), no_drawing():
         try:
-            kdprune.prune(**{"model": world / "model", **bench.options, **chosen})
+            kdprune.prune(**{"model": model, **bench.options, **rest})
         except KDPruneError as error:
             told = str(error)
     assert "\n" not in told

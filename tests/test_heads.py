@@ -5,32 +5,56 @@ from typing import Any
 
 import pytest
 import torch
-from families import EARLIER_FAMILIES, build
-from pruned import prune
+from families import REPRESENTATIVES, build
+from pruned import prune, stand_in
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+from kdprune.model.edits import Substitute
 from kdprune.model.families import family_of
 from kdprune.model.modeling_kdp import HEADS, generated
-from kdprune.testing import IDS
+from kdprune.model.surgery import apply_edits
+from kdprune.testing import IDS, edits_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*newly initialized")]
 SEQUENCE, TOKEN = AutoModelForSequenceClassification, AutoModelForTokenClassification
-WITHOUT = {"gemma2": (), "gemma3": (TOKEN,), "opt": (TOKEN,)}  # what a family has no class for
 
 
-@pytest.mark.parametrize(("name", "auto"), [  # without the package test_contract loads both of every family
-    *((name, SEQUENCE) for name in EARLIER_FAMILIES),
-    *((name, TOKEN) for name in ("llama3.1", "gpt2", *(name for name in WITHOUT if name in EARLIER_FAMILIES)))])
+@pytest.mark.parametrize("auto", [SEQUENCE, TOKEN], ids=["sequence", "token"])
+@pytest.mark.parametrize("name", REPRESENTATIVES)
 @torch.no_grad()
 def test_a_pruned_model_gets_a_head(name: str, auto: Any, tmp_path: Path) -> None:
-    model = prune(build(name), "mixed" if auto is TOKEN else "mlp")
+    dense = build(name)
+    model = prune(dense, "mixed" if auto is TOKEN else "mlp")
     model.save_pretrained(tmp_path / "pruned")
-    if auto in WITHOUT.get(name, ()):
+    if type(dense.config) not in auto._model_mapping:  # transformers has none for the dense model either
         with pytest.raises(ValueError, match="Unrecognized configuration class"):
             auto.from_pretrained(tmp_path / "pruned")
         return
+    _check_head(auto, model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["after", "heads", "layer", "channels", "stream", "drop", "twice"])
+@pytest.mark.parametrize("name", ["llama3.1", "gpt2"])
+@torch.no_grad()
+def test_every_kind_of_result_gets_a_head(name: str, kind: str, tmp_path: Path) -> None:
+    """Stand-ins, widths, a turned stream; a stock result; stand-ins put in after others, around the same layer."""
+    model = build(name)
+    if kind == "twice":
+        for block in (range(1, 3), range(3, 4), range(1, 2), range(1, 2)):
+            model = apply_edits(model, [Substitute(block, stand_in(3))])
+    else:
+        model = apply_edits(model, edits_of(model, kind))
+    model.save_pretrained(tmp_path / "pruned")
+    for auto in (SEQUENCE, TOKEN):
+        _check_head(auto, model, tmp_path)
+
+
+def _check_head(auto: Any, model: Any, tmp_path: Path) -> None:
+    """The head on what lies in "pruned": of the right class, on the same states, saved and loaded to the bit."""
     head = auto.from_pretrained(tmp_path / "pruned", num_labels=3)
-    assert type(head) is generated(family_of(model), next(role for role, kind in HEADS.items() if kind is auto))
+    role = next(role for role, kind in HEADS.items() if kind is auto)
+    stock = not model.config.model_type.startswith("kdp_")
+    assert type(head) is (auto._model_mapping[type(model.config)] if stock else generated(family_of(model), role))
     assert torch.equal(head.base_model(IDS).last_hidden_state, model.base_model(IDS).last_hidden_state)
     expected = head(IDS).logits
     assert expected.shape == ((len(IDS), 3) if auto is SEQUENCE else (*IDS.shape, 3))

@@ -196,13 +196,6 @@ def test_a_direct_inverse_goes_without_context_and_given_features_stay() -> None
         KDP(inverse="direct", context="attention")
 
 
-def test_a_pruned_model_is_refused_before_any_work(tiny_model) -> None:
-    model, tokens = tiny_model("llama3"), random_tokens()
-    pruned = apply_edits(model, run(model, tokens, blocks=((1, 3),)).edits)
-    with pytest.raises(KDPruneError, match="holds stand-ins already"):
-        KDP().check(pruned, tokens)
-
-
 @pytest.mark.parametrize("kernel", ["fixed", "linear+fixed+data"])
 def test_the_bandwidth_is_the_one_of_least_held_out_error(kernel: str, tiny_model) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows=24)

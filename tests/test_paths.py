@@ -30,11 +30,13 @@ def test_a_text_that_is_no_name(name: str, text: str, bench: Bench, tmp_path: Pa
     assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("text", ["word " * 1000, "a\0b"], ids=["long", "nul"])
+@pytest.mark.parametrize("text", ["word " * 1000, "a\0b", "o\udce2\udc88\udc921"], ids=["long", "nul", "locale"])
 def test_an_output_that_is_no_name(text: str, bench: Bench) -> None:
     with pytest.raises(KDPruneError) as caught:
         kdprune.prune(bench.model, text, method="shortgpt", calibration=bench.calibration)
     assert len(str(caught.value)) < 700
+    if "\udce2" in text:
+        assert "characters this locale's encoding lacks" in str(caught.value)
 
 
 def test_commands_that_take_a_name(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline
 from kdprune.runtime.machine import generator
 from kdprune.runtime.run import Run
+from kdprune.testing import edits_of
 from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,8 +135,8 @@ def test_edits_that_make_no_model_are_refused() -> None:
     for message, change in wrong.items():
         with pytest.raises(KDPruneError, match=message):
             apply_edits(model, change)
-    with pytest.raises(KDPruneError, match="is narrowed already"):
-        apply_edits(apply_edits(model, edits), [Drop(range(1))])
+    with pytest.raises(KDPruneError, match="slicegpt made narrower"):
+        apply_edits(apply_edits(model, edits_of(model, "stream")), [Drop(range(1))])
 
 
 # ------------------------------------------------------------------------------------------------ LLM-Pruner
@@ -235,13 +236,13 @@ def test_what_stays_has_the_largest_saliency(order: Any) -> None:
     edits = method(model, tokens(), Run(2)).edits
     text = tokens()
     rows = random_slices(text.select(slice(len(text) - text.held_out(0.1))), 10, 64, generator(2, 1))
-    saliency = method.saliencies(model, plan.layers, rows)[1]
+    saliency = method.saliencies(model, plan, rows)[1]
     layer = decoder_layers(model)[1]
     score = sum(part.total(layer, saliency) for part in mlp_parts(model, layer))
     direct = sum(saliency[f"mlp.{name}.weight"].double().sum(axis)
                  for name, axis in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0)))  # fmt: skip
     torch.testing.assert_close(score, direct)
-    kept = direct.argsort(descending=True)[: plan.channels[0]].sort().values
+    kept = direct.argsort(descending=True)[: plan[1].channels].sort().values
     assert torch.equal(edits[0].weights["mlp.up_proj.weight"], layer.get_parameter("mlp.up_proj.weight")[kept])  # type: ignore[union-attr]
 
 

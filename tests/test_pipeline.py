@@ -60,7 +60,7 @@ def test_result(result: kdprune.PruneResult, bench: Bench) -> None:
     assert counts["dense"] == dense.num_parameters()
     assert counts["pruned"] == sum(p.numel() for p in result.model.parameters())
     assert counts["net_ratio"] == 1 - counts["pruned"] / counts["dense"] >= 0.25
-    assert result.metrics["layers"] == {"dense": 6, "pruned": 6 - gone}
+    assert result.metrics["layers"] == {"dense": 6, "pruned": 6 - gone, "first": None}
     assert set(result.metrics) == {"layers", "parameters", "perplexity", "speed", "kv_cache_bytes_per_token"}
     assert json.loads(json.dumps(result.metrics)) == result.metrics
     cache = result.metrics["kv_cache_bytes_per_token"]

@@ -216,7 +216,7 @@ def test_bad_input_is_one_line(arguments: list[object], expected: str) -> None:
     ("{", "cannot read the config"), ("{}", "cannot read the config"), ('{"model_type": "t5"}', "encoder-decoder"),
     ('{"model_type": "mamba"}', "unknown model family"),
     ('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}', "got"),
-    ('{"model_type": "kdp_llama", "kdp": {"version": 1, "blocks": [], "stand_ins": []}}', "already"),
+    ('{"model_type": "kdp_llama", "kdp": {"version": 9, "blocks": [], "stand_ins": []}}', "reads versions 1 to 3"),
 ])
 def test_damaged_or_unsuitable_configs_say_so(content: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+_LENGTHS = ("max_position_embeddings", "max_seq_len")  # what configs call it; the latter MPT, for one
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -21,7 +23,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def longest_context(model: PreTrainedModel) -> int | None:
     """The most positions the model's config allows; None where it sets no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    found = next((value for name in _LENGTHS if (value := getattr(config, name, None))), None)
     return int(found) if found else None
 
 

@@ -95,8 +95,9 @@ def compare_speed(
 def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
     """Bytes of keys and values a sequence adds to the cache per token, over all layers, as measured.
 
-    A layer with a sliding window counts as it does below its window. For a model streamed from disk the cache of a
-    copy without weights is measured: sizes need none. Raises KDPruneError if the model keeps no such cache.
+    A layer with a sliding window counts as it does below its window, one that keeps a state of fixed size (linear
+    attention, state spaces) not at all. For a model streamed from disk the cache of a copy without weights is measured:
+    sizes need none. Raises KDPruneError if the model keeps no cache.
     """
     if is_streamed(model):
         model = sharing_copy(model).to("meta")  # type: ignore[arg-type]  # mypy reads the decorator of PreTrainedModel.to
@@ -104,13 +105,14 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
         # Not input_ids: transformers looks whether they hold padding, and without weights there is nothing to look at.
         embedded = model.get_input_embeddings()(ids)
-        cache = model(inputs_embeds=embedded, use_cache=True).past_key_values
-    layers = getattr(cache, "layers", None)
+        kept = _kept(model(inputs_embeds=embedded, use_cache=True))
+    layers = getattr(next(iter(kept.values()), None), "layers", None)
     if layers is None:
         raise KDPruneError(
             f"got {type(model).__name__}, which returned no KV cache; expected a decoder with one"
         )
-    states: list[Tensor] = [state for layer in layers for state in (layer.keys, layer.values)]
+    states: list[Tensor] = [state for layer in layers if getattr(layer, "keys", None) is not None
+                            for state in (layer.keys, layer.values)]
     return sum(state.numel() // state.shape[-2] * state.element_size() for state in states)
 
 
@@ -176,10 +178,17 @@ def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, f
     wait()
     read = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **options)
+        output = model(input_ids=token, **_kept(output), use_cache=True, **options)
         token = output.logits[:, -1:].argmax(-1)
     wait()
     return read - start, time.perf_counter() - read
+
+
+def _kept(output: Any) -> dict[str, Any]:
+    """What a model gave to be handed back with the next token: keys and values, or the states of a state space model
+    (Mamba), under the name by which it takes them."""
+    return {name: value for name in ("past_key_values", "cache_params")
+            if (value := getattr(output, name, None)) is not None}
 
 
 def _synchroniser(device: torch.device) -> Callable[[], None]:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import KDPruneError
+from ..errors import KDPruneError, one_line
+from ..runtime.machine import quiet_libraries
 from .modeling_kdp import FAMILIES, PREFIX, Family
 
-GUIDE = "docs/add-a-family.md"
-_INFERRED: dict[type, Family] = {}  # by the class of the causal LM
+GUIDE = "docs/add-a-family.md in the sources"
+TABLE = "python -m kdprune.cli.families_page"  # prints what works for which family
+# By the class of the causal LM and its config's lists with an entry a layer.
+_INFERRED: dict[tuple[type, tuple[str, ...]], Family] = {}
+_FOUND_ALIKE: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose layers follow their config
 
 
 def find_family(config: PreTrainedConfig) -> Family:
@@ -27,7 +34,8 @@ def find_family(config: PreTrainedConfig) -> Family:
     if family is None:
         raise KDPruneError(
             f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. Layers of others can "
-            f"go (--method shortgpt, uidl or sleb); to add a family is one table row: see {GUIDE}"
+            f"go (kdprune prune --method shortgpt, uidl or sleb); what works for which: {TABLE}; to add a family is "
+            f"one table row: {GUIDE}"
         )
     return family
 
@@ -51,52 +59,125 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _inferred(model: PreTrainedModel) -> Family:
-    """What can be known of a model without a row: its one list of as many equal layers as the config says.
+    """What can be known of a model without a row: its one list of as many layers as the config says.
 
     Raises KDPruneError as :func:`find_family` does where there is none.
     """
-    if type(model) not in _INFERRED:
+    key = type(model), lists_by_layer(model.config)
+    if key not in _INFERRED:
         count, head, table = (getattr(model.config, "num_hidden_layers", 0), model.get_output_embeddings(),
                               model.get_input_embeddings())
         names = {id(module): name for name, module in model.named_modules()}
         lists = [name for name, module in model.named_modules()
                  if isinstance(module, nn.ModuleList) and len(module) == count]
-        if not count or head is None or len(lists) != 1 or model.base_model is model:
+        if not count or head is None or len(lists) != 1:
             find_family(model.config)  # raises
         layers: Any = model.get_submodule(lists[0])
         kind = type(layers[0]).__name__
-        _INFERRED[type(model)] = Family(
+        found = Family(
             model.config.model_type, "", type(model).__name__, kind, "", layers=lists[0], norm="", attention_out="",
-            embeddings=(names[id(table)],), returns_tuple=_gives_tuple(model, layers[0]), inferred=True)
-    return _INFERRED[type(model)]
+            embeddings=(names[id(table)],), returns_tuple=_gives_tuple(model, layers[0]), per_layer=key[1],
+            inferred=True)
+        if next(layers.parameters()).is_meta:  # nothing ran
+            return found
+        _INFERRED[key] = found
+    return _INFERRED[key]
+
+
+def lists_by_layer(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The fields of a config without a row that by their name and length have an entry a layer, but ``layer_types``."""
+    count = getattr(config, "num_hidden_layers", 0)
+    return tuple(name for name, value in vars(config).items()
+                 if isinstance(value, list) and len(value) == count and "layer" in name and name != "layer_types")
 
 
 @torch.no_grad()
 def _gives_tuple(model: PreTrainedModel, layer: nn.Module) -> bool:
-    """Whether the forward of this layer returns a tuple: one token is run."""
+    """Whether the forward of this layer returns a tuple: one token is run; of an outline that cannot run, False.
+
+    Raises KDPruneError where the model does not run so.
+    """
+    if next(layer.parameters()).is_meta and not hasattr(layer, "_hf_hook"):
+        return False
     seen: list[bool] = []
     hook = layer.register_forward_hook(lambda _, __, output: seen.append(isinstance(output, tuple)))
     try:
         model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    except Exception as error:  # code of an architecture that nothing is known of
+        raise KDPruneError(f"unknown model family {model.config.model_type!r}, which does not run on one token "
+                           f"({one_line(error)}); expected one of {', '.join(sorted(FAMILIES))}: {GUIDE}") from error
     finally:
         hook.remove()
-    return seen[0]
+    return bool(seen) and seen[0]
 
 
 def check_inferred(model: PreTrainedModel, drops: bool) -> None:
-    """Raises KDPruneError for a model of a family without a row unless layers are but dropped, and all are alike."""
-    if not family_of(model).inferred:
+    """Raises KDPruneError for a model of a family without a row unless layers are but dropped, and what its config
+    makes of the layers that stay is what they are."""
+    family = family_of(model)
+    if not family.inferred or model in _FOUND_ALIKE:
         return
     if not drops:
         find_family(model.config)  # raises
     layers, config = decoder_layers(model), model.config
-    kinds = {(type(layer), tuple((name, p.shape) for name, p in layer.named_parameters())) for layer in layers}
-    lists = [name for name, value in vars(config).items()
-             if isinstance(value, list | tuple) and len(value) == len(layers) and name != "layer_types"]
-    if len(kinds) > 1 or lists:
-        what = f"config.{lists[0]} has an entry a layer" if lists else "whose layers differ"
-        raise KDPruneError(f"unknown model family {config.model_type!r}, {what}; expected one of "
-                           f"{', '.join(sorted(FAMILIES))}, or layers that are all alike")
+    known = ("layer_types", "architectures", *family.per_layer)
+    lists = [name for name, value in vars(config).items() if isinstance(value, list | tuple)
+             and len(value) == len(layers) > 1 and name not in known and not name.endswith(("token_id", "token_ids"))]
+    if lists:
+        what = f"config.{lists[0]} has an entry a layer"
+    elif not _follow_config(model, family):
+        what = "whose layers differ by their number"
+    else:
+        _FOUND_ALIKE.add(model)
+        return
+    raise KDPruneError(
+        f"unknown model family {config.model_type!r}, {what}: a checkpoint without some of them would not be the same "
+        f"model; expected one of {', '.join(sorted(FAMILIES))}, or layers that are all alike. To add a family is one "
+        f"table row: {GUIDE}")
+
+
+@contextlib.contextmanager
+def explained(model: PreTrainedModel) -> Iterator[None]:
+    """While active, what the code of a family without a row raises is one line; of the families with one, a fault of
+    the package, which stays what it is.
+
+    Raises KDPruneError.
+    """
+    try:
+        yield
+    except (KDPruneError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not family_of(model).inferred:
+            raise
+        raise KDPruneError(f"unknown model family {model.config.model_type!r}, whose code says: {one_line(error)}; "
+                           "expected a model that runs like others without some of its layers: take others out "
+                           f"(--protect, --blocks), or add the family: {GUIDE}") from error
+
+
+def _follow_config(model: PreTrainedModel, family: Family) -> bool:
+    """Whether a model built from the config of one without its first layer, or its last, has the layers that are left,
+    by class and by shapes of parameters: none of its weights are made."""
+    own = [_form(layer) for layer in decoder_layers(model)]
+    types = getattr(model.config, "layer_types", None)
+    for kept in (range(1, len(own)), range(len(own) - 1)):
+        config = copy.deepcopy(model.config)
+        try:
+            number_layers(config, family, kept)
+            set_depth(config, len(kept), None if types is None else [types[index] for index in kept])
+            with quiet_libraries(), torch.device("meta"):
+                shorter = type(model)(config)
+            found = [_form(layer) for layer in _descend(shorter, family.layers)]
+        except Exception:  # of code that nothing is known of
+            return False
+        if found != [own[index] for index in kept]:
+            return False
+    return True
+
+
+def _form(layer: nn.Module) -> tuple[Any, ...]:
+    """Class and parameters of a layer."""
+    return (type(layer).__name__, *((name, tuple(weight.shape)) for name, weight in layer.named_parameters()))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -182,6 +263,23 @@ def norms_behind_mlp(family: Family) -> list[str]:
     return [name for name in family.mlp if name in family.post_norms]
 
 
+def layer_widths(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """What ``config.kdp`` says of the width of every layer, ``{}`` for one that was never narrowed."""
+    record = getattr(model.config, "kdp", None) or {}
+    return [dict(width) for width in record.get("widths") or [{} for _ in decoder_layers(model)]]
+
+
+def is_sliced(config: PreTrainedConfig) -> bool:
+    """Whether the stream of the model that ``config`` describes was turned and cut (SliceGPT)."""
+    record = getattr(config, "kdp", None) or {}
+    return any("states" in width for width in record.get("widths", ()))
+
+
+def holds_stand_ins(config: PreTrainedConfig) -> bool:
+    """Whether an earlier pruning put stand-ins into the model that ``config`` describes."""
+    return bool((getattr(config, "kdp", None) or {}).get("stand_ins"))
+
+
 def numbered_modules(layer: nn.Module) -> list[Any]:
     """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
     return [module for module in layer.modules() if "layer_idx" in module.__dict__]
@@ -232,7 +330,8 @@ def number_layers(config: Any, family: Family, sources: Sequence[int]) -> None:
 def set_depth(config: Any, count: int, types: list[str] | None) -> None:
     """Make ``config`` say that the model has ``count`` layers, of these attention types if they are given."""
     config.num_hidden_layers = count
-    if types is not None:
+    derived = getattr(type(config), "layer_types", None)  # Mamba: a property, which follows from the count
+    if types is not None and not (isinstance(derived, property) and derived.fset is None):
         config.layer_types = types
 
 

@@ -341,7 +341,7 @@ def check_weights(info: dict[str, Any], name: str | Path) -> None:
             f"got {name} without the weight {missing[0]} ({len(missing)} missing in all); "
             "expected every weight of the architecture, save or download the model again"
         )
-    stray = sorted(key for key in info["unexpected_keys"] if ".kdp." in key)
+    stray = sorted(key for key in info["unexpected_keys"] if ".kdp." in key or ".kdp_" in key)
     if stray:
         raise KDPruneError(
             f"got {name} with stand-in {stray[0]} under a stock model_type; "

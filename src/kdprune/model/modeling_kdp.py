@@ -365,20 +365,31 @@ class FoldedLayer(nn.Module):
     """Mixed into a family's decoder layer: layer and stand-in as one, so that every layer keeps its slot.
 
     out = kdp(layer(h)) for ``kdp_place`` "after"; out = layer(kdp(h)) for "before". h, out (B, T, d). Where a
-    layer returns a tuple, the rest of it stays. Layers become folded by :func:`place_stand_in`.
+    layer returns a tuple, the rest of it stays. Stand-ins of later prunings, ``kdp_1``, ``kdp_2``, …, with their places
+    in ``kdp_more``, are each folded around all that is there. Layers become folded by :func:`place_stand_in`.
     """
 
     kdp: StandIn
     kdp_place: str
+    kdp_more: tuple[str, ...] = ()
+
+    def kdp_folded(self) -> list[tuple[StandIn, str]]:
+        """The stand-ins with their places, the innermost first."""
+        more = [(getattr(self, f"kdp_{number}"), place) for number, place in enumerate(self.kdp_more, 1)]
+        return [(self.kdp, self.kdp_place), *more]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's own arguments and result."""
-        if self.kdp_place == "before":
-            return super().forward(self.kdp(hidden_states), *args, **kwargs)
+        folded = self.kdp_folded()
+        for stand_in, place in reversed(folded):
+            if place == "before":
+                hidden_states = stand_in(hidden_states)
         output = super().forward(hidden_states, *args, **kwargs)
-        if isinstance(output, tuple):
-            return (self.kdp(output[0]), *output[1:])
-        return self.kdp(output)
+        state = output[0] if isinstance(output, tuple) else output
+        for stand_in, place in folded:
+            if place == "after":
+                state = stand_in(state)
+        return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
 class ScaleFreeNorm(nn.Module):
@@ -567,9 +578,10 @@ def refuse_to_serve(family: Family) -> None:
 
 
 def place_stand_in(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
-    """Put ``stand_in`` into ``layer`` (changed in place): folded "after" or "before" it, or as its "mlp".
+    """Put ``stand_in`` into ``layer`` (changed in place): folded "after" or "before" it, around what is folded into it
+    already, or as its "mlp".
 
-    Raises ValueError for an unknown place, and for a layer that holds a folded stand-in already.
+    Raises ValueError for an unknown place.
     """
     if place == "mlp":
         setattr(layer, family.mlp[0], stand_in)
@@ -579,10 +591,29 @@ def place_stand_in(layer: nn.Module, stand_in: StandIn, place: str, family: Fami
     if place not in PLACES:
         raise ValueError(f"got place {place!r} for a stand-in, expected one of {', '.join(PLACES)}")
     if isinstance(layer, FoldedLayer):
-        raise ValueError("a layer can hold one folded stand-in, and this one holds one already")
+        layer.kdp_more = (*layer.kdp_more, place)
+        layer.add_module(f"kdp_{len(layer.kdp_more)}", stand_in)
+        return
     layer.__class__ = generated(family, "Layer")
     layer.kdp_place = place  # type: ignore[assignment]
     layer.kdp = stand_in
+
+
+def stock_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of its family that ``layer`` is of, or was before something was folded into it."""
+    own = type(layer)
+    return own.__mro__[2] if isinstance(layer, FoldedLayer) else own  # behind the generated class and the mixin
+
+
+def unfold(layer: nn.Module) -> None:
+    """Take what is folded into ``layer`` out again, in place: what is left is a layer of its family's own class."""
+    if not isinstance(layer, FoldedLayer):
+        return
+    for number in range(1, len(layer.kdp_more) + 1):
+        delattr(layer, f"kdp_{number}")
+    del layer.kdp, layer.kdp_place
+    layer.__dict__.pop("kdp_more", None)
+    layer.__class__ = stock_class(layer)  # type: ignore[assignment]
 
 
 def attach_stand_ins(model: PreTrainedModel) -> None:
@@ -614,7 +645,8 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
     ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner); ``{"groups":
     g}``: the heads alone, of a layer whose MLP place holds a stand-in (KDP).
     ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
-    behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied.
+    behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied. Beside these
+    a layer may have fewer heads and channels. It may be narrower already: heads and channels are what is to be left.
     What is cut keeps its first rows and columns: the right weights are loaded, or set, afterwards.
 
     Raises ValueError for a record that does not fit the model.
@@ -625,22 +657,29 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
     if "states" in widths[0]:
         _slice_outside(model, widths[0]["states"][0], family)
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        if set(width) not in (set(), {"groups"}, {"groups", "channels"}, {"states"}):
+        if not set(width) <= {"groups", "channels", "states"} or ("channels" in width and "groups" not in width):
             raise ValueError(f"config.kdp gives layer {index} widths {sorted(width)}, which this code does not know")
         if ("states" in width) != ("states" in widths[0]):
             raise ValueError("config.kdp gives stream widths to some layers only")
+        if "groups" in width:
+            thin_attention(layer, width["groups"], family, model.config)
+        if "channels" in width:
+            thin_mlp(layer, width["channels"], family)
         if "states" in width:
             slice_layer(layer, width["states"], family, model.config.hidden_size)
-        elif width:
-            thin_attention(layer, width["groups"], family, model.config)
-            if "channels" in width:
-                thin_mlp(layer, width["channels"], family)
 
 
 def key_value_heads(config: Any) -> int:
     """How many key-value heads the dense layers of a model have: its queries where it does not group them."""
     family = FAMILIES.get(config.model_type.removeprefix(PREFIX))
     return (grouped_queries if family is None else family.key_value_heads)(config)
+
+
+def groups_of(layer: nn.Module, family: Family, config: Any) -> int:
+    """How many key-value heads ``layer``, of a model of this config, has: those of the dense one, or fewer."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    columns = columns_of(layer.get_submodule(family.attention_out))
+    return columns * key_value_heads(config) // (config.num_attention_heads * width)
 
 
 # Attributes that say how many outputs and inputs a projection or an embedding table has.
@@ -672,14 +711,15 @@ def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -
     Raises ValueError for a number of heads that it does not have.
     """
     all_groups, out = key_value_heads(config), layer.get_submodule(family.attention_out)
-    if not 1 <= groups <= all_groups:
-        raise ValueError(f"config.kdp gives a layer {groups}/{all_groups} heads")
-    if groups < all_groups and family.has_joined_heads(config):
-        raise ValueError(f"got {groups} of {all_groups} heads for a {family.model_type} layer, whose heads are joined "
+    present = groups_of(layer, family, config)
+    if not 1 <= groups <= present:
+        raise ValueError(f"config.kdp gives a layer {groups}/{present} heads")
+    if groups < present and family.has_joined_heads(config):
+        raise ValueError(f"got {groups} of {present} heads for a {family.model_type} layer, whose heads are joined "
                          "by a norm, or have norms or slopes of their own; expected all of them")
-    columns = columns_of(out) * groups // all_groups
+    columns = columns_of(out) * groups // present
     for module in map(layer.get_submodule, family.qkv):
-        resize(module, outputs=_outputs(module) * groups // all_groups)
+        resize(module, outputs=_outputs(module) * groups // present)
     resize(out, inputs=columns)
     attention: Any = layer.get_submodule(family.attention)
     sizes = {"queries": config.num_attention_heads * groups // all_groups, "keys": groups, "columns": columns}

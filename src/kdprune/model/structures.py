@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of, has_experts, norm_before_mlp
-from kdprune.model.modeling_kdp import columns_of, key_value_heads
-from kdprune.model.surgery import plain_copy
+from kdprune.model.modeling_kdp import FoldedLayer, StandIn, groups_of, key_value_heads
+from kdprune.model.surgery import own_channels, plain_copy, widest
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def _axis(module: nn.Module, inputs: bool) -> int:
 def attention_parts(model: PreTrainedModel, layer: nn.Module) -> list[StructurePart]:
     """Key-value heads with all their queries: rows of the projections for q, k and v, columns of the one out of it."""
     family, config = family_of(model), model.config
-    groups, queries = key_value_heads(config), config.num_attention_heads
+    groups = groups_of(layer, family, config)
+    queries = config.num_attention_heads * groups // key_value_heads(config)
     out = layer.get_submodule(family.attention_out)
     columns = _weight(out).shape[_axis(out, inputs=True)]
     width = columns // queries
@@ -171,13 +173,14 @@ def mlp_weights(
 def has_mlp_biases(model: PreTrainedModel) -> bool:
     """Whether the projections of this model's MLPs have biases."""
     refuse_experts(model)
-    return getattr(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out), "bias", None) is not None
+    layer = decoder_layers(model)[widest(model)]
+    return getattr(layer.get_submodule(family_of(model).mlp_out), "bias", None) is not None
 
 
 def channels_of(model: PreTrainedModel) -> int:
-    """How many MLP channels a layer of this model has."""
+    """How many MLP channels a layer of this model has, the widest where they differ."""
     refuse_experts(model)
-    return columns_of(decoder_layers(model)[0].get_submodule(family_of(model).mlp_out))
+    return own_channels(decoder_layers(model)[widest(model)], family_of(model)) or 0
 
 
 def activation_of(model: PreTrainedModel) -> str:
@@ -188,7 +191,8 @@ def activation_of(model: PreTrainedModel) -> str:
 
 def is_gated(model: PreTrainedModel) -> bool:
     """Whether the MLP channels of this model have gates."""
-    *into, _ = mlp_parts(model, decoder_layers(model)[0])
+    refuse_experts(model)
+    *into, _ = mlp_parts(model, decoder_layers(model)[widest(model)])
     return sum(part.members.shape[1] for part in into) == 2
 
 
@@ -208,14 +212,46 @@ def has_joined_heads(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def mlp_channels(model: PreTrainedModel, index: int) -> Channels:
-    """The channels of layer ``index``, its norm's scale and shift folded in; of a streamed model the layer is read."""
+    """The channels of layer ``index``, its norm's scale and shift folded in; of a streamed model the layer is read.
+
+    Where a stand-in has the place of its MLP, the channels of that, which may be none.
+    """
     layer = plain_copy(decoder_layers(model)[index])
+    stand_in = getattr(layer, family_of(model).mlp[0])
+    if isinstance(stand_in, StandIn):
+        return _stand_in_channels(model, layer, stand_in)
     *into, out = mlp_parts(model, layer)
     scale, shift = norm_affine(norm_before_mlp(model, layer).float(), model.config.hidden_size)
     lines = torch.cat([part.lines(layer) for part in into], dim=1).float()
     biases = torch.cat([part.biases(layer) for part in into], dim=1).float() + lines @ shift
     outgoing = out.lines(layer).norm(dim=-1)[:, 0].float() * family_of(model).multiplier(layer)
     return Channels(lines * scale, biases, outgoing)
+
+
+def _stand_in_channels(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn) -> Channels:
+    """The same of a stand-in in the MLP place of ``layer``."""
+    count, width = stand_in.channels, model.config.hidden_size
+    into: list[Any] = [stand_in.gate, stand_in.up] if count and stand_in.gated else [stand_in.up] if count else []
+    if not into:
+        kinds = 1 + is_gated(model)
+        return Channels(torch.empty(0, kinds, width), torch.empty(0, kinds), torch.empty(0))
+    scale, shift = norm_affine(norm_before_mlp(model, layer).float(), width)
+    lines = torch.stack([part.weight.float() for part in into], dim=1)
+    biases = torch.stack([part.bias.float() for part in into], dim=1) + lines @ shift
+    outgoing = stand_in.readout.weight[:, -count:].float().norm(dim=0)  # the channels are the last part of its kind
+    return Channels(lines * scale, biases, outgoing * family_of(model).multiplier(layer))
+
+
+def last_writer(model: PreTrainedModel, layer: nn.Module) -> tuple[str, float]:
+    """Path within ``layer`` to the projection whose output is the last that it adds to the stream, and what that output
+    is multiplied by before: of its MLP, of the stand-in in the place of that, or of one folded in behind the layer."""
+    family = family_of(model)
+    if isinstance(layer, FoldedLayer):
+        behind = [number for number, (_, place) in enumerate(layer.kdp_folded()) if place == "after"]
+        if behind:
+            return ("kdp" if behind[-1] == 0 else f"kdp_{behind[-1]}") + ".readout", 1.0
+    inside = isinstance(getattr(layer, family.mlp[0]), StandIn)
+    return f"{family.mlp[0]}.readout" if inside else family.mlp_out, family.multiplier(layer)
 
 
 def reciprocal(scale: Tensor) -> Tensor:

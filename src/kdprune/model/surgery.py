@@ -24,7 +24,9 @@ from .families import (
     decoder_layers,
     family_of,
     install_layers,
+    is_sliced,
     layer_types_of,
+    layer_widths,
     number_layers,
     numbered_modules,
     restore_rotations,
@@ -42,10 +44,13 @@ from .modeling_kdp import (
     auto_map,
     columns_of,
     generated,
+    groups_of,
     key_value_heads,
     place_stand_in,
+    stock_class,
     thin_attention,
     thin_mlp,
+    unfold,
 )
 from .passes import standing_in
 from .placement import device_of, follow, free, hooks_of, is_meta_model, release, renumber, unhooked
@@ -54,7 +59,8 @@ from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "earlier_blocks", "folded", "layers_replaced", "ordinary_layer", "plain_copy", "running_from",
+    "earlier_blocks", "folded", "layers_replaced", "mlp_source", "ordinary_layer", "own_channels", "plain_copy",
+    "running_from", "widest",
 ]  # fmt: skip
 
 
@@ -78,7 +84,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
     two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside edits that
-    take layers out, and for models that cannot be edited.
+    take layers out, and for models that cannot be edited. A model may be pruned already: stand-ins of earlier prunings
+    leave with their layers, widths stay with those that stay.
     """
     family = family_of(model)
     cuts = sorted((edit for edit in edits if isinstance(edit, Drop | Substitute)), key=lambda cut: cut.block.start)
@@ -86,7 +93,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     resizes = [edit for edit in edits if isinstance(edit, Resize)]
     if resizes and cuts:
         raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
-    check_model(model, substitutes or bool(resizes), drops=all(isinstance(edit, Drop) for edit in edits))
+    check_model(model, substitutes or bool(resizes), drops=all(isinstance(edit, Drop) for edit in edits),
+                narrows=bool(resizes))
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = sharing_copy(model)
     config: Any = pruned.config
@@ -98,7 +106,9 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
-    widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
+    widths = [slot.width for slot in slots]
+    if resizes:
+        widths = [{**old, **new} for old, new in zip(widths, resize_layers(pruned, resizes), strict=True)]
     holds = any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts)
     if any(widths) or resizes or holds or config.model_type.startswith(PREFIX):
         with unhooked(pruned):
@@ -169,13 +179,20 @@ def ordinary_layer(
     """A copy of layer ``index``, with weights of its own, of which the first ``groups`` key-value heads, with their
     queries, and the first ``channels`` MLP channels are left; None: all. Others' weights can be put there.
 
-    It is the ``context`` of a :class:`Substitute` without stand-in. Raises KDPruneError for an index, heads or channels
-    that the model does not have.
+    What an earlier pruning folded into the layer is left out; where the layer has fewer channels than asked for, or a
+    stand-in in the place of its MLP, it gets a copy of that of :func:`widest`. It is the ``context`` of a
+    :class:`Substitute` without stand-in. Raises KDPruneError for an index, heads or channels that the model does not
+    have.
     """
     family, layers = family_of(model), decoder_layers(model)
     if not 0 <= index < len(layers):
         raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
-    layer = plain_copy(layers[index], {id(model.config): model.config})
+    layer = _unfolded_copy(model, index)
+    donor = index if channels is None else mlp_source(model, index, channels)
+    if donor != index:
+        other = _unfolded_copy(model, donor)
+        for name in family.mlp:
+            setattr(layer, name, getattr(other, name))
     try:
         if groups is not None:
             thin_attention(layer, groups, family, model.config)
@@ -184,6 +201,41 @@ def ordinary_layer(
     except ValueError as error:
         raise KDPruneError(str(error)) from error
     return layer
+
+
+def _unfolded_copy(model: PreTrainedModel, index: int) -> nn.Module:
+    """A copy of layer ``index``, with weights of its own, without what is folded into it."""
+    layer = plain_copy(decoder_layers(model)[index], {id(model.config): model.config})
+    unfold(layer)
+    return layer
+
+
+def own_channels(layer: nn.Module, family: Family) -> int | None:
+    """The channels of a layer's own MLP; None where a stand-in has its place, or experts."""
+    if isinstance(getattr(layer, family.mlp[0]), StandIn) or not family.mlp_out:
+        return None
+    return columns_of(layer.get_submodule(family.mlp_out))
+
+
+def widest(model: PreTrainedModel) -> int:
+    """The layer with the most MLP channels, the first of equals.
+
+    Raises KDPruneError where every layer has a stand-in in the place of its MLP.
+    """
+    family = family_of(model)
+    found = [(own_channels(layer, family) or 0, -index) for index, layer in enumerate(decoder_layers(model))]
+    channels, index = max(found)
+    if not channels:
+        raise KDPruneError("got a model whose MLPs are all stand-ins, expected one with a layer of its own left: prune "
+                           "it with a method that takes layers whole, such as shortgpt, or prune the dense model anew")
+    return -index
+
+
+def mlp_source(model: PreTrainedModel, index: int, channels: int) -> int:
+    """The layer whose MLP an ordinary layer made from layer ``index`` has, of so many channels: itself if it has them,
+    else the widest."""
+    own = own_channels(decoder_layers(model)[index], family_of(model))
+    return index if own is not None and own >= channels else widest(model)
 
 
 def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups: int | None = None) -> nn.Module:
@@ -242,23 +294,24 @@ def _empty_dicts(module: nn.Module) -> dict[int, Any]:
     }
 
 
-def check_model(model: PreTrainedModel, substitutes: bool, drops: bool = False) -> None:
-    """Raise KDPruneError for a model that cannot be shortened or subclassed, or that holds stand-ins: of that layers
-    may be taken out (``drops``), stand-ins like others, but none replaced or changed."""
+def check_model(model: PreTrainedModel, substitutes: bool, drops: bool = False, narrows: bool = False) -> None:
+    """Raise KDPruneError for a model that cannot be shortened or subclassed, or whose stream was turned: its layers can
+    be narrowed further (``narrows``), but none taken out, replaced or changed."""
     family = family_of(model)
     check_inferred(model, drops)
-    record = getattr(model.config, "kdp", None) or {}
-    if model.config.model_type.startswith(PREFIX) and not (drops and not record.get("widths")):
-        held = "is narrowed" if record.get("widths") and not record["stand_ins"] else "holds stand-ins"
-        raise KDPruneError(f"the model {held} already; prune the dense model, with all blocks at once, or "
-                           "take more layers out with shortgpt, uidl or sleb")
+    if is_sliced(model.config) and not narrows:
+        raise KDPruneError(
+            "got a model that slicegpt made narrower, whose stream has coordinates of its own at every layer: none can "
+            "be taken out or replaced; expected another. Take layers out first and run slicegpt on that stock result, "
+            "or narrow this one further with llm-pruner")
     numbered, usual = family.numbered or ("", None)
     if numbered and getattr(model.config, numbered, usual) != usual:
         raise KDPruneError(
             f"config.{numbered} makes every layer depend on its number: "
             "a checkpoint without some of its layers would not compute the same"
         )
-    if substitutes and type(model).__name__ != family.causal_lm:
+    own = {family.causal_lm, f"KDP{family.name}ForCausalLM"}
+    if substitutes and type(model).__name__ not in own:
         raise KDPruneError(f"got {type(model).__name__}, expected {family.causal_lm} itself, not a subclass")
 
 
@@ -279,13 +332,13 @@ def _check_blocks(blocks: Sequence[range], count: int) -> None:
 def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: Family) -> list[_Slot]:
     """The layers that ``pruned``, still of full depth, is to have: token-wise stand-ins folded, context in
     place."""
-    layers = list(decoder_layers(pruned))
+    layers, widths = list(decoder_layers(pruned)), layer_widths(pruned)
     covered = {index: edit for edit in edits for index in edit.block}
     sequence: list[_Slot | StandIn] = []
     for index, layer in enumerate(layers):
         edit = covered.get(index)
         if edit is None:
-            sequence.append(_Slot(layer, index))
+            sequence.append(_Slot(layer, index, widths[index]))
         elif isinstance(edit, Substitute) and index == edit.block.start:
             if edit.context is not None:
                 sequence.append(_context_slot(edit.context, pruned, edit))
@@ -299,20 +352,18 @@ def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: 
 
 
 def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
-    """Fold every stand-in of ``sequence`` into the layer before it, or into the next if none is free."""
+    """Fold every stand-in of ``sequence`` into the layer before it, or into the next if only that one holds none yet;
+    if both hold some, around those of the layer before it."""
     ends: list[_Slot | StandIn | None] = [None, *sequence, None]
     for before, item, after in zip(ends, sequence, ends[2:], strict=False):
         if isinstance(item, _Slot):
             continue
         if isinstance(before, StandIn) or isinstance(after, StandIn):
             raise KDPruneError("two blocks with token-wise stand-ins touch; join them or keep a layer between")
-        for slot, place in ((before, "after"), (after, "before")):
-            if slot is not None and not isinstance(slot.layer, FoldedLayer):
-                _fold(slot.layer, item, place, family)
-                follow(item, slot.layer)
-                break
-        else:
-            raise KDPruneError("too few layers are kept: each can hold one token-wise stand-in")
+        sides = [(slot, place) for slot, place in ((before, "after"), (after, "before")) if slot is not None]
+        slot, place = next((side for side in sides if not isinstance(side[0].layer, FoldedLayer)), sides[0])
+        _fold(slot.layer, item, place, family)
+        follow(item, slot.layer)
 
 
 def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
@@ -335,10 +386,11 @@ def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Modul
 
 def _context_slot(context: nn.Module, model: PreTrainedModel, edit: Substitute) -> _Slot:
     """A copy of ``context`` in the slot of the layer it was made from, whose output-capturing hooks it takes over."""
-    family, heads, groups = family_of(model), key_value_heads(model.config), edit.groups
-    source = decoder_layers(model)[edit.origin]
+    family, source = family_of(model), decoder_layers(model)[edit.origin]
+    heads = groups_of(source, family, model.config)
+    groups = edit.groups
     ordinary = edit.stand_in is None
-    if type(context) is not type(source) or isinstance(getattr(context, family.mlp[0]), StandIn) is ordinary:
+    if type(context) is not stock_class(source) or isinstance(getattr(context, family.mlp[0]), StandIn) is ordinary:
         what = "its own MLP" if ordinary else "a stand-in in its MLP place"
         raise KDPruneError(f"got a context layer that is not a {family.layer} with {what}")
     out, whole = (part.get_parameter(f"{family.attention_out}.weight") for part in (context, source))
@@ -353,12 +405,21 @@ def _context_slot(context: nn.Module, model: PreTrainedModel, edit: Substitute) 
         if name in twins:
             twins[name]._forward_hooks = copy.copy(part._forward_hooks)
             twins[name]._forward_hooks_with_kwargs = copy.copy(part._forward_hooks_with_kwargs)
-    width: dict[str, Any] = {} if groups is None else {"groups": groups}
+    left = heads if groups is None else groups
+    width: dict[str, Any] = {} if groups is None and left == key_value_heads(model.config) else {"groups": left}
     if ordinary and family.mlp_out:
-        channels, all_channels = (columns_of(part.get_submodule(family.mlp_out)) for part in (context, source))
-        if width or channels != all_channels:
-            width = {"groups": groups or heads, "channels": channels}
+        channels = columns_of(context.get_submodule(family.mlp_out))
+        if width or channels != _whole_channels(model):
+            width = {"groups": left, "channels": channels}
     return _Slot(result, edit.origin, width)
+
+
+def _whole_channels(model: PreTrainedModel) -> int | None:
+    """MLP channels of the layers that were never narrowed; None where none is left of those."""
+    family = family_of(model)
+    layers = zip(decoder_layers(model), layer_widths(model), strict=True)
+    found = (own_channels(layer, family) for layer, width in layers if "channels" not in width)
+    return next((channels for channels in found if channels is not None), None)
 
 
 def _become_kdp(
@@ -370,7 +431,7 @@ def _become_kdp(
     found: list[dict[str, Any]] = []
     for index, layer in enumerate(layers):
         if isinstance(layer, FoldedLayer):
-            found.append({"layer": index, "place": layer.kdp_place, **layer.kdp.spec()})
+            found += [{"layer": index, "place": place, **folded.spec()} for folded, place in layer.kdp_folded()]
         if isinstance(mlp := getattr(layer, family.mlp[0]), StandIn):
             found.append({"layer": index, "place": "mlp", **mlp.spec()})
     config: Any = model.config
@@ -378,7 +439,7 @@ def _become_kdp(
     object.__setattr__(config, "__class__", generated(family, "Config"))
     config.__dict__.pop("model_type", None)  # of the stock class, where the config was read from a file
     config.kdp = {"version": VERSION, "blocks": [[b.start, b.stop] for b in blocks], "stand_ins": found}
-    if earlier:
+    if any(earlier):
         config.kdp["earlier"] = earlier
     if any(widths):
         config.kdp |= {"version": NARROWED_VERSION, "widths": list(widths)}
@@ -396,7 +457,11 @@ def earlier_blocks(config: Any) -> list[list[list[int]]]:
     """The blocks that prunings took out of a model on the way to this config, one list a step, each in the layers that
     it found; those before the first stand-in are not known."""
     record = getattr(config, "kdp", None)
-    return [] if record is None else [*record.get("earlier", ()), record["blocks"]]
+    if record is None:
+        return []
+    if "chain" in record:
+        return [step.get("blocks", []) for step in record["chain"]]
+    return [*record.get("earlier", ()), record["blocks"]]
 
 
 def _shorten_config(config: Any, family: Family, sources: Sequence[int]) -> None:

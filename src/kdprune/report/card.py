@@ -18,6 +18,7 @@ def render_card(results: Results, license: str | None = None) -> str:
         front_matter=_front_matter(results, license),
         title=f"{summary.model_name(results.model)}, pruned",
         headline=summary.headline(results),
+        earlier=summary.earlier(results),
         rows=summary.comparison(results),
         stand_ins=[(fit, stand_in(fit)) for fit in results.fit],
         perplexity_setting=summary.perplexity_setting(results),

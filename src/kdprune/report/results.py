@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from kdprune.errors import DiskError, KDPruneError
 from kdprune.report.analysis_record import Analysis
+from kdprune.report.chain_record import Step
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import (
     Block,
@@ -50,6 +51,7 @@ __all__ = [
     "Results",
     "Sample",
     "Speed",
+    "Step",
 ]
 
 SCHEMA_VERSION = 1
@@ -66,9 +68,8 @@ class Results(Record):
     recipe: FreeForm = Field(default_factory=dict, description="every option of the run; repeats it")
     seed: int = Field(0, description="seed of the run")
     blocks: list[Block] = Field(default_factory=list, description="[[start, end], …], half-open")
-    earlier: list[list[Block]] = Field(
-        default_factory=list,
-        description="blocks of earlier prunings of the model, a list a step, each in the layers that it found")
+    chain: list[Step] = Field(
+        default_factory=list, description="earlier prunings of the model, the first first; empty: it was dense")
     layers: Layers = Field(description="decoder layers")
     parameters: Parameters = Field(description="parameters")
     perplexity: Perplexity | None = Field(None, description="perplexity on held-out text")
@@ -92,6 +93,15 @@ class Results(Record):
     versions: dict[str, str] = Field(default_factory=dict, description="versions of the software used")
     files: list[str] = Field(
         default_factory=list, description="what was written beside it: with --overwrite nothing else is replaced")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, record: Any) -> Any:
+        """Records had the blocks of earlier prunings alone."""
+        if isinstance(record, dict) and "earlier" in record:
+            steps = [{"blocks": blocks} for blocks in record["earlier"]]
+            return {"chain": steps, **{key: value for key, value in record.items() if key != "earlier"}}
+        return record
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":

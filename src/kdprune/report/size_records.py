@@ -6,14 +6,18 @@ from kdprune.report.records import Number, Record, divide
 
 
 class Layers(Record):
-    """Decoder layers."""
+    """Decoder layers. Where the model given was pruned before, "dense" is that model, and "first" the dense one."""
 
     dense: int = Field(description="layers of the dense model, L")
+    first: int | None = Field(None, description="layers before the first of all prunings, where there were several")
     pruned: int | None = Field(None, description="layers of the pruned model, with those a stand-in occupies")
 
 
 class Parameters(Record):
-    """Parameters, embeddings included, tied ones counted once; and those outside the embeddings, the layers'."""
+    """Parameters, embeddings included, tied ones counted once; and those outside the embeddings, the layers'.
+
+    Where the model given was pruned before, "dense" is that model, and "first" the dense one.
+    """
 
     dense: int = Field(description="parameters of the dense model")
     pruned: int | None = Field(None, description="parameters of the pruned model, stand-ins included")
@@ -23,6 +27,10 @@ class Parameters(Record):
         "older records")
     pruned_layers: int | None = Field(None, description="the same of the pruned model; null in older records")
     net_ratio_layers: Number = Field(None, description="1 − pruned_layers / dense_layers; derived when left out")
+    first: int | None = Field(None, description="parameters before the first of all prunings, where there were several")
+    first_layers: int | None = Field(None, description="those of them outside the embeddings")
+    net_ratio_first: Number = Field(None, description="1 − pruned / first; derived when left out")
+    net_ratio_first_layers: Number = Field(None, description="1 − pruned_layers / first_layers; derived when left out")
 
     @model_validator(mode="after")
     def _derive(self) -> "Parameters":
@@ -30,6 +38,10 @@ class Parameters(Record):
         self.net_ratio = _removed(self.dense, self.pruned) if self.net_ratio is None else self.net_ratio
         if self.net_ratio_layers is None:
             self.net_ratio_layers = _removed(self.dense_layers, self.pruned_layers)
+        if self.net_ratio_first is None:
+            self.net_ratio_first = _removed(self.first, self.pruned)
+        if self.net_ratio_first_layers is None:
+            self.net_ratio_first_layers = _removed(self.first_layers, self.pruned_layers)
         return self
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from kdprune.report.records import Number, Pace, Perplexity
-from kdprune.report.results import Results
-from kdprune.report.size_records import Parameters
+from kdprune.report.results import Results, Step
 from kdprune.store.files import readable_bytes
 
 MISSING = "–"
@@ -133,6 +132,9 @@ def comparison(results: Results) -> list[Row]:
         rows.insert(2, Row("layers' parameters", f"{parameters.dense_layers:,}", whole(parameters.pruned_layers),
                            "outside the embeddings"))
         rows.append(Row("layers' net ratio", "", percent(parameters.net_ratio_layers, 2)))
+    if parameters.first is not None:
+        rows.append(Row("… against the first dense model", f"{parameters.first:,}",
+                        percent(parameters.net_ratio_first, 2), _of_layers(parameters.net_ratio_first_layers, "")))
     if (p := results.perplexity) is not None:
         excess = "" if p.excess_loss is None else f"{p.excess_loss:+.3f} nats".replace("-", "−")
         rows.append(Row("perplexity", decimals(p.dense), decimals(p.pruned), excess))
@@ -168,7 +170,7 @@ def _pace(name: str, pace: Pace) -> Row:
 def tiles(results: Results) -> list[Tile]:
     """The headline of the page."""
     p, s, parameters = results.perplexity, results.speed, results.parameters
-    change = f"{count(parameters.dense)} → {count(parameters.pruned)}{_of_layers(parameters, '; ')}"
+    change = f"{count(parameters.dense)} → {count(parameters.pruned)}{_of_layers(parameters.net_ratio_layers, '; ')}"
     found = [
         Tile(percent(parameters.net_ratio, 1), "of the parameters removed, net", change)
         if parameters.pruned is not None
@@ -215,8 +217,12 @@ def headline(results: Results) -> str:
     """The run in one sentence."""
     model = model_name(results.model)
     cost = _ratio_of_perplexity(results)
-    gain = (f"{percent(results.parameters.net_ratio, 1)} fewer parameters{_of_layers(results.parameters, ' (', ')')}"
+    sizes = results.parameters
+    gain = (f"{percent(sizes.net_ratio, 1)} fewer parameters{_of_layers(sizes.net_ratio_layers, ' (', ')')}"
             f"{f' at {cost} the perplexity' if cost else ''}.")
+    if sizes.first is not None and sizes.pruned is not None:
+        gain = (f"{gain[:-1]} than that model, which was pruned before; {percent(sizes.net_ratio_first, 1)} fewer "
+                f"parameters{_of_layers(sizes.net_ratio_first_layers, ' (', ')')} than the first, dense one.")
     if results.widths:
         return f"{len(results.widths)} of {results.layers.dense} layers of {model} narrowed: {gain}"
     if not results.blocks:
@@ -229,9 +235,23 @@ def headline(results: Results) -> str:
     return f"{text}: {gain}"
 
 
-def _of_layers(parameters: Parameters, before: str, behind: str = "") -> str:
+def earlier(results: Results) -> list[str]:
+    """What was pruned before, a line a step: "tiny: layers 2–3 removed by shortgpt, 6 → 4 layers, 3.5 M → 3.1 M"."""
+    return [_step(step) for step in results.chain]
+
+
+def _step(step: Step) -> str:
+    name = f"{model_name(step.model)}: " if step.model else ""
+    what = f"layers {', '.join(map(layer_range, step.blocks))}" if step.blocks else "narrowed"
+    by = f" by {step.method}" if step.method else ""
+    sizes = "" if step.layers is None else f", {step.layers.dense} → {step.layers.pruned} layers"
+    if step.parameters is not None:
+        sizes += f", {count(step.parameters.dense)} → {count(step.parameters.pruned)} parameters"
+    return f"{name}{what}{by}{sizes}"
+
+
+def _of_layers(ratio: Number, before: str, behind: str = "") -> str:
     """31.4 % of the layers'; nothing in records that do not have it."""
-    ratio = parameters.net_ratio_layers
     return "" if ratio is None else f"{before}{percent(ratio, 1)} of the layers'{behind}"
 
 

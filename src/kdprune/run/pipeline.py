@@ -19,6 +19,7 @@ from kdprune.methods.common.method import Method, RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.model.checkpoint import save_model, verify
+from kdprune.model.families import explained
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
@@ -28,6 +29,7 @@ from kdprune.report.card import render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.report.summary import duration
+from kdprune.run.chain import write_chain
 from kdprune.run.heal import Heal, make_heal
 from kdprune.run.heal import heal as heal_model
 from kdprune.run.inputs import inputs_of
@@ -157,7 +159,7 @@ def prune(
         record = {
             **recorded(subject, name, data, draws, resources), **_sources(session, data),
             **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
-        with session.run(tokens) as run:
+        with session.run(tokens) as run, explained(session.model):
             if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
@@ -167,6 +169,7 @@ def prune(
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
+            write_chain(made.pruned, results)
             skipped = {text.source: text.skipped for text in heldout.texts}  # not what an evaluation is found again by
             for measure in (results.perplexity, *results.texts):
                 if measure is not None:

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdprune.methods.common.analysis import Scores
 from kdprune.methods.common.result import MethodResult
 from kdprune.model.families import decoder_layers, family_of, outside_embeddings
 from kdprune.model.placement import reads_weights
-from kdprune.model.surgery import Resize, earlier_blocks
+from kdprune.model.surgery import Resize
 from kdprune.report.results import (
     Calibration,
     Fit,
@@ -32,7 +32,9 @@ from kdprune.report.results import (
     Results,
     Sample,
     Speed,
+    Step,
 )
+from kdprune.run.chain import chain_of
 from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import peak_memory_bytes
 from kdprune.runtime.run import Run
@@ -121,10 +123,23 @@ def _speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed:
         decode=Pace(dense=pace.dense.decode, pruned=pace.pruned.decode))
 
 
-def parameters(dense: PreTrainedModel, pruned: PreTrainedModel | None = None) -> Parameters:
-    """All parameters of the models, and those outside the embeddings."""
-    left = {} if pruned is None else {"pruned": pruned.num_parameters(), "pruned_layers": outside_embeddings(pruned)}
+def parameters(
+    dense: PreTrainedModel, pruned: PreTrainedModel | None = None, chain: Sequence[Step] = (),
+) -> Parameters:
+    """All parameters of the models, and those outside the embeddings; of the first dense one too, after others."""
+    left: dict[str, Any] = {}
+    if pruned is not None:
+        left = {"pruned": pruned.num_parameters(), "pruned_layers": outside_embeddings(pruned)}
+    if chain and chain[0].parameters is not None:
+        left |= {"first": chain[0].parameters.dense, "first_layers": chain[0].parameters.dense_layers}
     return Parameters(dense=dense.num_parameters(), dense_layers=outside_embeddings(dense), **left)
+
+
+def layers(dense: PreTrainedModel, pruned: PreTrainedModel | None = None, chain: Sequence[Step] = ()) -> Layers:
+    """Decoder layers of the models, and of the first dense one."""
+    return Layers(
+        dense=len(decoder_layers(dense)), pruned=None if pruned is None else len(decoder_layers(pruned)),
+        first=chain[0].layers.dense if chain and chain[0].layers is not None else None)
 
 
 def software_versions() -> dict[str, str]:
@@ -140,12 +155,12 @@ def analysis_results(
     name: str, model: PreTrainedModel, options: Mapping[str, Any], tokens: TokenSet, run: Run, method: str = "analyze",
 ) -> Results:
     """The record of a run that only looked: everything but what pruning adds."""
+    chain = chain_of(model)
     return Results(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         model=name, family=family_of(model).model_type, method=method,
         recipe={key: value for key, value in options.items() if value is not None}, seed=options["seed"],
-        earlier=[[(start, end) for start, end in step] for step in earlier_blocks(model.config)],
-        layers=Layers(dense=len(decoder_layers(model))), parameters=parameters(model),
+        chain=chain, layers=layers(model, chain=chain), parameters=parameters(model, chain=chain),
         calibration=Calibration(
             source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
             skipped=tokens.skipped,
@@ -162,8 +177,8 @@ def pruning_results(
 ) -> Results:
     """What pruning adds to the record of the analysis."""
     base.blocks = [(block.start, block.stop) for block in outcome.blocks]
-    base.layers = Layers(dense=len(decoder_layers(dense)), pruned=len(decoder_layers(pruned)))
-    base.parameters = parameters(dense, pruned)
+    base.layers = layers(dense, pruned, base.chain)
+    base.parameters = parameters(dense, pruned, base.chain)
     base.fit = [Fit(**record) for record in outcome.fit]
     if base.analysis is not None and outcome.damage is not None:
         states = range(base.layers.dense + 1)

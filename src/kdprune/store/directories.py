@@ -106,9 +106,15 @@ def check_output(path: str | Path, overwrite: bool = False, result: bool = False
 
     With ``result`` only what an earlier run wrote is ever replaced: every file there has to be named in its record.
     Raises KDPruneError for a file in the way, a directory that is not empty (unless `overwrite`), one that
-    must not be replaced (a mount point, the working directory, home), and a parent that cannot be written.
+    must not be replaced (a mount point, the working directory, home), a parent that cannot be written, and a name that
+    is not UTF-8, as one given in a locale of another encoding: safetensors writes no such file.
     """
     target = _real(path)
+    try:
+        os.fspath(target).encode()
+    except UnicodeEncodeError as error:
+        raise KDPruneError(f"got output {os.fspath(path)!r}, whose characters this locale's encoding lacks; expected "
+                           "others, or set LC_ALL=C.UTF-8") from error
     try:
         if target.exists() and not target.is_dir():
             raise KDPruneError(

@@ -17,6 +17,7 @@ from kdprune.methods.common.selection import candidate_blocks, open_layers, out_
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Target
 from kdprune.model.families import decoder_layers, family_of, norms_behind_mlp
+from kdprune.model.modeling_kdp import FoldedLayer
 from kdprune.runtime.run import Run
 
 # A stand-in wider than this many times d gains little for its size (KDP.md, section 10: four times the
@@ -43,10 +44,14 @@ class Budget:
         self.shape, self.target = shape, target
         self.layers = layer_sizes(model)
         # A context layer keeps everything but the MLP path; where its stand-in becomes its MLP, the norm behind too.
-        mlp, self.norm_behind = (
+        mlp, norms = (
             [sum(_count(getattr(layer, name)) for name in names) for layer in decoder_layers(model)]
             for names in (family.mlp, norms_behind_mlp(family)))
-        self.kept_by_context = [size - part for size, part in zip(self.layers, mlp, strict=True)]
+        folded = [sum(_count(stand_in) for stand_in, _ in layer.kdp_folded()) if isinstance(layer, FoldedLayer) else 0
+                  for layer in decoder_layers(model)]  # by an earlier pruning
+        self.kept_by_context = [
+            size - part - others for size, part, others in zip(self.layers, mlp, folded, strict=True)]
+        self.norm_behind = max(norms)
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
     def behind(self, shape: Shape) -> "Budget":
@@ -59,7 +64,7 @@ class Budget:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
         shape = shape or self.shape
         source = shape.source(block)
-        context = 0 if source is None else self.kept_by_context[source] + shape.ordinary * self.norm_behind[source]
+        context = 0 if source is None else self.kept_by_context[source] + shape.ordinary * self.norm_behind
         return sum(self.layers[index] for index in block) - shape.parameters() - context
 
 

@@ -30,7 +30,8 @@ class Method(ABC):
     caches_parts: ClassVar[bool] = False  # whether it caches its own parts as it goes; else its whole result is cached
     collects: ClassVar[bool] = False  # all it asks of the running model is hidden states, which another copy may give
     streams: ClassVar[bool] = False  # works on a model whose layers are read from the checkpoint one at a time
-    composes: ClassVar[bool] = False  # takes layers out and changes none, so that it works on pruned models too
+    drops: ClassVar[bool] = False  # takes layers out and changes none, so that a list of layers is all it has to know
+    narrows: ClassVar[bool] = False  # makes layers narrower, and takes none out
     spreads: ClassVar[bool] = False  # works on a model that device_map has spread over devices or offloaded
 
     ratio: float = option(0.25, "share of the parameters to remove, what is put in their place counted (net)",
@@ -53,7 +54,7 @@ class Method(ABC):
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
-        check_model(model, substitutes=False, drops=self.composes)
+        check_model(model, substitutes=False, drops=self.drops, narrows=self.narrows)
         if not self.streams and is_streamed(model):
             raise KDPruneError(
                 f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "

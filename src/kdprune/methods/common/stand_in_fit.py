@@ -18,7 +18,7 @@ from kdprune.model.families import decoder_layers, family_of, norm_of_mlp, norms
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
 from kdprune.model.structures import has_mlp_biases, mlp_weights, norm_affine, reciprocal
-from kdprune.model.surgery import Substitute, context_layer, ordinary_layer, plain_copy
+from kdprune.model.surgery import Substitute, context_layer, mlp_source, ordinary_layer, plain_copy
 from kdprune.model.widths import set_weights
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
@@ -83,7 +83,8 @@ class StandInFit:
             self._norm = plain_copy(norm_of_mlp(model, decoder_layers(model)[context])).float().to(device)
             self.multiplier = family_of(model).multiplier(decoder_layers(model)[context])
             for name in norms_behind_mlp(family_of(model)) if ordinary else ():
-                self._behind = plain_copy(getattr(decoder_layers(model)[context], name)).float().to(device)
+                source = decoder_layers(model)[mlp_source(model, context, template.channels)]
+                self._behind = plain_copy(getattr(source, name)).float().to(device)
                 setattr(self.module, name, self._behind)
         self.stand_in.readout.requires_grad_(True)
         if not self.intercept:

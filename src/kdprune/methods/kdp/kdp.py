@@ -212,6 +212,9 @@ class KDP(RankedMethod):
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)
         check_model(model, substitutes=True)
+        if self.form == "stock" and getattr(model.config, "kdp", None):
+            raise KDPruneError("got form 'stock' for a model that holds stand-ins or narrower layers, which no stock "
+                               "checkpoint can; expected form 'folded' or 'layer', or the dense model")
         check_budget(self if self.measures else replace(self, ranking="similarity"), self.budget(model))
         check_rows(tokens)
 

@@ -35,6 +35,9 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
 
     ρ = ridge · tr/D: the exact cost of leaving out one. Their read-out is solved for afterwards with all other parts.
 
+    Layers that an earlier pruning put in have the channels of their stand-ins, or none: what a block lacks stays as it
+    was drawn.
+
     Source: a data-dependent kernel with landmarks (Nyström), of the block's neurons; KDP has random features alone.
     """
     stand_in = fitting.stand_in
@@ -50,10 +53,11 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
         cost = moments.add_processes().cost_of_leaving_out(ridge, fitting.intercept)
         pool = pool.select(cost[linear:].topk(stand_in.channels).indices)
     maps = [stand_in.gate, stand_in.up] if stand_in.gated else [stand_in.up]
+    found = len(pool.lines)
     for number, projection in enumerate(maps):
-        projection.weight.copy_(pool.lines[:, number])
+        projection.weight[:found].copy_(pool.lines[:, number])
         if fitting.intercept:
-            projection.bias.copy_(pool.biases[:, number])
+            projection.bias[:found].copy_(pool.biases[:, number])
 
 
 def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:

@@ -56,7 +56,7 @@ def check_reach(target: Target, reachable: int) -> None:
 class DropMethod(DepthMethod):
     """A depth method whose edits are drops alone; what it picks is stock architecture with fewer layers."""
 
-    composes = True
+    drops = True
 
     @property
     def puts_in(self) -> bool:

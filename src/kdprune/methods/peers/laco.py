@@ -77,29 +77,54 @@ class LaCo(DepthMethod):
         """Raises KDPruneError for layers that differ in shape, impossible bounds, or a ratio out of reach."""
         super().check(model, tokens)
         refuse_experts(model)
-        shapes = [{name: weight.shape for name, weight in layer.named_parameters()} for layer in decoder_layers(model)]
-        odd = next((index for index, shape in enumerate(shapes) if shape != shapes[0]), None)
-        if odd is not None:
-            raise KDPruneError(f"got layers 0 and {odd} with parameters of different shapes, expected equal ones: only "
-                               f"such can be merged")
+        layers = len(decoder_layers(model))
         if self.blocks is not None:
-            blocks = check_blocks([range(*block) for block in self.blocks], len(shapes))
+            blocks = check_blocks([range(*block) for block in self.blocks], layers)
             if blocks[0].start == 0:
                 raise KDPruneError(f"got block [0, {blocks[0].stop}), expected a start of 1 or more: it is merged into "
                                    f"the layer before it")
+            self._check_shapes(model)
             return
-        if self.highest is not None and self.highest >= len(shapes):
-            raise KDPruneError(f"got highest {self.highest}, expected at most {len(shapes) - 1}, the last layer")
+        if self.highest is not None and self.highest >= layers:
+            raise KDPruneError(f"got highest {self.highest}, expected at most {layers - 1}, the last layer")
+        self._check_shapes(model)
         reach = max(max(schedule.reachable()) for schedule in self.schedules(model))
         if not reach:
             raise KDPruneError("got bounds between which no layer can be merged, expected lowest ≤ highest − "
                                "merge_layers: raise highest, or lower merge_layers, lowest or protect")
         if self.threshold is None:
-            check_reach(self.target(model), reach * layer_sizes(model)[0])
+            check_reach(self.target(model), reach * self._layer_size(model))
+
+    def _runs(self, model: PreTrainedModel) -> list[range]:
+        """Runs of layers within which some may be merged."""
+        layers = len(decoder_layers(model))
+        if self.blocks is not None:
+            return [range(start - 1, stop) for start, stop in self.blocks]
+        opened = open_layers(layers, self.protect)
+        return [range(max(self.lowest, opened.start), opened.stop)]
+
+    def _check_shapes(self, model: PreTrainedModel) -> None:
+        """Raises KDPruneError for layers that may be merged and differ, as those of a pruned model may."""
+        for run in self._runs(model):
+            found = []
+            for index in run:
+                own = dict(decoder_layers(model)[index].named_parameters())
+                found.append({name: own[name].shape for name in merged_names(model, self.merged, index)})
+            odd = next((index for index, shapes in zip(run, found, strict=True) if shapes != found[0]), None)
+            if odd is not None:
+                raise KDPruneError(
+                    f"got layers {run.start} and {odd} with parameters of different shapes, expected equal ones: only "
+                    "such can be merged. Keep the merges beside them (lowest=…, protect=…, blocks=…), or take whole "
+                    "layers out, as shortgpt does")
+
+    def _layer_size(self, model: PreTrainedModel) -> int:
+        """The fewest parameters that go with a layer that may be merged."""
+        sizes = layer_sizes(model)
+        return min((sizes[index] for run in self._runs(model) for index in run), default=max(sizes))
 
     def wanted(self, model: PreTrainedModel) -> int:
         """How many layers have to go to meet the ratio."""
-        return max(1, -(-self.target(model).parameters // layer_sizes(model)[0]))
+        return max(1, -(-self.target(model).parameters // self._layer_size(model)))
 
     def schedules(self, model: PreTrainedModel) -> list["MergeSchedule"]:
         """The numbers C that may be taken, those that can come nearest the ratio in front."""
@@ -117,7 +142,8 @@ class LaCo(DepthMethod):
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Merges and returns the edits. Nothing is drawn at random."""
-        merger = Merger(model, self.form, merged_names(model, self.merged))
+        first = min(run.start for run in self._runs(model))
+        merger = Merger(model, self.form, merged_names(model, self.merged, first))
         if self.blocks is not None:
             slots = merger.dense()
             # From the top down, so that the places of those still to come stay what they are in the dense model.
@@ -154,7 +180,7 @@ class LaCo(DepthMethod):
                 if over <= least:
                     break
         if best is None:
-            check_reach(self.target(model), largest * layer_sizes(model)[0])
+            check_reach(self.target(model), largest * self._layer_size(model))
         assert best is not None
         return best
 

@@ -1,6 +1,8 @@
 """LLM-Pruner: whole attention heads and MLP channels go, those whose loss gradient says they matter least."""
 
+import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,20 +16,37 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.saliency import loss_gradients, random_slices, weight_saliency
-from kdprune.model.families import decoder_layers
-from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts
-from kdprune.model.surgery import Resize, check_model
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts, refuse_experts
+from kdprune.model.surgery import Resize, check_model, own_channels
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
 
 @dataclass(frozen=True)
-class Widths:
-    """How much of which layers stays: ``groups`` key-value heads each, and ``channels`` MLP channels by layer."""
+class Kept:
+    """What stays of a layer: key-value heads with their queries, and MLP channels; None: it has none of its own, but a
+    stand-in of an earlier pruning in their place, which stays whole."""
 
-    layers: range
     groups: int
-    channels: list[int]
+    channels: int | None
+
+
+@dataclass(frozen=True)
+class _Structures:
+    """What a layer has to give: how many structures of each kind, the parameters of one, and in what steps channels go.
+    """
+
+    groups: int
+    head_cost: int
+    channels: int
+    channel_cost: int
+    unit: int
+
+    @property
+    def spare_channels(self) -> int:
+        """All but the last step."""
+        return max(self.channels - self.unit, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +67,7 @@ class LLMPruner(Method):
     """
 
     title: ClassVar[str] = "LLM-Pruner"
+    narrows: ClassVar[bool] = True
 
     order: Literal["first", "second", "mixed"] = option(
         "first", "terms of the loss's expansion that a weight's saliency takes in")
@@ -60,15 +80,15 @@ class LLMPruner(Method):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)
-        check_model(model, substitutes=True)
+        check_model(model, substitutes=True, narrows=True)
         self.plan(model)
         if not (tokens.fitted(self.held).mask.sum(1) > 1).any():
             raise KDPruneError(f"got no row of two tokens or more from {tokens.source}, expected one: give more text")
 
-    def plan(self, model: PreTrainedModel) -> Widths:
-        """What stays of every layer; raises KDPruneError for a ratio out of reach (says the largest)."""
-        layers = decoder_layers(model)
-        depth, wanted = len(layers), self.target(model)
+    def plan(self, model: PreTrainedModel) -> dict[int, Kept]:
+        """What stays of every layer that is pruned; raises KDPruneError for a ratio out of reach (says the largest)."""
+        refuse_experts(model)
+        depth, wanted = len(decoder_layers(model)), self.target(model)
         first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
         last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
         pruned = range(first, depth - last)
@@ -76,62 +96,91 @@ class LLMPruner(Method):
             raise KDPruneError(
                 f"got {first} + {last} layers kept whole of {depth}, expected at least one pruned: lower keep_first "
                 f"or keep_last")
-        parts = attention_parts(model, layers[first]), mlp_parts(model, layers[first])
-        (groups, head_cost), (channels, channel_cost) = (_cost(model, first, kind) for kind in parts)
-        target = wanted.parameters
-        whole = len(pruned) * (groups * head_cost + channels * channel_cost)
-        least = groups if has_joined_heads(model) else 1  # then channels go alone
-        kept = max(least, math.floor(groups * (1 - min(target / whole, 1))))
-        while kept < groups and len(pruned) * (groups - kept) * head_cost > target:
-            kept += 1
-        unit = unit_of(model.config.hidden_size, channels)
-        most = len(pruned) * (channels - unit)
-        while kept > least and len(pruned) * (groups - kept) * head_cost + most * channel_cost < target:
-            kept -= 1
-        removed = len(pruned) * (groups - kept) * head_cost
-        spare = max(0, math.ceil((target - removed) / (channel_cost * unit)))
+        has, target = [_structures(model, index) for index in pruned], wanted.parameters
+        least = [own.groups if has_joined_heads(model) else 1 for own in has]  # joined, channels go alone
+
+        def gone(kept: list[int]) -> int:
+            return sum((own.groups - groups) * own.head_cost for own, groups in zip(has, kept, strict=True))
+
+        whole = sum(own.groups * own.head_cost + own.channels * own.channel_cost for own in has)
+        share = 1 - min(target / whole, 1)
+        kept = [max(low, math.floor(own.groups * share)) for own, low in zip(has, least, strict=True)]
+        while gone(kept) > target:
+            kept = [min(own.groups, groups + 1) for own, groups in zip(has, kept, strict=True)]
+        most = sum(own.spare_channels * own.channel_cost for own in has)
+        while kept != least and gone(kept) + most < target:
+            kept = [max(low, groups - 1) for low, groups in zip(least, kept, strict=True)]
         wanted.check(
-            removed + most * channel_cost, f"that layers {pruned.start} to {pruned.stop - 1} allow",
+            gone(kept) + most, f"that layers {pruned.start} to {pruned.stop - 1} allow",
             "lower the ratio or keep fewer layers whole (keep_first=…, keep_last=…)")
-        each, more = divmod(spare, len(pruned))
-        return Widths(pruned, kept, [channels - unit * (each + (number < more)) for number in range(len(pruned))])
+        cut = _evenly(has, target - gone(kept))
+        return {index: Kept(groups, own.channels - number if own.channels else None)
+                for index, own, groups, number in zip(pruned, has, kept, cut, strict=True)}
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Ranks the structures of every layer and returns the narrower layers."""
         plan = self.plan(model)
         slices = random_slices(tokens.fitted(self.held), self.sequences, self.slice_length, run.generator(1))
         with run.stage("saliency"):
-            saliencies = self.saliencies(model, plan.layers, slices)
+            saliencies = self.saliencies(model, plan, slices)
         edits = []
-        for index, channels in zip(plan.layers, plan.channels, strict=True):
+        for index, kept in plan.items():
             layer = decoder_layers(model)[index]
             weights: dict[str, Tensor] = {}
-            for parts, count in ((attention_parts(model, layer), plan.groups), (mlp_parts(model, layer), channels)):
+            width = {"groups": kept.groups} if kept.channels is None else dataclasses.asdict(kept)
+            for parts, count in zip(_parts(model, layer), width.values(), strict=True):
                 score = torch.stack([part.total(layer, saliencies[index]) for part in parts]).sum(0)
-                kept = score.argsort(descending=True, stable=True)[:count].cpu()
+                chosen = score.argsort(descending=True, stable=True)[:count].cpu()
                 for part in parts:
-                    weights |= part.select(layer, kept)
-            edits.append(Resize(index, {"groups": plan.groups, "channels": channels}, weights))
+                    weights |= part.select(layer, chosen)
+            edits.append(Resize(index, width, weights))
         return MethodResult(edits, tokens=sum(batch.tokens for batch in slices))
 
     def saliencies(
-        self, model: PreTrainedModel, layers: range, slices: list[TokenSet],
+        self, model: PreTrainedModel, layers: Iterable[int], slices: list[TokenSet],
     ) -> dict[int, dict[str, Tensor]]:
         """Saliency of every weight of the structures, by layer and by the parameter's name within it."""
         parameters: dict[tuple[int, str], nn.Parameter] = {}
         for index in layers:
             layer = decoder_layers(model)[index]
-            paths = {part.path for part in (*attention_parts(model, layer), *mlp_parts(model, layer))}
+            paths = {part.path for parts in _parts(model, layer) for part in parts}
             parameters |= {(index, name): p for name, p in layer.named_parameters() if name.rpartition(".")[0] in paths}
         names = {f"{index}.{name}": (index, name) for index, name in parameters}
         gradients = loss_gradients(model, {key: parameters[place] for key, place in names.items()}, slices)
-        found: dict[int, dict[str, Tensor]] = {index: {} for index in layers}
+        found: dict[int, dict[str, Tensor]] = {index: {} for index, _ in parameters}
         for key, (index, name) in names.items():
             found[index][name] = weight_saliency(parameters[index, name], gradients[key], self.order)
         return found
 
 
-def _cost(model: PreTrainedModel, index: int, parts: list[StructurePart]) -> tuple[int, int]:
-    """How many structures of a kind a layer has, and the parameters of one."""
+def _parts(model: PreTrainedModel, layer: nn.Module) -> list[list[StructurePart]]:
+    """The structures of a layer: its heads, and its channels if it has some of its own."""
+    heads = attention_parts(model, layer)
+    return [heads] if own_channels(layer, family_of(model)) is None else [heads, mlp_parts(model, layer)]
+
+
+def _structures(model: PreTrainedModel, index: int) -> _Structures:
     layer = decoder_layers(model)[index]
-    return len(parts[0].members), sum(part.size(layer) for part in parts)
+    sizes = [(len(parts[0].members), sum(part.size(layer) for part in parts)) for parts in _parts(model, layer)]
+    (groups, head), (channels, channel) = [*sizes, (0, 0)][:2]
+    return _Structures(groups, head, channels, channel, unit_of(model.config.hidden_size, channels or None))
+
+
+def _evenly(has: list[_Structures], parameters: int) -> list[int]:
+    """How many channels go of every layer, alike up to one step, so that they have at least so many parameters."""
+
+    def gone(cut: list[int]) -> int:
+        return sum(number * own.channel_cost for number, own in zip(cut, has, strict=True))
+
+    def at(steps: int) -> list[int]:
+        return [min(steps * own.unit, own.spare_channels) for own in has]
+
+    low, high = 0, max(own.spare_channels // own.unit for own in has)  # the most steps that are not too much
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if gone(at(middle)) <= parameters else (low, middle - 1)
+    cut = at(low)
+    for number, own in enumerate(has):
+        if gone(cut) < parameters and cut[number] < own.spare_channels:
+            cut[number] += own.unit
+    return cut

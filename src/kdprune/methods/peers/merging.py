@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.methods.peers.drop import runs
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, final_norm
+from kdprune.model.modeling_kdp import FoldedLayer
 from kdprune.model.passes import run_layers
 from kdprune.model.surgery import Drop, Edit, Rewrite
 
@@ -28,9 +29,13 @@ class Slot:
     weights: Weights | None = None
 
 
-def merged_names(model: PreTrainedModel, merged: str) -> list[str]:
-    """Names, within a layer, of the parameters that are merged: of its projections, biases with them, or all."""
-    names = [name for name, _ in decoder_layers(model)[0].named_parameters()]
+def merged_names(model: PreTrainedModel, merged: str, index: int = 0) -> list[str]:
+    """Names, within layer ``index``, of the parameters that are merged: of its projections, biases with them, or all
+    but those of what an earlier pruning folded into it, which leaves with its layer."""
+    layer: nn.Module = decoder_layers(model)[index]
+    inside = [stand_in for stand_in, _ in layer.kdp_folded()] if isinstance(layer, FoldedLayer) else []
+    apart = {id(weight) for stand_in in inside for weight in stand_in.parameters()}
+    names = [name for name, weight in layer.named_parameters() if id(weight) not in apart]
     if merged == "all":
         return names
     family = family_of(model)

@@ -23,7 +23,7 @@ from kdprune.model.families import decoder_layers, family_of, normalises_behind
 from kdprune.model.passes import run_layers
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import resident
-from kdprune.model.structures import refuse_experts
+from kdprune.model.structures import last_writer, refuse_experts
 from kdprune.model.surgery import Drop, Edit, Rewrite, layers_replaced
 from kdprune.options import option
 from kdprune.runtime.run import Run
@@ -43,8 +43,9 @@ class ReplaceMe(DepthMethod):
         solver "cosine":         T = argmin Σ 1 − cos(r + T M, h_e),   by Adam from T = I
 
     over real calibration tokens. T goes into the down projection of layer s−1 (W ← T W, b ← T b), so the result is a
-    stock architecture with fewer layers. The run has the least length that meets the ratio and, of those with s ≥ 1,
-    the least cosine distance of h_s and h_e.
+    stock architecture with fewer layers. In a model that was pruned before, where a stand-in is the last that layer s−1
+    adds to the stream, M is what its read-out puts out, and T goes into that. The run has the least length that meets
+    the ratio and, of those with s ≥ 1, the least cosine distance of h_s and h_e.
 
     Source: Shopkhoev et al., "ReplaceMe: Network Simplification via Depth Pruning and Linear Transformations", 2025.
     Its better solver, the cosine, is the default (the code's readme recommends least squares). Differences from the
@@ -121,13 +122,13 @@ class ReplaceMe(DepthMethod):
 def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
     """While active, a function that runs a batch up to h_e and returns (M, h_s − M, h_e), real tokens only, (n, d).
 
-    M is what the down projection of layer s−1 puts out, times the multiplier of its residual. Float32; nothing is kept
-    beyond a batch.
+    M is what the down projection of layer s−1 puts out, or the last stand-in there, times the multiplier of its
+    residual. Float32; nothing is kept beyond a batch.
     """
     layers, device = list(decoder_layers(model)), input_device(model)
     outputs: list[Tensor] = []
-    projection = layers[block.start - 1].get_submodule(family_of(model).mlp_out)
-    multiplier = family_of(model).multiplier(layers[block.start - 1])
+    path, multiplier = last_writer(model, layers[block.start - 1])
+    projection = layers[block.start - 1].get_submodule(path)
     # A copy: some layers go on to add to the projection's output in place.
     hook = projection.register_forward_hook(lambda _, __, output: outputs.append(output.detach() * multiplier))
 
@@ -174,8 +175,9 @@ def least_squares(
 
 
 def folded_weights(model: PreTrainedModel, index: int, matrix: Tensor) -> dict[str, Tensor]:
-    """The down projection of layer ``index`` with T = ``matrix``, shape (d, d), behind it: its parameters by name."""
-    path = family_of(model).mlp_out
+    """The down projection of layer ``index``, or the read-out of the last stand-in there, with T = ``matrix``, shape
+    (d, d), behind it: its parameters by name."""
+    path, _ = last_writer(model, decoder_layers(model)[index])
     projection = decoder_layers(model)[index].get_submodule(path)
     with resident(projection):
         (weight, bias), matrix = read(projection), matrix.double()

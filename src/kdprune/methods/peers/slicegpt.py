@@ -14,7 +14,14 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.slicing import StreamSize, measure_cuts, sliced_edits
-from kdprune.model.families import decoder_layers, family_of, final_norm, normalises_behind
+from kdprune.model.families import (
+    decoder_layers,
+    family_of,
+    final_norm,
+    holds_stand_ins,
+    is_sliced,
+    normalises_behind,
+)
 from kdprune.model.structures import refuse_experts
 from kdprune.model.surgery import check_model
 from kdprune.options import option
@@ -46,6 +53,7 @@ class SliceGPT(Method):
     """
 
     title: ClassVar[str] = "SliceGPT"
+    narrows: ClassVar[bool] = True
 
     sparsity: float | None = option(
         None, "share of the stream's width to cut; then ratio is not used", least=0, group="size")
@@ -61,9 +69,16 @@ class SliceGPT(Method):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)
-        check_model(model, substitutes=True)
+        check_model(model, substitutes=True, narrows=True)
         family = family_of(model)
         refuse_experts(model)
+        if is_sliced(model.config) or holds_stand_ins(model.config):
+            held = ("a stream that was turned and cut already" if is_sliced(model.config) else
+                    "stand-ins, which are functions of the stream as it is")
+            raise KDPruneError(
+                f"got a pruned model with {held}: SliceGPT cannot turn it; expected one without. Take more out with "
+                f"{'llm-pruner' if is_sliced(model.config) else 'shortgpt, kdp or llm-pruner'}, or run slicegpt on the "
+                "model before that")
         if normalises_behind(model) or isinstance(final_norm(model), nn.Identity) or family.embedding_norm:
             raise KDPruneError(
                 f"got a {family.model_type} model with a norm between a sublayer and the residual sum or behind it, "
