@@ -16,20 +16,21 @@ from tiny_checkpoint import Bench, Outcome, command, no_drawing
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import kdprune
+from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
-from kdprune.methods.kdp.damage import layers_with
 from kdprune.methods.peers.llm_pruner import LLMPruner, _evenly, _Structures
 from kdprune.methods.peers.replaceme import folded_weights, interface
 from kdprune.model.activations import recorded
 from kdprune.model.edits import Drop, Edit, Resize, Rewrite, Substitute
 from kdprune.model.families import decoder_layers, family_of, holds_stand_ins, layer_widths
+from kdprune.model.layerwise import logits_behind, states_by_ways
 from kdprune.model.modeling_kdp import FoldedLayer, StandIn, groups_of, key_value_heads
 from kdprune.model.passes import run_layers
 from kdprune.model.structures import attention_parts, mlp_channels, mlp_parts
 from kdprune.model.surgery import apply_edits, context_layer, layers_replaced, ordinary_layer
 from kdprune.report.results import Results
-from kdprune.testing import edits_of
+from kdprune.testing import IDS, edits_of
 from kdprune.testing import logits_of as logits
 from kdprune.testing.method import run_method
 from kdprune.testing.models import CALIBRATION, close, saved_and_loaded
@@ -217,7 +218,7 @@ def test_channels_of_a_stand_in_are_landmarks_too(tiny_model: Build) -> None:
 def test_channels_go_evenly_from_layers_that_differ() -> None:
     """Against trying every number: the fewest channels, alike up to one where a layer has as many."""
     for counts, wanted in itertools.product(((8, 8, 8), (8, 3, 0), (2, 8, 5), (1, 1, 9)), range(0, 80, 7)):
-        has = [_Structures(2, 10, count, 5 if count else 0) for count in counts]
+        has = [_Structures(2, 10, count, 5 if count else 0, 1) for count in counts]
         cut = _evenly(has, wanted)
         most = [max(count - 1, 0) for count in counts]
         assert all(number <= limit for number, limit in zip(cut, most, strict=True))
@@ -226,13 +227,17 @@ def test_channels_go_evenly_from_layers_that_differ() -> None:
         assert not open_ or max(cut) - min(open_) <= 1
 
 
+@torch.no_grad()
 def test_damage_of_a_block_behind_a_stand_in_is_that_of_the_edit(tiny_model: Build) -> None:
     given = apply_edits(tiny_model("bloom"), [Substitute(range(1, 3), stand_in(1))])
+    batch = TokenSet(IDS, torch.ones_like(IDS, dtype=torch.bool), "test")
     for block in (range(1, 3), range(2)):
         edit = Substitute(block, stand_in(2))
-        with layers_replaced(given, layers_with(given, edit)):
-            expected = logits(given)
-        assert torch.equal(logits(apply_edits(given, [edit])), expected)
+        with recorded(given, [block.start]) as seen:
+            run_layers(given, batch)
+        [[final]] = states_by_ways(
+            given, [batch], [{block.start: lambda edit=edit: edit}], lambda index, _, seen=seen: seen[index])
+        assert torch.equal(logits(apply_edits(given, [edit])), logits_behind(given, batch, final))
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be
