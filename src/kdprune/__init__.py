@@ -10,6 +10,7 @@
 
 import gc
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from kdprune.runtime.interrupts import is_command, stop_in_one_line
@@ -17,6 +18,7 @@ from kdprune.runtime.interrupts import is_command, stop_in_one_line
 stop_in_one_line()  # importing the libraries takes seconds
 if is_command():
     gc.disable()  # until the command runs: imports leave nothing to free, and looking for it takes a tenth of the time
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of a home it cannot write to, fonts it lists at first
 # isort: split
 from kdprune.model import modeling_kdp  # noqa: E402
 
