@@ -13,7 +13,6 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import check_blocks
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.selection import open_layers
 from kdprune.methods.peers.drop import check_reach, layer_sizes
 from kdprune.methods.peers.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
 from kdprune.model.families import decoder_layers
@@ -97,6 +96,14 @@ class LaCo(DepthMethod):
         if self.threshold is None:
             check_reach(self.target(model), reach * layer_sizes(model)[0])
 
+    def protected(self, model: PreTrainedModel) -> tuple[int, int] | None:
+        """As of every method; the lowest layer that others are merged into stays."""
+        if self.blocks is not None:
+            return None
+        layers, allowed = len(decoder_layers(model)), self.allowed(model)
+        top = layers if self.highest is None else self.highest + 1
+        return max(self.lowest, allowed.start) + 1, layers - min(top, allowed.stop)
+
     def wanted(self, model: PreTrainedModel) -> int:
         """How many layers have to go to meet the ratio."""
         return max(1, -(-self.target(model).parameters // layer_sizes(model)[0]))
@@ -104,7 +111,7 @@ class LaCo(DepthMethod):
     def schedules(self, model: PreTrainedModel) -> list["MergeSchedule"]:
         """The numbers C that may be taken, those that can come nearest the ratio in front."""
         layers, wanted = len(decoder_layers(model)), self.wanted(model)
-        opened = open_layers(layers, self.protect)
+        opened = self.allowed(model)
         highest = layers - 1 if self.highest is None else self.highest
         top, lowest = min(highest, opened.stop), max(self.lowest, opened.start)
         if self.merge_layers is not None or self.threshold is not None:

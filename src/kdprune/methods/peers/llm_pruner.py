@@ -64,12 +64,18 @@ class LLMPruner(Method):
         if not (tokens.fitted(self.held).mask.sum(1) > 1).any():
             raise KDPruneError(f"got no row of two tokens or more from {tokens.source}, expected one: give more text")
 
+    def protected(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Layers kept whole at the start and at the end."""
+        depth = len(decoder_layers(model))
+        first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
+        last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
+        return first, last
+
     def plan(self, model: PreTrainedModel) -> Widths:
         """What stays of every layer; raises KDPruneError for a ratio out of reach (says the largest)."""
         layers = decoder_layers(model)
         depth, wanted = len(layers), self.target(model)
-        first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
-        last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
+        first, last = self.protected(model)
         pruned = range(first, depth - last)
         if not pruned:
             raise KDPruneError(
