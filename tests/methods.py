@@ -25,7 +25,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdp-folded": ("kdp", {"context": "none"}),
     "kdp-learned": ("kdp", {"kernel": "linear+learned+data", "ranking": "similarity"}),
     "kdp-paper": ("kdp", {"preset": "paper"}),
-    "streamline-layer": ("streamline", {"stand_in": "layer"}),
+    "streamline-ffn": ("streamline", {"stand_in": "ffn"}),
     "streamline-none": ("streamline", {"stand_in": "none"}),
     "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "kernel": "learned", "hidden": 4}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Forms that leave a model of the stock class.
 STOCK = {
-    "shortgpt", "uidl", "sleb", "laco", "laco-paper", "streamline-none", "streamline-layer", "replaceme",
+    "shortgpt", "uidl", "sleb", "laco", "laco-paper", "streamline-none", "streamline", "replaceme",
     "replaceme-closed"}
 
 

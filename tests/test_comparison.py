@@ -14,10 +14,12 @@ from kdprune.comparison.variants import ablation_variants, parse_variant, split_
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.kdp import fit_blocks
+from kdprune.report import summary
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
 from kdprune.report.comparison_table import render_markdown
 from kdprune.runtime.run import Run
+from kdprune.train.trial import RATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,6 +170,36 @@ def test_an_interrupted_comparison_continues(
     monkeypatch.setattr("kdprune.comparison.units.code_identity", lambda: "another release")
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, **arguments)
     assert measured[7:] == [(LINEAR, 0)]
+
+
+def test_the_cost_and_the_ends_of_every_method_are_told() -> None:
+    model, rows, blocks = tiny_llama(), random_ids(), "blocks=1-3"
+    names = [f"streamline:{blocks}:epochs=2:rate=0.001", f"streamline:{blocks}:epochs=1", "shortgpt", "sleb",
+             "linearpatch", "slicegpt", "slicegpt:counted=outside", f"linear:{blocks}:heal=lm:heal_tokens=100"]
+    result = kdprune.compare(model, names, seeds=1, calibration=rows, heldout=random_ids(3, 20, seed=3))
+    given, searched, *others = result.units
+    fitted = 11 * 32  # tokens; of twelve rows one is held out
+    layer = sum(parameter.numel() for parameter in model.model.layers[1].parameters())
+    assert (given.trained, given.rates) == (2 * fitted * layer, [])
+    assert searched.trained == fitted * layer
+    assert searched.rates[0] in RATES
+    assert [unit.trained for unit in others[:5]] == [0] * 5
+    healed = others[-1]
+    assert healed.heal is not None
+    assert healed.trained == healed.heal.parameters * healed.heal.tokens > 0
+    ends = [row.variant.protected for row in result.rows]
+    assert ends == [None, None, (0, 0), (1, 1), (1, 1), None, None, None]
+    text = render_markdown(result)
+    assert "| trained × tokens |" in text
+    assert f"| {summary.count(given.trained)} |" in text
+    assert "each method as its own code has it: none: ShortGPT; 1 and 1: SLEB, LinearPatch." in text
+    assert "SliceGPT's net ratio counts" in text
+    assert "trained × tokens" in render_comparison(result)
+    assert Comparison.model_validate_json(result.model_dump_json()) == result
+    # The one that counts outside the embeddings loses as much there as those that drop layers.
+    whole = result.dense.parameters
+    assert result.dense.parameters_layers is not None
+    assert result.rows[6].net_ratio_layers.mean * result.dense.parameters_layers >= 0.25 * whole > 0
 
 
 def test_blocks_from_one_variant() -> None:

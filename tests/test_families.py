@@ -16,6 +16,7 @@ from kdprune.evaluation.flops import forward_flops
 from kdprune.methods.peers.drop import SLEB, ShortGPT
 from kdprune.methods.peers.linear import Linear
 from kdprune.methods.peers.llm_pruner import LLMPruner
+from kdprune.model.activations import behind_norm, layer_states
 from kdprune.model.families import decoder_layers, family_of, inactive_parameters
 from kdprune.model.surgery import Drop, apply_edits, ordinary_layer
 from kdprune.planning.plan import plan
@@ -75,6 +76,18 @@ def test_layers_of_an_unknown_family_are_dropped(
     pruned = apply_edits(model, edits)
     assert torch.equal(logits_of(pruned), reference_logits(model, edits))
     assert type(saved_and_loaded(pruned, tmp_path)) is type(model)
+
+
+@pytest.mark.parametrize("model_type", ["cohere", "gpt_oss"])
+def test_the_final_norm_of_an_unknown_family_is_found(model_type: str) -> None:
+    model = unknown(model_type, **({} if model_type == "cohere" else {"num_local_experts": 4, "head_dim": 8}))
+    tokens = CALIBRATION.select(slice(9, 12))
+    with torch.no_grad():
+        hidden = model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True).hidden_states
+    [(batch, states)] = layer_states(model, tokens, [4], 3)
+    found = behind_norm(model, batch, states[4])
+    torch.testing.assert_close(found[tokens.mask], hidden[-1][tokens.mask])
+    assert not torch.allclose(found, states[4], atol=1e-2)
 
 
 def test_an_unknown_family_is_pruned_from_a_checkpoint_and_refused_in_one_line_otherwise(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Methods that take layers out by a score, and the merge: each against an oracle of its own."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from families import EARLIER_FAMILIES, LAYERS, WIRINGS, build
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.common.budget import shortest_blocks
-from kdprune.methods.common.distance import Distances, measure_distances
+from kdprune.methods.common.distance import Distances, measure_channel_cosine, measure_distances
+from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.peers.drop import (
     SLEB,
     UIDL,
@@ -27,6 +29,7 @@ from kdprune.methods.peers.drop import (
     runs,
 )
 from kdprune.methods.peers.laco import Judge, LaCo, MergeSchedule
+from kdprune.methods.peers.llm_pruner import LLMPruner
 from kdprune.methods.peers.merging import (
     Merger,
     edits_of,
@@ -66,8 +69,13 @@ def padded_tokens(side: str = "right", rows: int = 7, length: int = 12, seed: in
     return TokenSet(ids.masked_fill(~mask, 0), mask, "test")  # type: ignore[arg-type]
 
 
-def states_of(model: PreTrainedModel, tokens: TokenSet) -> np.ndarray:
-    """All states of all rows in one forward pass, (L+1, N, T, d), for brute force."""
+def states_of(model: PreTrainedModel, tokens: TokenSet, normed: bool = False) -> np.ndarray:
+    """All states of all rows in one forward pass, (L+1, N, T, d), for brute force; as ``hidden_states`` has them, the
+    last behind the final norm, where ``normed``."""
+    if normed:
+        with torch.no_grad():
+            hidden = model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True)
+        return torch.stack(hidden.hidden_states).double().numpy()
     found = next(layer_states(model, tokens, range(LAYERS + 1), batch_size=len(tokens)))[1]
     return torch.stack([found[index] for index in range(LAYERS + 1)]).double().numpy()
 
@@ -97,6 +105,28 @@ def test_distances_equal_brute_force_over_recorded_states(side: str) -> None:
         assert found.angular[s, e].item() == pytest.approx(np.mean(angles), abs=1e-7)
     assert found.tokens == mask.sum() == tokens.tokens
     assert found.cosine.dtype == found.angular.dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "gpt2", "gpt_neox", "opt", "stablelm"])
+def test_normed_distances_are_those_of_hidden_states(name: str) -> None:
+    model, tokens = build(name), padded_tokens("right")
+    states, mask = states_of(model, tokens, normed=True), tokens.mask.numpy()
+    found, plain = measured(model, tokens, normed=True), measured(model, tokens)
+    for s in range(LAYERS + 1):
+        cosines = [brute_cosine(states[s, n, t], states[LAYERS, n, t]) for n, t in np.argwhere(mask)]
+        assert found.cosine[s, LAYERS].item() == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert torch.equal(found.cosine[:-1, :-1], plain.cosine[:-1, :-1])
+    assert not torch.allclose(found.cosine[:-1, -1], plain.cosine[:-1, -1], atol=1e-4)
+
+
+def test_the_cosine_over_tokens_is_torchs_along_them() -> None:
+    model, tokens = build("llama3"), padded_tokens("mixed")
+    states = torch.from_numpy(states_of(model, tokens))
+    found = measure_channel_cosine(model, tokens, Run(batch_size=3))
+    for s, e in itertools.combinations(range(LAYERS + 1), 2):
+        rows = [torch.cosine_similarity(states[s, n, real][None], states[e, n, real][None]).mean()
+                for n, real in enumerate(tokens.mask)]
+        torch.testing.assert_close(found[s, e], torch.stack(rows).mean(), rtol=1e-9, atol=1e-9)
 
 
 def hand_made(monkeypatch: pytest.MonkeyPatch, states: list[list[list[float]]]) -> tuple[PreTrainedModel, TokenSet]:
@@ -141,7 +171,7 @@ def test_shortgpt_takes_the_layers_of_least_influence() -> None:
             for name, weight in decoder_layers(model)[index].named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.mul_(0.01)
-    states = states_of(model, tokens)
+    states = states_of(model, tokens, normed=True)
     influence = [np.mean([1 - brute_cosine(states[index, n, t], states[index + 1, n, t])
                           for n, t in np.argwhere(tokens.mask.numpy())]) for index in range(LAYERS)]
     order = np.argsort(influence)
@@ -159,11 +189,11 @@ def test_shortgpt_takes_the_layers_of_least_influence() -> None:
 def test_uidl_takes_the_block_whose_ends_are_nearest_at_the_last_real_token(side: str) -> None:
     for seed in range(3):
         model, tokens = build("llama3", seed), padded_tokens(side, seed=seed)
-        states = states_of(model, tokens)
+        states = states_of(model, tokens, normed=True)
         layer = sum(p.numel() for p in decoder_layers(model)[0].parameters()) / model.num_parameters()
         for count in (1, 2, 3):
             angles = {}
-            for start in range(LAYERS - count + 1):
+            for start in range(1, LAYERS - count + 1):
                 angles[start] = np.mean([
                     math.acos(brute_cosine(states[start, n, t], states[start + count, n, t])) / math.pi
                     for n, t in enumerate(np.flatnonzero(row)[-1] for row in tokens.mask.numpy())])
@@ -171,6 +201,26 @@ def test_uidl_takes_the_block_whose_ends_are_nearest_at_the_last_real_token(side
             found = UIDL(ratio=(count - 0.5) * layer)(model, tokens)
             assert found.blocks == [range(start, start + count)]
     assert {len(block) for block in shortest_blocks(model, UIDL(ratio=2.5 * layer).target(model), range(LAYERS))} == {3}
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("shortgpt", (0, 0)), ("uidl", (1, 0)), ("sleb", (1, 1)), ("streamline", (0, 0)), ("replaceme", (1, 0)),
+    ("linearpatch", (1, 1)), ("laco", (1, 0)), ("llm-pruner", (1, 0)), ("kdp", (1, 1)), ("slicegpt", None)])
+def test_each_method_keeps_the_layers_that_its_own_code_keeps(name: str, expected: tuple[int, int] | None) -> None:
+    model = build("llama3")
+    method = METHODS[name]()
+    assert method.protected(model) == expected
+    if isinstance(method, DepthMethod) and name not in ("laco", "kdp"):
+        start, end = method.protected(model) or (0, 0)
+        assert method.allowed(model) == range(start, LAYERS - end)
+        assert dataclasses.replace(method, protect=0.34).protected(model) == (3, 3)
+        assert dataclasses.replace(method, blocks=((2, 4),)).protected(model) is None
+
+
+def test_llm_pruner_keeps_four_and_two_of_thirty_two() -> None:
+    config = build("llama3").config
+    config.num_hidden_layers = 32
+    assert LLMPruner().protected(AutoModelForCausalLM.from_config(config)) == (4, 2)
 
 
 # ------------------------------------------------------------------------------------------ SLEB

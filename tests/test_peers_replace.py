@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from families import WIDTH, WIRINGS, build
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
@@ -15,13 +17,15 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.common.block_data import block_states
+from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.stand_in_fit import StandInFit
+from kdprune.methods.peers.drop import runs
 from kdprune.methods.peers.linear import fit_affine
-from kdprune.methods.peers.linearpatch import LinearPatch, channel_scales, hadamard, patch_matrix
-from kdprune.methods.peers.replaceme import ReplaceMe, folded_weights, interface, least_squares
-from kdprune.methods.peers.streamline import LayerFit, Streamline
+from kdprune.methods.peers.linearpatch import LinearPatch, channel_scales, hadamard, paley, patch_matrix
+from kdprune.methods.peers.replaceme import ReplaceMe, folded_weights, interface, least_squares, nearest_runs
+from kdprune.methods.peers.streamline import LayerFit, Streamline, new_ffn
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
@@ -29,15 +33,16 @@ from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypass
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit
+from kdprune.train.trial import RATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # name: (method, options that make it quick).
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "streamline-none": ("streamline", {"stand_in": "none"}),
-    "streamline-ffn": ("streamline", {"stand_in": "ffn", "epochs": 2}),
-    "streamline-layer": ("streamline", {"stand_in": "layer", "epochs": 2}),
-    "replaceme-cosine": ("replaceme", {"epochs": 2}),
+    "streamline-ffn": ("streamline", {"stand_in": "ffn", "epochs": 2, "rate": 3e-3}),
+    "streamline-layer": ("streamline", {"stand_in": "layer", "epochs": 2, "rate": 1e-3}),
+    "replaceme-cosine": ("replaceme", {"epochs": 2, "rate": 1e-3}),
     "replaceme-least-squares": ("replaceme", {"solver": "least_squares"}),
     "linear": ("linear", {"protect": 0.0}),
     "linearpatch": ("linearpatch", {}),
@@ -130,11 +135,59 @@ def test_refusals_in_one_line(case: str, options: dict[str, Any], rows: int, mes
 def test_streamline_takes_the_run_of_greatest_cosine() -> None:
     model, tokens = build("llama3"), random_tokens()
     block = prune("streamline-none", model, tokens).blocks[0]
-    cosines = {}
-    for start in range(6 - len(block) + 1):
-        pair = endpoints(model, tokens, range(start, start + len(block)))
-        cosines[start] = float(cosine_similarity(*pair, dim=-1).mean())
+    with torch.no_grad():
+        hidden = model(input_ids=tokens.ids, output_hidden_states=True).hidden_states  # the last behind the norm
+    cosines = {start: float(cosine_similarity(hidden[start], hidden[start + len(block)], dim=-1).mean())
+               for start in range(6 - len(block) + 1)}
     assert block.start == max(cosines, key=lambda start: cosines[start])
+    plain = prune("streamline-none", model, tokens, last_state="plain").blocks[0]
+    last = range(6 - len(block), 6)
+    cosines[last.start] = float(cosine_similarity(*endpoints(model, tokens, last), dim=-1).mean())
+    assert plain.start == max(cosines, key=lambda start: cosines[start])
+
+
+def test_streamlines_network_starts_small_and_without_biases() -> None:
+    stand_in = new_ffn(128, torch.Generator().manual_seed(0))
+    for module in (stand_in.phase, stand_in.readout):
+        weight = module.weight.detach()
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.02)
+        assert abs(float(weight.mean())) < 3e-4
+        assert not module.bias.any()
+    again = new_ffn(128, torch.Generator().manual_seed(0))
+    assert torch.equal(stand_in.phase.weight, again.phase.weight)
+
+
+@pytest.mark.parametrize("case", ["streamline-ffn", "streamline-layer", "replaceme-cosine"])
+def test_a_rate_that_is_not_given_is_the_one_that_held_out_rows_find_best(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, blocks = build("llama3"), random_tokens(40), ((1, 3),)
+    told: list[tuple[float, float]] = []
+    for place in ("stand_in_fit", "replaceme"):
+        room = "peers" if place == "replaceme" else "common"
+        monkeypatch.setattr(f"kdprune.methods.{room}.{place}.saying", lambda *_: lambda *pair: told.append(pair))
+    found = prune(case, model, tokens, rate=None, blocks=blocks)
+    [rate] = found.rates
+    assert [pair[0] for pair in told] == list(RATES[: len(told)])
+    assert rate == min(told, key=lambda pair: pair[1])[0]
+    assert len(told) == min(RATES.index(rate) + 2, len(RATES))
+    # The same draws, so the same bits as with that rate given.
+    again = prune(case, model, tokens, rate=rate, blocks=blocks)
+    assert not again.rates
+    states = [apply_edits(model, result.edits).state_dict() for result in (found, again)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert found.training == again.training > 0
+
+
+def test_training_is_counted_in_parameters_times_tokens() -> None:
+    model, tokens = build("llama3"), padded_tokens(0)
+    fitted = int(tokens.mask[:7].sum())  # 8 rows, one held out
+    layer = sum(parameter.numel() for parameter in decoder_layers(model)[1].parameters())
+    expected = {"streamline-ffn": 8 * WIDTH**2 + 5 * WIDTH, "streamline-layer": layer, "replaceme-cosine": WIDTH**2}
+    for case, parameters in expected.items():
+        assert prune(case, model, tokens, blocks=((1, 3),)).training == 2 * fitted * parameters
+    for case in ("linear", "linearpatch", "replaceme-least-squares"):
+        assert prune(case, model, tokens, blocks=((1, 3),)).training == 0
 
 
 def test_streamlines_network_has_the_papers_form() -> None:
@@ -217,6 +270,72 @@ def test_replaceme_brings_the_stream_nearer(case: str) -> None:
         assert (found - after).square().mean() < (before - after).square().mean()
 
 
+@pytest.mark.parametrize("compared", ["stream", "update"])
+def test_replacemes_cosine_is_adam_on_its_distance(compared: str) -> None:
+    model, tokens, block = build("llama3"), random_tokens(4), range(2, 4)
+    found = prune("replaceme-cosine", model, tokens, blocks=((2, 4),), compared=compared, epochs=1, batch=3, rate=0.01)
+    with interface(model, block) as states:
+        output, rest, target = states(tokens.select(slice(0, 3)))  # the last row is held out
+    matrix = torch.eye(WIDTH, requires_grad=True)
+    mapped = output @ matrix.T
+    pair = (rest + mapped, target) if compared == "stream" else (mapped, target - rest)
+    (1 - cosine_similarity(*pair, dim=-1)).mean().backward()
+    step = torch.optim.Adam([matrix], lr=1.0)
+    torch.optim.lr_scheduler.OneCycleLR(  # sets the rate a schedule of one step starts from
+        step, 0.01, total_steps=2, pct_start=0.05, cycle_momentum=False, final_div_factor=1e4)
+    step.step()
+    expected = matrix.detach()
+    [rewrite] = [edit for edit in found.edits if isinstance(edit, Rewrite)]
+    folded = folded_weights(model, 1, expected)
+    for name, weight in rewrite.weights.items():
+        torch.testing.assert_close(weight, folded[name], rtol=1e-4, atol=1e-6)
+
+
+def test_replaceme_takes_the_nearest_run_at_the_last_token() -> None:
+    model, tokens = build("llama3"), padded_tokens(0)
+    [block] = prune("replaceme-least-squares", model, tokens).blocks
+    with torch.no_grad():
+        hidden = model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True).hidden_states
+    last = torch.stack([row.nonzero()[-1, 0] for row in tokens.mask])
+    angles = {}
+    for start in range(1, 6 - len(block) + 1):
+        pair = (hidden[start][range(8), last].double(), hidden[start + len(block)][range(8), last].double())
+        angles[start] = float(cosine_similarity(*pair, dim=-1).arccos().mean())
+    assert block.start == min(angles, key=lambda start: angles[start])
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
+@settings(deadline=None, max_examples=80)
+def test_nearest_runs_are_greedy_and_never_run_out_of_room(seed: int, length: int, count: int, more: int) -> None:
+    allowed = range(1, 1 + length * count + more)
+    distance = torch.rand(allowed.stop + 1, allowed.stop + 1, generator=torch.Generator().manual_seed(seed))
+    found = nearest_runs(distance, allowed, length, count)
+    layers = [layer for block in found for layer in block]
+    assert len(found) == count
+    assert len(set(layers)) == len(layers) == count * length
+    assert set(layers) <= set(allowed)
+    blocks = [range(s, s + length) for s in range(allowed.start, allowed.stop - length + 1)]
+    ranked = sorted(blocks, key=lambda block: float(distance[block.start, block.stop]))
+    if more >= (length - 1) * count:  # room enough for any: then each is the nearest of those beside the others
+        chosen: list[range] = []
+        for block in ranked:
+            if len(chosen) < count and not any(set(block) & set(other) for other in chosen):
+                chosen.append(block)
+        assert found == sorted(chosen, key=lambda block: block.start)
+
+
+def test_replaceme_cuts_in_several_places() -> None:
+    model, tokens = build("llama3"), random_tokens()
+    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters()) / model.num_parameters()
+    result = prune("replaceme-least-squares", model, tokens, cuts=2, ratio=1.5 * layer)
+    distance = measure_distances(model, tokens, Run(batch_size=3), normed=True).angular
+    order = sorted(range(1, 6), key=lambda start: float(distance[start, start + 1]))
+    assert sorted(layer for block in result.blocks for layer in block) == sorted(order[:2])
+    assert apply_edits(model, result.edits).config.num_hidden_layers == 4
+    with pytest.raises(KDPruneError, match="got 6 cuts for 5 layers"):
+        method("replaceme-least-squares", cuts=6).check(model, tokens)
+
+
 def test_replacemes_cosine_starts_from_dropping() -> None:
     model = build("gpt2")
     edits = prune("replaceme-cosine", model, random_tokens(), blocks=((2, 4),), epochs=1, rate=1e-12).edits
@@ -250,13 +369,32 @@ def test_linear_is_numpys_ridge_regression() -> None:
     assert not fitting.stand_in.normalize
 
 
-@pytest.mark.parametrize("size", [1, 32, 96, 128, 33])
-def test_hadamard_is_orthonormal(size: int) -> None:
-    matrix, power = hadamard(size), size & -size
+@pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 28, 32, 36, 44, 60, 76, 84, 108, 140])
+def test_paleys_matrices_are_hadamards(order: int) -> None:
+    matrix = paley(order)
+    assert matrix.shape == (order, order)
+    assert set(matrix.flatten().tolist()) == {-1.0, 1.0}
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("order", [6, 40, 52, 92])
+def test_paley_refuses_what_it_does_not_give(order: int) -> None:
+    with pytest.raises(ValueError, match=f"got order {order}, expected q \\+ 1 or 2"):
+        paley(order)
+
+
+@pytest.mark.parametrize(("size", "whole"), [
+    *((size, size) for size in (1, 2, 12, 20, 28, 32, 36, 40, 96, 128, 576, 640, 896, 960, 1152)),
+    (33, 1), (18, 2), (52, 4), (92, 4), (184, 8)])  # where Paley gives none: runs of the greatest divisor it gives
+def test_hadamard_is_orthonormal(size: int, whole: int) -> None:
+    matrix = hadamard(size)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
     entries = matrix[matrix != 0].abs()
-    assert len(entries) == size * power
-    torch.testing.assert_close(entries, torch.full_like(entries, power**-0.5))
+    assert len(entries) == size * whole
+    torch.testing.assert_close(entries, torch.full_like(entries, whole**-0.5))
+    if size & (size - 1) == 0:  # Sylvester's: rows of characters, H_ij = (−1)^popcount(i & j) / √d
+        signs = [[(-1) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+        torch.testing.assert_close(matrix, torch.tensor(signs, dtype=torch.float64) * size**-0.5)
 
 
 @pytest.mark.parametrize("size", [32, 96, 128])
@@ -276,6 +414,27 @@ def test_the_scales_align_mean_magnitudes_in_the_rotated_basis() -> None:
     rotation = hadamard(WIDTH).numpy()
     expected = np.abs(after @ rotation).mean(0) / np.abs(before @ rotation).mean(0)
     np.testing.assert_allclose(channel_scales(fitting), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("blocks_by", ["cosine", "channels", "influence"])
+def test_linearpatch_takes_neither_the_first_layer_nor_the_last(blocks_by: str) -> None:
+    model, tokens = build("llama3"), random_tokens()
+    hidden = torch.stack([next(layer_states(model, tokens, [index], 8))[1][index] for index in range(7)])
+    cosine = [[float(cosine_similarity(hidden[s], hidden[e], dim=-1).mean()) for e in range(7)] for s in range(7)]
+    channels = [[float(cosine_similarity(hidden[s], hidden[e], dim=1).mean()) for e in range(7)] for s in range(7)]
+    result = prune("linearpatch", model, tokens, blocks_by=blocks_by)
+    if blocks_by == "influence":
+        order = sorted(range(1, 5), key=lambda layer: -cosine[layer][layer + 1])
+        layers = sorted(layer for block in result.blocks for layer in block)
+        assert layers == sorted(order[: len(layers)])
+        pruned = apply_edits(model, result.edits)
+        assert pruned.num_parameters() <= 0.75 * model.num_parameters()
+        assert len(result.edits) == len(runs(layers))
+    else:
+        [block] = result.blocks
+        score = cosine if blocks_by == "cosine" else channels
+        assert block.start == max(range(1, 6 - len(block)), key=lambda start: score[start][start + len(block)])
+    assert all(block.start >= 1 and block.stop <= 5 for block in result.blocks)
 
 
 def test_linearpatch_is_one_matrix() -> None:
@@ -304,4 +463,5 @@ def test_weight_decay_shrinks_and_clipping_makes_every_step_count() -> None:
 
 
 def test_the_defaults_are_the_papers() -> None:
-    assert (Streamline().stand_in, Streamline().epochs, ReplaceMe().solver) == ("ffn", 10, "cosine")
+    assert (Streamline().stand_in, Streamline().epochs, ReplaceMe().solver) == ("layer", 10, "cosine")
+    assert all(METHODS[name]().last_state == "normed" for name in ("shortgpt", "uidl", "streamline", "replaceme"))

@@ -20,7 +20,7 @@ from kdprune.methods.peers.llm_pruner import LLMPruner
 from kdprune.methods.peers.saliency import Gradient, loss_gradients, random_slices, weight_saliency
 from kdprune.methods.peers.slicegpt import SliceGPT
 from kdprune.methods.peers.slicing import StreamSize, principal_components
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.model.losses import language_loss
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.structures import attention_parts, mlp_parts
@@ -62,6 +62,17 @@ def test_the_net_ratio_is_met_from_above_within_half_a_point(method: str, name: 
     dense = build(name)
     for ratio in (0.1, 0.25):
         assert ratio <= removed(dense, pruned(dense, METHODS[method](ratio=ratio))) < ratio + 0.005
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gpt_neox", "gpt2"])  # tied, untied, with a table of positions
+def test_counted_outside_slicegpt_loses_as_much_there_as_methods_that_drop_layers(name: str) -> None:
+    dense = build(name)
+    wanted = 0.2 * dense.num_parameters()
+    lost = outside_embeddings(dense) - outside_embeddings(pruned(dense, SliceGPT(ratio=0.2, counted="outside")))
+    assert wanted <= lost < wanted + 0.005 * dense.num_parameters()
+    most = outside_embeddings(dense) / dense.num_parameters()
+    with pytest.raises(KDPruneError, match="expected at most 0\\."):
+        SliceGPT(ratio=min(0.99, 1.01 * most), counted="outside").check(dense, tokens())
 
 
 @pytest.mark.parametrize("method", METHODS)

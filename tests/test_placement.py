@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("drop", "after", "before", "context", "heads", "rewrite")
 SPREAD = (
     "kdp-learned", "kdp-paper",
-    "kdp", "kdp-without", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-layer", "streamline-none",
+    "kdp", "kdp-without", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-ffn", "streamline-none",
     "replaceme-closed", "shortgpt", "uidl", "sleb")
 
 

@@ -97,7 +97,7 @@ def test_states_of_every_family(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load_in", HERE)
-@pytest.mark.parametrize("form", ["kdp", "shortgpt", "linear", "linearpatch", "streamline-layer", "replaceme-closed"])
+@pytest.mark.parametrize("form", ["kdp", "shortgpt", "linear", "linearpatch", "streamline", "replaceme-closed"])
 def test_what_stays_is_of_full_precision(form: str, load_in: str, wide: Path) -> None:
     needs(load_in)
     model, collector = AutoModelForCausalLM.from_pretrained(wide).eval(), load_quantised(wide, LOAD_IN[load_in])

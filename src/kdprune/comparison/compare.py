@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedModel
 
 from kdprune.comparison.units import PARTS, Bench, Protocol, Texts
 from kdprune.comparison.variants import Variant, ablation_variants, check_ablation, parse_variant, split_methods
@@ -144,7 +145,8 @@ def _run(
                 **text_sources(data)}),
             calibration=Calibration(
                 source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
-            device=str(session.model.device), dense=dense, variants=[_record(variant) for variant in variants],
+            device=str(session.model.device), dense=dense,
+            variants=[_record(variant, session.model, blocks_from) for variant in variants],
             units=units, failures=failures, versions=software_versions())
     if folder is not None:
         result.save(folder / "results.json")
@@ -221,9 +223,11 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, KDPruneError) else f"{type(error).__name__}: {one_line(error)}"
 
 
-def _record(variant: Variant) -> VariantRecord:
+def _record(variant: Variant, model: PreTrainedModel, blocks_from: str | None) -> VariantRecord:
+    follows = blocks_from not in (None, variant.name) and variant.takes_blocks
     return VariantRecord(
-        name=variant.name, title=variant.title, group=variant.group, value=variant.value, options=variant.options)
+        name=variant.name, title=variant.title, group=variant.group, value=variant.value, options=variant.options,
+        protected=None if follows else variant.method.protected(model))
 
 
 def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:

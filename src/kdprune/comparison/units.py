@@ -150,7 +150,8 @@ class Bench:
             peak_memory_scope="unit" if cost.own_peak else "process",
             resumed=bool(set(run.stages.reused) - {"analyse"}),
             tokens=seen + int(healed.get("tokens", 0)), heal=Heal(**healed) if healed else None,
-            **self._measured(run, made, dense), stages=dict(run.stages.seconds),
+            trained=outcome.training + int(healed.get("parameters", 0)) * int(healed.get("tokens", 0)),
+            rates=list(outcome.rates), **self._measured(run, made, dense), stages=dict(run.stages.seconds),
         )
         self.cache.clean(*PARTS)
         return unit

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, family_of, final_norm
 from kdprune.model.layerwise import streamed_states
 from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run_layers, standing_in
 from kdprune.model.placement import input_device
@@ -110,6 +110,27 @@ def _resident_states(
 
         parts = limit.over(batch, work) if own else []
         yield {index: joined([part[index] for part in parts], device) for index in own}
+
+
+@torch.no_grad()
+def behind_norm(model: PreTrainedModel, batch: TokenSet, state: Tensor) -> Tensor:
+    """The state that leaves the last layer, (B, T, d), behind the final norm: the last entry of ``hidden_states``.
+
+    Of a family without a row the norm's name is not known: there the model runs with its layers giving ``state``.
+    """
+    if not family_of(model).inferred:
+        norm = final_norm(model)
+        weight = next(norm.parameters(), None)
+        device = state.device if weight is None or weight.device.type == "meta" else weight.device
+        return norm(state.to(device)).to(state.device)
+    seen: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+    try:
+        with standing_in(list(decoder_layers(model)), lambda *_: state):
+            run_layers(model, batch)
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def place(index: int, model: PreTrainedModel) -> str:

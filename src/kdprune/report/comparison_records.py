@@ -88,6 +88,11 @@ class Unit(Record):
     resumed: bool = Field(
         False, description="whether an interrupted run had finished a part: seconds and memory are those of the rest")
     tokens: int = Field(description="calibration tokens the method looked at, those of healing counted")
+    trained: int | None = Field(
+        None, description="parameters trained × tokens seen in training, all fits and healing; closed forms and rates "
+        "on trial count nothing; null in older records")
+    rates: list[Number] = Field(
+        default_factory=list, description="learning rates found on trial, one a block; empty where they were given")
     state_error: list[Number] = Field(default_factory=list, description="of each stand-in, on held-out rows")
     heal: Heal | None = Field(None, description="training after pruning, and whether it was kept")
 
@@ -109,6 +114,9 @@ class Variant(Record):
     group: str = Field("", description="ablations: the part of the table it stands in")
     value: Number = Field(None, description="ablations: what a sweep varies, at this point")
     options: FreeForm = Field(default_factory=dict, description="every option of method and run")
+    protected: tuple[int, int] | None = Field(
+        None, description="layers at the start and at the end that it never takes, as its own code has it; null where "
+        "blocks are named or given, or no layer is chosen, and in older records")
 
 
 class TextStat(Record):
@@ -144,6 +152,7 @@ class Row(Record):
     seconds: Stat | None = Field(None, description="of pruning")
     peak_memory_bytes: Stat | None = Field(None, description="while pruning")
     tokens: Stat | None = Field(None, description="calibration tokens looked at")
+    trained: Stat | None = Field(None, description="parameters trained × tokens seen in training")
     tasks: dict[str, Stat] = Field(default_factory=dict, description="score of each task")
     task_retained: dict[str, Stat] = Field(default_factory=dict, description="score / dense score of each task")
 
@@ -206,6 +215,7 @@ class Comparison(Record):
             seconds=Stat.of(unit.seconds for unit in units),
             peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in units),
             tokens=Stat.of(unit.tokens for unit in units),
+            trained=Stat.of(unit.trained for unit in units),
             tasks=_by_task(units),
             task_retained=_by_task(units, {task_name(score): score for score in self.dense.tasks}),
         )

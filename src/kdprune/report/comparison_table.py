@@ -28,6 +28,7 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "time": ("seconds", lambda x: summary.duration(x), False),
     "peak memory": ("peak_memory_bytes", lambda x: summary.size(x), False),
     "tokens used": ("tokens", lambda x: summary.count(x), False),
+    "trained × tokens": ("trained", lambda x: summary.count(x), False),
 }
 UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
          "agreement": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
@@ -108,6 +109,16 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
         since = "pruning began" if scopes == {"unit"} else "the process began, as this system cannot reset its mark"
         found.append("Time is that of pruning, with the similarity analysis where a method needs it (shared by a "
                      f"seed's methods, counted in each); peak memory is the process's, model included, since {since}.")
+    if "trained × tokens" in titles and any(row.trained for row in comparison.rows):
+        found.append("Trained × tokens: parameters trained times tokens seen in training, over all fits and healing; "
+                     "solves in closed form and rates on trial count nothing there, but in the time.")
+    found += _protected(comparison.rows)
+    if comparison.of == "all" and any(
+            row.variant.options.get("method") == "slicegpt" and row.variant.options.get("counted") == "all"
+            for row in comparison.rows):
+        found.append("SliceGPT's net ratio counts its narrower tables, and the head as a matrix of its own where the "
+                     "dense model ties it to the table: by the layers' net ratio it compares with the others "
+                     "(--of layers, or slicegpt:counted=outside).")
     undone = [unit for unit in comparison.units if unit.heal and not unit.heal.kept]
     if undone:
         found.append("Healing made held-out rows worse and was undone: "
@@ -121,6 +132,19 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
             f"{', '.join(comparison.signal) or 'none'}. "
             f"Without such signal: {', '.join(comparison.left_out) or 'none'}.")
     return found
+
+
+def _protected(rows: Sequence[Row]) -> list[str]:
+    """Which layers selections leave alone, in one sentence; nothing where no row says."""
+    kept: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        if row.variant.protected is not None:
+            kept.setdefault(row.variant.protected, []).append(row.variant.title)
+    if not kept:
+        return []
+    parts = [f"{'none' if ends == (0, 0) else f'{ends[0]} and {ends[1]}'}: {', '.join(dict.fromkeys(titles))}"
+             for ends, titles in sorted(kept.items())]
+    return [f"Layers never taken at the start and at the end, each method as its own code has it: {'; '.join(parts)}."]
 
 
 def _parameters(comparison: Comparison) -> str:
@@ -223,7 +247,7 @@ def _line(parts: Sequence[str]) -> str:
 def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
     """The table in the terminal, failures below it, and the paths written."""
     titles = [title for title in columns(comparison) if title not in (
-        "tokens used", "KV cache saved", "prefill", "same next token")]
+        "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token")]
     table = Table(title=Text(f"{summary.model_name(comparison.model)}, {comparison.kind}"), title_justify="left",
                   title_style="bold")
     table.add_column("")

@@ -201,6 +201,9 @@ class Fit(Record):
     )
     ordinary: bool = Field(False, description="whether it is an ordinary decoder layer of the model's family")
     parameters: int = Field(description="parameters of the stand-in, its context included")
+    trained: int = Field(
+        0, description="parameters trained × tokens seen in training, all steps; 0: none, and in older records"
+    )
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
     step3: Curve | None = Field(None, description="training of kernel and inverse network together")

@@ -1,7 +1,6 @@
 """Training of a pruned model: the loop of healing, with an eye on held-out rows, in the memory there is."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from torch import BoolTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.errors import Diverged
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.model.placement import input_device
 from kdprune.model.recompute import activation_bytes, recomputing
@@ -25,13 +23,13 @@ from kdprune.runtime.stages import Advance
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Progress, Schedule, fit
+from kdprune.train.trial import LEAST_STEPS, best_rate
 
 PURPOSE = 1_000  # of the generator: its draws disturb no method's
 POINTS = 20  # of the curve, each with a look at held-out rows
 # Of a batch at work, on a CPU and on an accelerator; larger ones are made of parts whose gradients add up.
 LOGITS, LOGITS_FAST = 2**27, 2**29
 ACTIVATIONS = 0.4  # of the machine's memory that they may take; beyond, layers are run again for the gradient
-LEAST_STEPS = 4  # of a trial of a rate
 CLIP = 1.0  # largest norm of a step's gradient
 
 # Model, rows as they are trained on, and their numbers among all rows → summed loss, and of how many positions.
@@ -132,29 +130,19 @@ class Training:
     def _best_rate(self, parameters: list[nn.Parameter], rates: Sequence[float], part: int) -> float:
         """Of rates from the highest down the first that serves better than the next one, as long trials show.
 
-        A trial is a whole training, warm-up and annealing and all, on the rows up to the first look. What suits a model
-        differs by a factor of ten: weights of the same width are five times as large in one as in another.
+        A trial is a whole training, warm-up and annealing and all, on the rows up to the first look.
         """
-        start = [parameter.detach().clone() for parameter in parameters]
         count = rows_on_trial(len(self.rows), self.batch)
-        best = math.inf, rates[-1]
-        for rate in rates:
-            try:
-                curves = fit(
-                    parameters, self.loss_function, count, Schedule(1, self.batch, rate, clip=CLIP),
-                    self.run.generator(PURPOSE), name="healing, on trial", watch=self.watch, part=part,
-                    local_rows=lambda rows: rows[world().share(len(rows))], notify=lambda _: None)
-                value = curves["watched"][-1]
-            except Diverged:
-                value = math.inf
-            with torch.no_grad():
-                for parameter, before in zip(parameters, start, strict=True):
-                    parameter.copy_(before)
-            self.run.stages.tell(f"healing: {value:.4f} nats on held-out rows after a trial at rate {rate:.2g}")
-            if value >= best[0]:
-                break
-            best = value, rate
-        return best[1]
+
+        def trial(rate: float) -> float:
+            curves = fit(
+                parameters, self.loss_function, count, Schedule(1, self.batch, rate, clip=CLIP),
+                self.run.generator(PURPOSE), name="healing, on trial", watch=self.watch, part=part,
+                local_rows=lambda rows: rows[world().share(len(rows))], notify=lambda _: None)
+            return curves["watched"][-1]
+
+        return best_rate(parameters, rates, trial, lambda rate, value: self.run.stages.tell(
+            f"healing: {value:.4f} nats on held-out rows after a trial at rate {rate:.2g}"))
 
 
 def stretch_of(rows: int, batch: int) -> int:

@@ -10,20 +10,20 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import check_blocks, shortest_blocks
 from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.held_out import held_out
-from kdprune.methods.common.method import DepthMethod
-from kdprune.methods.common.selection import open_layers
+from kdprune.methods.common.method import ComparingMethod, DepthMethod
 from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit, average
 from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime.run import Run
 
 
-def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, first: int = 0) -> list[range]:
+def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0) -> list[range]:
     """The explicit blocks; without them every shortest run of layers that meets the ratio, of which one is to be taken.
 
     Args:
+        options: the method.
+        model: the dense model.
         cost: parameters put in the block's place.
-        first: the first layer that may go, whatever ``protect`` says.
 
     Raises:
         KDPruneError: impossible blocks, or a ratio out of reach (says the largest possible).
@@ -31,18 +31,18 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0, firs
     layers = len(decoder_layers(model))
     if options.blocks is not None:
         return check_blocks([range(*block) for block in options.blocks], layers)
-    allowed = open_layers(layers, options.protect)
-    return shortest_blocks(model, options.target(model), range(max(first, allowed.start), allowed.stop), cost)
+    return shortest_blocks(model, options.target(model), options.allowed(model), cost)
 
 
 def choose(
-    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, cost: int = 0, first: int = 0,
+    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, cost: int = 0,
 ) -> list[range]:
     """The explicit blocks, or of the :func:`candidates` the one whose ends have the greatest mean cosine."""
-    blocks = candidates(options, model, cost, first)
+    blocks = candidates(options, model, cost)
     if options.blocks is not None:
         return blocks
-    return [nearest(blocks, 1 - measure_distances(model, tokens, run).cosine)]
+    normed = isinstance(options, ComparingMethod) and options.last_state == "normed"
+    return [nearest(blocks, 1 - measure_distances(model, tokens, run, normed=normed).cosine)]
 
 
 def nearest(blocks: list[range], distance: Tensor) -> range:
@@ -77,6 +77,7 @@ def fit_record(fitting: StandInFit, energy: float, curves: dict[str, list[float]
         "block": (block.start, block.stop), "place": "before" if block.start == 0 else "after",
         "kind": stand_in.kind, "features": stand_in.features, "hidden": stand_in.hidden, "context": "none",
         "parameters": sum(parameter.numel() for parameter in stand_in.parameters()), "step2": curves,
+        "trained": fitting.trained,
         **held_out(fitting, energy, PASS_ROWS),
     }
 

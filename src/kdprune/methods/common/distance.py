@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.model.activations import layer_states
+from kdprune.model.activations import behind_norm, layer_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
@@ -19,7 +19,7 @@ _CHUNK = 256     # tokens at a time of all L + 1 states in float64
 
 @dataclass(frozen=True)
 class Distances:
-    """Of all pairs of the L + 1 states, h_L taken before the final norm; both (L+1, L+1), float64, on the CPU.
+    """Of all pairs of the L + 1 states; both (L+1, L+1), float64, on the CPU.
 
     Attributes:
         cosine: mean of cos(h_s, h_e) over all real tokens.
@@ -33,8 +33,15 @@ class Distances:
 
 
 @torch.no_grad()
-def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Distances:
+def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run, *, normed: bool = False) -> Distances:
     """One pass over the calibration rows; no states are kept beyond a batch, and padding is left out.
+
+    Args:
+        model: the dense model.
+        tokens: the calibration rows.
+        run: gives the model that runs, and the size of batches.
+        normed: whether h_L is taken behind the final norm, as the last of ``hidden_states``; else as it leaves the
+            last layer.
 
     Raises:
         KDPruneError: a state is NaN or infinite.
@@ -45,6 +52,8 @@ def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Dis
     local = tokens.local(run.batch_size)
     with run.stage("distances", len(tokens)) as progress:
         for batch, found in layer_states(run.running(model), local, range(states), run.batch_size):
+            if normed:
+                found[states - 1] = behind_norm(run.running(model), batch, found[states - 1])
             row, column = batch.mask.nonzero(as_tuple=True)
             for part in torch.arange(len(row)).split(_CHUNK):
                 cosine += _cosines(_gather(found, row[part], column[part])).sum(-1).cpu()
@@ -56,6 +65,33 @@ def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Dis
     world().sum(cosine, angular)
     rows = int(world().total([rows])[0])
     return Distances(cosine / max(tokens.tokens, 1), angular / max(rows, 1), tokens.tokens)
+
+
+@torch.no_grad()
+def measure_channel_cosine(model: PreTrainedModel, tokens: TokenSet, run: Run) -> Tensor:
+    """Cosine over the tokens of a row, channel by channel: of all pairs of states, (L+1, L+1), float64, on the CPU.
+
+        c(s, e) = E_rows E_channels[ Σ_t h_s,t,i h_e,t,i / (‖h_s,·,i‖ ‖h_e,·,i‖) ]
+
+    over real tokens t; 0 for a channel that is zero throughout a row. h_L is what leaves the last layer. What
+    ``torch.cosine_similarity`` gives of (1, T, d) with its default, the dimension of tokens.
+
+    Raises:
+        KDPruneError: a state is NaN or infinite.
+    """
+    states = len(decoder_layers(model)) + 1
+    total = torch.zeros(states, states, dtype=torch.float64)
+    with run.stage("distances", len(tokens)) as progress:
+        for batch, found in layer_states(run.running(model), tokens.local(run.batch_size), range(states),
+                                         run.batch_size):
+            for row in batch.mask.any(1).nonzero().flatten():
+                column = batch.mask[row].nonzero().flatten()
+                over = _gather(found, row.expand_as(column), column)
+                unit = over / over.norm(dim=1, keepdim=True).clamp_min(torch.finfo(over.dtype).tiny)
+                total += torch.einsum("sti,eti->se", unit, unit).cpu() / unit.shape[-1]
+            progress(len(batch))
+    world().sum(total)
+    return total / max(int(tokens.mask.any(1).sum()), 1)
 
 
 def last_tokens(batch: TokenSet) -> tuple[Tensor, Tensor]:

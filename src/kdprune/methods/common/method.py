@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.selection import open_layers
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Of, Target
+from kdprune.model.families import decoder_layers
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
@@ -76,6 +78,10 @@ class Method(ABC):
         """Whether Substitute or Rewrite edits bring weights that healing can train alone."""
         return False
 
+    def protected(self, model: PreTrainedModel) -> tuple[int, int] | None:
+        """Layers at the start and at the end that this method leaves as they are; None: no layer is chosen."""
+        return None
+
     @abstractmethod
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Returns the architecture change as data. What :meth:`check` refuses must not be asked for.
@@ -93,7 +99,12 @@ class DepthMethod(Method):
 
     ``blocks`` chosen by one method can be given to any other, so that what they put in their place is compared on the
     same blocks.
+
+    Attributes:
+        ends: layers at the start and at the end that the method's own code never takes, whatever ``protect`` says.
     """
+
+    ends: ClassVar[tuple[int, int]] = (0, 0)
 
     blocks: tuple[tuple[int, int], ...] | None = option(
         None, "explicit half-open blocks instead of a selection: 4-7,9-12", group="size", parse=parse_blocks)
@@ -115,6 +126,31 @@ class DepthMethod(Method):
     def takes_blocks(self) -> bool:
         """Whether blocks that another method chose can be given to this one."""
         return self.blocks is None
+
+    def allowed(self, model: PreTrainedModel) -> range:
+        """The layers that a selection may take out: those that neither ``protect`` nor ``ends`` keep."""
+        layers, (first, last) = len(decoder_layers(model)), self.ends
+        opened = open_layers(layers, self.protect)
+        start = max(opened.start, first)
+        return range(start, max(start, min(opened.stop, layers - last)))
+
+    def protected(self, model: PreTrainedModel) -> tuple[int, int] | None:
+        """As of every method; None where the blocks are named."""
+        allowed = self.allowed(model)
+        return None if self.blocks is not None else (allowed.start, len(decoder_layers(model)) - allowed.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparingMethod(DepthMethod):
+    """A method that ranks layers by how far the states at their ends lie from each other.
+
+    The published codes of such methods read states from the list of ``hidden_states``, whose last entry stands behind
+    the model's final norm. Runs that end at the last layer then look farther, or nearer, than they are.
+    """
+
+    last_state: Literal["normed", "plain"] = option(
+        "normed", "the state behind the last layer as layers are ranked by it: behind the final norm too, as in the "
+        "published code, or plain", group="size", rare=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ class MethodResult:
     ``fit`` holds plain dicts with the fields of ``results.json``'s ``fit``; ``tokens`` is how many calibration tokens
     the method looked at, None for all of them. ``replaced``: the runs that were replaced, where the edits alone would
     say less, because one of a run's layers stays with new weights. ``damage``: of the blocks that were tried one by
-    one, what the loss grew by, where that chose the blocks.
+    one, what the loss grew by, where that chose the blocks. ``rates``: learning rates found on trial, one a block.
+    ``trained``: parameters trained × tokens seen in training, of fits without a record.
     """
 
     edits: Sequence[Edit]
@@ -22,6 +23,13 @@ class MethodResult:
     tokens: int | None = None
     replaced: Sequence[range] | None = None
     damage: Mapping[range, float] | None = None
+    rates: Sequence[float] = ()
+    trained: int = 0
+
+    @property
+    def training(self) -> int:
+        """Parameters trained × tokens seen in training, of all fits; closed forms and rates on trial count nothing."""
+        return self.trained + sum(int(record.get("trained", 0)) for record in self.fit)
 
     @property
     def blocks(self) -> list[range]:

@@ -25,6 +25,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
+from kdprune.train.trial import rate_on_trial
 
 PASS_ROWS = 32  # rows a pass when nothing is trained
 
@@ -59,6 +60,7 @@ class StandInFit:
             without biases where its layers have none.
 
     Attributes:
+        trained: parameters trained × tokens seen in training, so far.
         intercept: whether the read-out has a bias.
         multiplier: what the layer around it multiplies its output by (Granite), else 1.
     """
@@ -69,6 +71,7 @@ class StandInFit:
     ):
         self.states, self.context, self._running = states, context, run.running(model)
         self._model, self._ordinary = model, ordinary
+        self.trained = 0
         self.intercept = not ordinary or has_mlp_biases(model)
         self.device = device = input_device(self._running)
         self.fit_rows = len(states.tokens.ids) - states.held
@@ -216,11 +219,32 @@ class StandInFit:
             checkpoint: where the fit stands.
             watch: a figure whose best value decides what is kept, as of :func:`kdprune.train.loop.fit`.
         """
+        parameters = list(parameters)
         with run.stage(f"{step} {self.states.name}", schedule.epochs) as progress:
-            return fit(
+            curves = fit(
                 parameters, loss_function, self.fit_rows, schedule, draw, name=self.states.name,
                 on_epoch=advancing(progress), local_rows=self.states.local_rows, checkpoint=checkpoint,
                 watch=watch)
+        seen = len(curves["loss"]) * int(self.states.tokens.mask[: self.fit_rows].sum())
+        self.trained += seen * sum(parameter.numel() for parameter in parameters)
+        return curves
+
+    def rate(
+        self, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
+        draw: torch.Generator, run: Run,
+    ) -> float:
+        """The learning rate for such a training that serves best on the held-out rows, of those tried
+        (:func:`kdprune.train.trial.rate_on_trial`); arguments as of :meth:`train`."""
+        parameters, name = list(parameters), self.states.name
+
+        def train(rows: int, schedule: Schedule, draw: torch.Generator) -> None:
+            fit(parameters, loss_function, rows, schedule, draw, name=f"{name}, on trial",
+                local_rows=self.states.local_rows, notify=lambda _: None)
+
+        with run.stage(f"rate {name}"):
+            return rate_on_trial(
+                parameters, train, lambda: average(loss_function, self, held=True)["loss"][0], self.fit_rows, schedule,
+                draw, saying(run, name))
 
     def edit(self) -> Substitute:
         """The architecture change this fitting stands for."""
@@ -260,6 +284,12 @@ def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
         "loss": (predicted - target).square().sum() / energy,
         "cosine": cosine_similarity(predicted, target, dim=-1).sum(),
     }, len(target))
+
+
+def saying(run: Run, name: str) -> Callable[[float, float], None]:
+    """What tells of a rate on trial."""
+    return lambda rate, value: run.stages.tell(
+        f"{name}: loss {value:.4g} on held-out rows after a trial at rate {rate:.2g}")
 
 
 @torch.no_grad()

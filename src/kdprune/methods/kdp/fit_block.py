@@ -125,7 +125,8 @@ def fit_block(
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "channels": shape.channels, "hidden": shape.hidden, "rank": _rank(shape, settings),
         "context": "attention" if shape.context else "none", "context_layer": fitting.context,
-        "ordinary": shape.ordinary, "parameters": sum(parameter.numel() for parameter in added.parameters()),
+        "ordinary": shape.ordinary, "trained": fitting.trained,
+        "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
 
 
@@ -185,10 +186,15 @@ def _step1(this: Fit) -> Step1:
     if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
     with this.run.stage(f"kernel {this.fitting.states.name}", settings.step1.epochs) as progress:
-        return fit_dynamics(
+        found = fit_dynamics(
             features, path, weights, settings.step1, this.draw, ridge=settings.ridge, name=this.fitting.states.name,
             learn_kernel="fixed" not in settings.kernel, without=settings.without, progress=progress,
             checkpoint=this.run.checkpoint("kernel", this.follows_from))
+    if "operators" not in settings.without:
+        learned = [*(features.parameters() if "fixed" not in settings.kernel else ()), *found.dynamics.parameters()]
+        this.fitting.trained += (
+            settings.step1.epochs * path.shape[1] * sum(parameter.numel() for parameter in learned))
+    return found
 
 
 def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:

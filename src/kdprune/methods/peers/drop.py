@@ -15,9 +15,8 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.common.distance import measure_distances
-from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.method import ComparingMethod, DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.selection import open_layers
 from kdprune.methods.common.target import Target
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers
@@ -80,10 +79,6 @@ class DropMethod(DepthMethod):
             reachable -= max(sizes)
         check_reach(self.target(model), reachable)
 
-    def allowed(self, model: PreTrainedModel) -> range:
-        """The layers that may be taken out."""
-        return open_layers(len(decoder_layers(model)), self.protect)
-
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the layers and returns the drops. Nothing is drawn at random."""
         if self.blocks is not None:
@@ -97,7 +92,7 @@ class DropMethod(DepthMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortGPT(DropMethod):
+class ShortGPT(DropMethod, ComparingMethod):
     """Takes out the layers that change the state least, wherever they stand. Source: Men et al. 2024, section 3.
 
         BI_l = 1 − E_t[ cos(h_l,t, h_{l+1},t) ]
@@ -105,8 +100,8 @@ class ShortGPT(DropMethod):
     over the real tokens t of the calibration rows; the fewest layers of lowest Block Influence that meet the ratio
     go, no layer excluded. A cosine with a zero state counts 0.5.
 
-    The published code takes h_L behind the final norm (the last entry of ``hidden_states``), which makes the last
-    layer's influence another; here h_L is what leaves the last layer.
+    As in the published code h_L stands behind the final norm (the last entry of ``hidden_states``), which makes the
+    last layer's influence another; with ``last_state`` "plain" it is what leaves the last layer.
     """
 
     title: ClassVar[str] = "ShortGPT"
@@ -116,7 +111,7 @@ class ShortGPT(DropMethod):
 
     def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """Layers of lowest Block Influence; arguments as in :meth:`DropMethod.choose`."""
-        distances = measure_distances(model, tokens, run)
+        distances = measure_distances(model, tokens, run, normed=self.last_state == "normed")
         influence = block_influence(distances.cosine)
         order = sorted(self.allowed(model), key=lambda layer: (influence[layer], layer))
         chosen = cheapest_layers(order, layer_sizes(model), self.target(model).parameters)
@@ -130,18 +125,19 @@ def block_influence(cosine: Tensor) -> list[float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UIDL(DropMethod):
+class UIDL(DropMethod, ComparingMethod):
     """Takes out one run of layers, the one whose ends are nearest. Source: Gromov et al. 2024, section 3.
 
         l* = argmin_l  E_rows[ arccos(cos(h_l, h_{l+n})) / π ]
 
     at the last real token of every row; n is the shortest length that meets the ratio, and layers l* … l*+n−1 go.
 
-    The published code takes h_L behind the final norm; here h_L is what leaves the last layer. The paper heals with
-    QLoRA afterwards (``--heal``).
+    As in the published code l starts at 1, and h_L stands behind the final norm; with ``last_state`` "plain" it is what
+    leaves the last layer. The paper heals with QLoRA afterwards (``--heal``).
     """
 
     title: ClassVar[str] = "UIDL"
+    ends: ClassVar[tuple[int, int]] = (1, 0)
     collects: ClassVar[bool] = True
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
@@ -153,7 +149,7 @@ class UIDL(DropMethod):
     def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """The block of least angular distance; arguments as in :meth:`DropMethod.choose`."""
         candidates = shortest_blocks(model, self.target(model), self.allowed(model))
-        distances = measure_distances(model, tokens, run)
+        distances = measure_distances(model, tokens, run, normed=self.last_state == "normed")
         return [min(candidates, key=lambda block: float(distances.angular[block.start, block.stop]))], distances.tokens
 
 
@@ -174,6 +170,7 @@ class SLEB(DropMethod):
 
     title: ClassVar[str] = "SLEB"
     spreads: ClassVar[bool] = True
+    ends: ClassVar[tuple[int, int]] = (1, 1)
 
     sequences: int = option(
         128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
@@ -184,11 +181,6 @@ class SLEB(DropMethod):
         if self.blocks is None and not (next_tokens(self.rows(tokens)) != IGNORED).any():
             raise KDPruneError(f"got calibration rows without two tokens in a row from {tokens.source}, expected text "
                                f"to take a loss on: give longer rows (length=…)")
-
-    def allowed(self, model: PreTrainedModel) -> range:
-        """The layers that may be taken out: never the first and the last."""
-        layers, opened = len(decoder_layers(model)), super().allowed(model)
-        return range(max(opened.start, 1), min(opened.stop, layers - 1))
 
     def rows(self, tokens: TokenSet) -> TokenSet:
         """The rows the loss is measured on."""

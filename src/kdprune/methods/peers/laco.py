@@ -13,7 +13,6 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import check_blocks
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.selection import open_layers
 from kdprune.methods.peers.drop import check_reach, layer_sizes
 from kdprune.methods.peers.merging import Merger, Slot, edits_of, final_states, first_tokens, mean_cosine, merged_names
 from kdprune.model.families import decoder_layers
@@ -97,10 +96,9 @@ class LaCo(DepthMethod):
 
     def _runs(self, model: PreTrainedModel) -> list[range]:
         """Runs of layers within which some may be merged."""
-        layers = len(decoder_layers(model))
         if self.blocks is not None:
             return [range(start - 1, stop) for start, stop in self.blocks]
-        opened = open_layers(layers, self.protect)
+        opened = self.allowed(model)
         return [range(max(self.lowest, opened.start), opened.stop)]
 
     def _check_shapes(self, model: PreTrainedModel) -> None:
@@ -122,6 +120,14 @@ class LaCo(DepthMethod):
         sizes = layer_sizes(model)
         return min((sizes[index] for run in self._runs(model) for index in run), default=max(sizes))
 
+    def protected(self, model: PreTrainedModel) -> tuple[int, int] | None:
+        """As of every method; the lowest layer that others are merged into stays."""
+        if self.blocks is not None:
+            return None
+        layers, allowed = len(decoder_layers(model)), self.allowed(model)
+        top = layers if self.highest is None else self.highest + 1
+        return max(self.lowest, allowed.start) + 1, layers - min(top, allowed.stop)
+
     def wanted(self, model: PreTrainedModel) -> int:
         """How many layers have to go to meet the ratio."""
         return max(1, -(-self.target(model).parameters // self._layer_size(model)))
@@ -129,7 +135,7 @@ class LaCo(DepthMethod):
     def schedules(self, model: PreTrainedModel) -> list["MergeSchedule"]:
         """The numbers C that may be taken, those that can come nearest the ratio in front."""
         layers, wanted = len(decoder_layers(model)), self.wanted(model)
-        opened = open_layers(layers, self.protect)
+        opened = self.allowed(model)
         highest = layers - 1 if self.highest is None else self.highest
         top, lowest = min(highest, opened.stop), max(self.lowest, opened.start)
         if self.merge_layers is not None or self.threshold is not None:

@@ -85,12 +85,18 @@ class LLMPruner(Method):
         if not (tokens.fitted(self.held).mask.sum(1) > 1).any():
             raise KDPruneError(f"got no row of two tokens or more from {tokens.source}, expected one: give more text")
 
+    def protected(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Layers kept whole at the start and at the end."""
+        depth = len(decoder_layers(model))
+        first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
+        last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
+        return first, last
+
     def plan(self, model: PreTrainedModel) -> dict[int, Kept]:
         """What stays of every layer that is pruned; raises KDPruneError for a ratio out of reach (says the largest)."""
         refuse_experts(model)
         depth, wanted = len(decoder_layers(model)), self.target(model)
-        first = round(depth * 4 / 32) if self.keep_first is None else self.keep_first
-        last = round(depth * 2 / 32) if self.keep_last is None else self.keep_last
+        first, last = self.protected(model)
         pruned = range(first, depth - last)
         if not pruned:
             raise KDPruneError(

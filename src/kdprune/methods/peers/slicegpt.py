@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +12,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.common.target import counted
 from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.slicing import StreamSize, measure_cuts, sliced_edits
 from kdprune.model.families import (
@@ -50,6 +51,8 @@ class SliceGPT(Method):
     With ``of`` layers the ratio is what goes outside the embeddings, net, over what the dense model has there: the
     sizes of the projections with their shortcuts, and the norms that are folded away. That the tables get narrower,
     and that a tied head becomes a matrix of its own, counts for nothing there, only in the ratio of all parameters.
+    With ``of`` all and ``counted`` "outside" as many parameters go outside the embeddings as the ratio is of all, as
+    with methods that take whole layers out: so it compares with them. The ratio of all parameters is then another.
     """
 
     title: ClassVar[str] = "SliceGPT"
@@ -57,6 +60,9 @@ class SliceGPT(Method):
 
     sparsity: float | None = option(
         None, "share of the stream's width to cut; then ratio is not used", least=0, group="size")
+    counted: Literal["all", "outside"] = option(
+        "all", "what must shrink by the parameters that have to go: all, tables and an untied head among them, or what "
+        "is outside the embeddings", group="size")
     round_to: int | None = option(
         None, "widths are multiples of this (64; 16 in models narrower than 512)", least=1, group="size", rare=True)
     sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1, group="data")
@@ -100,14 +106,16 @@ class SliceGPT(Method):
                 raise KDPruneError(f"got sparsity {self.sparsity:.4g}, expected one that leaves a multiple of "
                                    f"{unit} of a stream {width} wide: lower it, or round_to")
             return [kept] * size.cuts
-        target, count = self.target(model), size.parameters if self.of == "all" else size.outside_embeddings
-        most = target.total - target.parameters  # may stay
+        target, outside = self.target(model), self.of == "layers" or self.counted == "outside"
+        count = size.outside_embeddings if outside else size.parameters
+        total = counted(model, "layers" if outside else "all")
+        most = total - target.parameters  # may stay
         narrowest = min(unit, width)
-        target.check(target.total - count([narrowest] * size.cuts), f"at a width of {narrowest}",
+        target.check(total - count([narrowest] * size.cuts), f"at a width of {narrowest}",
                      "lower the ratio (or round_to)")
         fitting = [kept for kept in range(narrowest, width + 1, unit) if count([kept] * size.cuts) <= most]
         found, step = [fitting[-1]] * size.cuts, unit
-        while step and count(found) < most - SPARE * target.total:
+        while step and count(found) < most - SPARE * total:
             _widen(found, count, most, min(fitting[-1] + unit, width), step)
             step //= 2
         return found

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import block_states, candidates, check_rows, choose, fit_record
-from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.method import ComparingMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
+from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit, average
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
@@ -22,27 +23,34 @@ from kdprune.options import option
 from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
+START = 0.02  # standard deviation of the FFN's weights at the start, as of a transformer's own
+
 
 @dataclass(frozen=True, kw_only=True)
-class Streamline(DepthMethod):
+class Streamline(ComparingMethod):
     """Replaces one run of n layers by a network f trained on mean ‖f(h_s) − h_e‖² over real tokens.
 
-    The run has the least length n that meets the ratio and starts at s = argmax mean cos(h_s, h_{s+n}). ``stand_in``:
+    The run has the least length n that meets the ratio and starts at s = argmax mean cos(h_s, h_{s+n}), any layer of
+    the model allowed and h_L behind the final norm, as in the published code. ``stand_in``:
 
     - "none": nothing is put in its place; a stock architecture.
-    - "ffn": f(h) = W₂ relu(W₁ h + b₁) + b₂ with 4d units, no residual, no norm, started at random: 8d² + 5d parameters.
+    - "ffn": f(h) = W₂ relu(W₁ h + b₁) + b₂ with 4d units, no residual, no norm, W ~ N(0, 0.02²) and b = 0 at the
+      start: 8d² + 5d parameters.
     - "layer": a decoder layer started from the first of the run, which it replaces; a stock architecture.
 
     Source: Chen et al., "Streamlining Redundant Layers to Compress Large Language Models", ICLR 2025. The default is
-    "ffn", the smaller of its two stand-ins, with which its 25.0 % on LLaMA2-7B is reached. Differences:
+    "layer", which its code puts above "ffn". Differences:
 
     - The published code trains "layer" without a causal mask, so that tokens see the future; here it has the masks,
-      positions and rotary embeddings the model itself hands the layer.
+      positions and rotary embeddings the model itself hands the layer. Where a run ends at the last layer the code
+      trains towards the state behind the final norm, which the model then applies again; here f learns what leaves
+      the last layer.
     - The paper trains for 10 epochs on 30,000 samples; the code for "layer" one epoch, AdamW 2e-4, weight decay 1e-3,
       128 sequences a step, gradients clipped at 5. Here 10 epochs, with that decay and clip, on a loss in units of
-      E‖h_e − h_s‖². The rate goes as 1/d, as weights do: at d = 4096 it is the code's 2e-4 for "layer", and 1e-3 for
-      "ffn", for which none is known; 8 sequences a step, since calibration sets here are hundreds of rows, not tens
-      of thousands.
+      E‖h_e − h_s‖², 8 sequences a step, since calibration sets here are hundreds of rows, not tens of thousands.
+      Of the epochs the one is kept that held-out rows find best, as the code means to.
+    - The rate is 2e-4 there at any width. Here the rates of :data:`kdprune.train.trial.RATES` are tried on held-out
+      rows where none is given.
 
     Raises:
         KDPruneError: a value is outside its range (says which and what is expected).
@@ -54,10 +62,10 @@ class Streamline(DepthMethod):
     spreads: ClassVar[bool] = True
 
     stand_in: Literal["none", "ffn", "layer"] = option(
-        "ffn", "what replaces the run: nothing, a ReLU network of 4d units, or one decoder layer")
+        "layer", "what replaces the run: nothing, a ReLU network of 4d units, or one decoder layer")
     epochs: int = option(10, "epochs of its training", least=1)
     rate: float | None = option(
-        None, "peak learning rate (4.1 / the width, 0.82 / the width for layer)", above=0, rare=True)
+        None, "peak learning rate (the best of 3e-3, 1e-3, 3e-4, 1e-4 on held-out rows)", above=0, rare=True)
     batch: int = option(8, "rows (sequences) a step", least=1, rare=True)
     clip: float = option(5.0, "largest norm of a step's gradient", above=0, rare=True)
     weight_decay: float = option(1e-3, "weight decay of AdamW", least=0, rare=True)
@@ -94,40 +102,38 @@ class Streamline(DepthMethod):
             return MethodResult([Drop(block) for block in blocks], tokens=None if self.blocks is None else 0)
         edits: list[Edit] = []
         records: list[dict[str, Any]] = []
+        rates: list[float] = []
+        trained = 0
         for number, states in enumerate(block_states(model, tokens, blocks, self.held, run)):
             draw = run.generator(number + 1)
             if self.stand_in == "ffn":
-                edit, record = self._fit_ffn(model, states, draw, run)
-                edits.append(edit)
-                records.append(record)
+                fitting: StandInFit = StandInFit(model, states, new_ffn(model.config.hidden_size, draw), None, run)
             else:
-                edits += self._fit_layer(model, states, draw, run)
-        return MethodResult(edits, records, replaced=blocks)
+                fitting = LayerFit(model, states, run)
+            energy = fitting.update_energy(PASS_ROWS)
+            rate, curves = self._train(fitting, energy, draw, run)
+            if self.rate is None:
+                rates.append(rate)
+            if self.stand_in == "ffn":
+                edits.append(fitting.edit())
+                records.append(fit_record(fitting, energy, curves))
+            else:
+                block, trained = states.block, trained + fitting.trained
+                weights = {name: weight.detach() for name, weight in fitting.module.named_parameters()}
+                edits += [Rewrite(block.start, weights), Drop(range(block.start + 1, block.stop))]
+        return MethodResult(edits, records, replaced=blocks, rates=rates, trained=trained)
 
-    def _fit_ffn(
-        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
-    ) -> tuple[Edit, dict[str, Any]]:
-        fitting = StandInFit(model, states, new_ffn(model.config.hidden_size, draw), None, run)
-        energy = fitting.update_energy(PASS_ROWS)
-        curves = self._train(fitting, energy, draw, run)
-        return fitting.edit(), fit_record(fitting, energy, curves)
-
-    def _fit_layer(
-        self, model: PreTrainedModel, states: BlockStates, draw: torch.Generator, run: Run
-    ) -> list[Edit]:
-        fitting, block = LayerFit(model, states, run), states.block
-        self._train(fitting, fitting.update_energy(PASS_ROWS), draw, run)
-        weights = {name: weight.detach() for name, weight in fitting.module.named_parameters()}
-        return [Rewrite(block.start, weights), Drop(range(block.start + 1, block.stop))]
-
-    def _train(self, fitting: StandInFit, energy: float, draw: torch.Generator, run: Run) -> dict[str, list[float]]:
-        """Trains the stand-in in its place; returns its curves."""
-        full = 1e-3 if self.stand_in == "ffn" else 2e-4
-        rate = self.rate or full * 4096 / fitting.states.inputs.shape[-1]
-        schedule = Schedule(self.epochs, self.batch, rate, clip=self.clip, weight_decay=self.weight_decay)
+    def _train(
+        self, fitting: StandInFit, energy: float, draw: torch.Generator, run: Run
+    ) -> tuple[float, dict[str, list[float]]]:
+        """Trains the stand-in in its place; returns the rate, given or found, and its curves."""
+        parameters, loss_function = list(fitting.module.parameters()), fitting.state_loss(energy)
+        schedule = Schedule(self.epochs, self.batch, 1.0, clip=self.clip, weight_decay=self.weight_decay)
+        rate = self.rate or fitting.rate(parameters, loss_function, schedule, draw, run)
         checkpoint = run.checkpoint("streamline", dataclasses.asdict(self), fitting.states.name)
-        return fitting.train(
-            self.stand_in, fitting.module.parameters(), fitting.state_loss(energy), schedule, draw, run, checkpoint)
+        return rate, fitting.train(
+            self.stand_in, parameters, loss_function, dataclasses.replace(schedule, rate=rate), draw, run, checkpoint,
+            lambda: average(loss_function, fitting, held=True)["loss"][0])
 
 
 class LayerFit(StandInFit):
@@ -146,8 +152,10 @@ def _ffn_shape(width: int) -> Shape:
 
 
 def new_ffn(width: int, draw: torch.Generator) -> StandIn:
-    """The untrained network of 4d units, weights uniform within ±1/√(inputs)."""
+    """The untrained network of 4d units: weights from N(0, 0.02²), biases zero."""
     stand_in = StandIn(
         width, kind="mlp", features=4 * width, residual=False, normalize=False, activation="relu")
-    stand_in.load_state_dict(_ffn_shape(width).build(draw).state_dict())
+    for module in (stand_in.phase, stand_in.readout):
+        nn.init.normal_(module.weight, std=START, generator=draw)
+        nn.init.zeros_(module.bias)
     return stand_in
