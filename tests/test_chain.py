@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What the model given holds, by kind of edit; and methods that go over it, each with another way to change a model.
 HELD = ("before", "mlp", "heads", "layer", "channels")
-OVER = ("kdp", "kdp-folded", "linear", "streamline-layer", "replaceme", "llm-pruner")
+OVER = ("kdp", "kdp-folded", "linear", "streamline", "replaceme", "llm-pruner")
 PAIRS = [(name, HELD[(place + number) % len(HELD)], form)
          for place, name in enumerate(WIRINGS) for number, form in enumerate(OVER)
          if not (form == "replaceme" and name in ("gemma3", "opt-350m"))]  # refused by how they are wired
@@ -65,7 +65,7 @@ def test_a_method_prunes_what_was_pruned(tiny_model: Build, name: str, held: str
 
 
 @pytest.mark.parametrize("first", ["linear", "kdp-folded"])
-@pytest.mark.parametrize("form", ["laco", "replaceme-closed", "linearpatch", "streamline", "kdp-learned", "kdp-paper"])
+@pytest.mark.parametrize("form", ["laco", "replaceme-closed", "linearpatch", "streamline-ffn", "kdp-learned", "kdp-paper"])
 def test_others_prune_folded_stand_ins(tiny_model: Build, first: str, form: str, tmp_path: Path) -> None:
     given = pruned_by(first, tiny_model("llama3.1"), blocks=((1, 3),))
     found = pruned_by(form, given, ratio=0.15)
