@@ -6,6 +6,7 @@ What a real llama.cpp makes of them is tests/serving/test_llama_cpp.py. Writing 
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,15 @@ def test_what_is_no_checkpoint_or_no_place_for_a_file_is_told(bench: Bench, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     line("without a tokenizer, which a GGUF file holds too", model, "-o", out)
+
+
+def test_an_earlier_file_larger_than_memory_is_not_read(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "old.gguf"
+    file.write_bytes(b"GGUF....")
+    os.truncate(file, 2**40)  # holes
+    outcome = command("export-gguf", bench.model, "-o", file)
+    assert outcome.status == 2
+    assert "choose another name, or add --overwrite" in outcome.err
 
 
 def test_without_the_converter_it_says_what_to_install(

@@ -351,9 +351,9 @@ def test_prune_heals_records_and_saves(bench: Bench, tmp_path: Path) -> None:
 def test_healing_reads_on_in_the_text_and_never_what_watches(bench: Bench) -> None:
     with Session(bench.model, None, 0, "cpu", "float32", False, Stages()) as session:
         seen = session.calibration(bench.calibration, 12, 32)
-        assert session.healing(bench.calibration, seen, 0.25, 200) is seen  # the fitted rows are enough
+        assert session.healing_rows(bench.calibration, seen, 0.25, 200) is seen  # the fitted rows are enough
         for budget in (1_000, 10**6):  # more than the samples hold, and more than the text does
-            rows = session.healing(bench.calibration, seen, 0.25, budget)
+            rows = session.healing_rows(bench.calibration, seen, 0.25, budget)
             watched = [tuple(row.tolist()) for row in seen.watching(0.25).ids]
             trained = [tuple(row.tolist()) for row in rows.fitted(3 / len(rows)).ids]
             assert [tuple(row.tolist()) for row in rows.ids[-3:]] == watched

@@ -262,7 +262,7 @@ def test_no_massive_tokens_are_said_to_be_none(run: Results) -> None:
 
 
 def test_damage_names_the_cheapest_block_and_the_chosen_ones(run: Results) -> None:
-    found = plots.damage_of_blocks(run)
+    found = run.analysis.block_damage
     assert len(found) == 5 + 5 + 4
     assert min(found, key=found.__getitem__) == (8, 10)
     text = findings.damage(run)
@@ -282,7 +282,7 @@ def test_damage_names_the_cheapest_block_and_the_chosen_ones(run: Results) -> No
 def test_what_held_out_rows_said_of_training_is_told(run: Results) -> None:
     heal, step = run.heal, run.fit[0].step3
     assert findings.healing(heal) == "Held-out loss 4 → 3.71 nats after 7.68\u00a0k tokens."
-    assert plots.looks(heal.model_copy(update={"looks": []})) == [0, 2400, 4800, 7200, 9600]
+    assert heal.model_copy(update={"looks": []}).tokens_at_looks == [0, 2400, 4800, 7200, 9600]
     worse = heal.model_copy(update={"watched": [4.0, 4.1, 4.2, 4.3, 4.4], "kept": False})
     assert findings.healing(worse) == "Held-out loss 4 → 4 nats: training gained nothing."
     best = min(range(len(step.watched)), key=step.watched.__getitem__)

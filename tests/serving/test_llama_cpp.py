@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS
+from families import _COMMON, CONFIGS
 from tiny_checkpoint import WORDS, Bench
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -36,8 +36,6 @@ CASES = [*((name, "drop") for name in STOCK), ("llama3", "rewrite"), ("llama3", 
 
 def tiny(name: str) -> PreTrainedModel:
     """A model of tests/families.py with the vocabulary of the byte-level tokenizer, and no window."""
-    from families import _COMMON
-
     model_type, options = CONFIGS[name]
     options = {**_COMMON, **options, "vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     if model_type == "mistral":

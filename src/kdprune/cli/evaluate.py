@@ -205,7 +205,7 @@ def _print_retention(kept: Retention, console: Console) -> None:
 
 def check_page(page: Path) -> None:
     """Refuses, before any work, to write a page where something else lies: results, weights, a directory."""
-    check_file(page, {}, "")
+    check_file(page, {})
     if page.exists() and page.suffix.lower() not in (".html", ".htm"):
         raise KDPruneError(f"got {page} for the page, where something else lies; choose a name that ends in .html")
 

@@ -35,7 +35,7 @@ def export_command(**options: Any) -> None:
         if given is None:
             raise KDPruneError(f"got no {name}, expected both: kdprune export-gguf DIRECTORY --output FILE")
     directory, output = Path(str(wanted.directory)), Path(str(wanted.output))
-    check_file(output, inputs_of(directory), "")
+    check_file(output, inputs_of(directory))
     if output.exists() and not (wanted.overwrite and is_gguf(output)):
         raise KDPruneError(f"got {output} to write, which is there already; " + (
             "choose another name, or add --overwrite" if is_gguf(output) else

@@ -137,7 +137,7 @@ class Bench:
         tokens, seed = self.tokens(run.seed, variant), run.seed
         scores, shared = self._similarity(variant, run)
         run = dataclasses.replace(run, scores=scores)
-        rows = None if variant.heal is None else self.session.again(run.seed, run.stages).healing(
+        rows = None if variant.heal is None else self.session.again(run.seed, run.stages).healing_rows(
             self.texts.source, tokens, variant.method.held, variant.heal.tokens)
         with metered() as cost:
             made = run_method(self.session.model, variant.method, tokens, run, variant.heal, rows)

@@ -4,10 +4,8 @@ A stock result is converted like any model. Layers of different widths go throug
 Llama whose layers have heads and channels of their own number. What neither can hold is refused before any work.
 """
 
-import contextlib
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -19,7 +17,7 @@ from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.model.forms import WEIGHTS, check_adapter, quantised_by
 from kdprune.model.loading import TOKENIZER_FILES, read_config
 from kdprune.model.modeling_kdp import PREFIX, key_value_heads
-from kdprune.runtime.machine import quiet_libraries
+from kdprune.runtime.machine import only_errors, quiet_libraries
 from kdprune.store.files import is_there, whole_file
 
 Weights: TypeAlias = Literal["auto", "f32", "f16", "bf16", "q8_0"]
@@ -70,7 +68,7 @@ def export_gguf(directory: str | Path, output: str | Path, *, weights: Weights =
     import gguf  # only here, and below: an optional package
 
     kind = _STORED.get(config.dtype, "f32") if weights == "auto" else weights
-    with whole_file(output, advice="choose another name") as partial, _quiet(), torch.inference_mode():
+    with whole_file(output, advice="choose another name") as partial, only_errors(), torch.inference_mode():
         try:
             converter = _converter(Path(directory), config)
             read = {**converter.load_hparams(Path(directory), False),
@@ -189,7 +187,7 @@ def _stock(path: Path, config: Any) -> Any:
 
     name = (config.architectures or [type(config).__name__])[0]
     try:
-        with _quiet():
+        with only_errors():
             return get_model_class(name)
     except NotImplementedError as error:
         raise KDPruneError(f"got {path}, a model of type {config.model_type}, which llama.cpp does not know; expected "
@@ -262,18 +260,6 @@ def _layer_by_layer(config: Any) -> Any:
             self.hparams = whole
 
     return LayerByLayer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter tells of every tensor and key."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with quiet_libraries():
-            yield
-    finally:
-        logging.disable(level)
 
 
 def is_gguf(path: str | Path) -> bool:

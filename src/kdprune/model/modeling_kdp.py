@@ -494,16 +494,16 @@ class PrunedConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.auto_map = auto_map(self.model_type)
 
-    # transformers' own form of a model whose layers differ, made from the record: caches that are laid out before the
-    # model runs, transformers' static one and those of servers, take the sizes of every layer from here. Its own way to
-    # it hides the numbers of the whole model, which the stock code that builds the layers reads.
-
     @property
     def logit_scale(self) -> float:
         """What vLLM multiplies the head's output by: it runs the base model, and none of what the model with its head
         does behind that."""
         divisor = FAMILIES[self.model_type.removeprefix(PREFIX)].head_divisor
         return 1.0 / getattr(self, divisor) if divisor else 1.0
+
+    # transformers' own form of a model whose layers differ, made from the record: caches that are laid out before the
+    # model runs, transformers' static one and those of servers, take the sizes of every layer from here. Its own way to
+    # it hides the numbers of the whole model, which the stock code that builds the layers reads.
 
     @property
     def is_heterogeneous(self) -> bool:
@@ -574,7 +574,7 @@ def refuse_to_serve(family: Family) -> None:
         raise ValueError(
             f"got a pruned {family.model_type} model with a class of its own, expected a family whose attention vLLM "
             "can replace; serve it with transformers, or prune with a method that leaves a stock model (shortgpt, uidl,"
-            " sleb, replaceme, or --form stock), which vLLM runs by its own class")
+            " sleb, laco, replaceme, or --form stock), which vLLM runs by its own class")
 
 
 def place_stand_in(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
@@ -642,8 +642,8 @@ def attach_stand_ins(model: PreTrainedModel) -> None:
 def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family) -> None:
     """Cut the layers of ``model``, in place, to ``widths``, one record a layer: an empty one for a layer that stays.
 
-    ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner); ``{"groups":
-    g}``: the heads alone, of a layer whose MLP place holds a stand-in (KDP).
+    ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner, KDP's
+    ordinary layers); ``{"groups": g}``: the heads alone, of a layer whose MLP place holds a stand-in.
     ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
     behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied. Beside these
     a layer may have fewer heads and channels. It may be narrower already: heads and channels are what is to be left.

@@ -4,11 +4,9 @@ Only the weights of linear maps inside decoder layers are quantised. What is pru
 full-precision model: a quantised one is its run's ``states_model`` and nothing else.
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.forms import located, quantised_by
 from kdprune.model.loading import from_checkpoint, resolve_dtype
-from kdprune.runtime.machine import quiet_libraries, resolve_device
+from kdprune.runtime.machine import only_errors, resolve_device
 
 LOAD_IN: dict[str, int] = {"8bit": 8, "4bit": 4}  # what ``load_in`` may say, in bits
 BACKEND, OLDEST = "bitsandbytes", "0.46.1"
@@ -61,7 +59,7 @@ def load_quantised(
     target, wanted = resolve_device(device), resolve_dtype(dtype)
     _check(model, bits)
     assert isinstance(model, str | Path)
-    with _muted():
+    with only_errors():  # it tells at import which of its kernels it did not find; loading says what matters
         skipped = _kept_whole(model, bits, trust_remote_code)
         found = from_checkpoint(
             model, wanted, trust_remote_code, quantization_config=_config(bits, skipped),
@@ -137,15 +135,3 @@ def _kept_whole(model: str | Path, bits: int, trust_remote_code: bool) -> list[s
 def _config(bits: int, skipped: list[str]) -> BitsAndBytesConfig:
     four = {"bnb_4bit_quant_type": "nf4"} if bits == 4 else {}
     return BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, llm_int8_skip_modules=skipped, **four)
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """bitsandbytes tells at import which of its kernels it did not find; loading says what matters."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with quiet_libraries():
-            yield
-    finally:
-        logging.disable(level)

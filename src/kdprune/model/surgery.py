@@ -59,8 +59,8 @@ from .widths import resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "earlier_blocks", "folded", "layers_replaced", "mlp_source", "ordinary_layer", "own_channels", "plain_copy",
-    "running_from", "widest",
+    "earlier_blocks", "layers_replaced", "mlp_source", "ordinary_layer", "own_channels", "plain_copy", "running_from",
+    "widest",
 ]  # fmt: skip
 
 
@@ -131,9 +131,9 @@ def layers_replaced(
     """``model`` runs just ``layers`` inside the context, with count, attention types and layer numbers in
     step. Afterwards all is as before, also after an exception.
 
-    ``layers`` may mix the model's own layers, in any order, with others, such as :func:`folded` or
-    :func:`context_layer` make. ``layer_types`` are their attention types; by default each layer keeps its
-    own. A KV cache must not be carried across the border of the context.
+    ``layers`` may mix the model's own layers, in any order, with others, such as :func:`context_layer` makes.
+    ``layer_types`` are their attention types; by default each layer keeps its own. A KV cache must not be carried
+    across the border of the context.
 
     Raises KDPruneError for no layers, for one that occurs twice, and for types that do not match the layers.
     """
@@ -249,16 +249,6 @@ def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups:
     layer = ordinary_layer(model, index, groups)
     place_stand_in(layer, stand_in, "mlp", family_of(model))
     return layer
-
-
-def folded(model: PreTrainedModel, layer: nn.Module, stand_in: StandIn, place: str = "after") -> nn.Module:
-    """``layer`` with ``stand_in`` folded in, for :func:`layers_replaced`: a new module that shares the
-    weights of ``layer``, which stays as it was, and holds the stand-in itself. Raises KDPruneError where that
-    is impossible.
-    """
-    result = sharing_copy(layer, {id(model.config): model.config})
-    _fold(result, stand_in, place, family_of(model))
-    return result
 
 
 Module = TypeVar("Module", bound=nn.Module)

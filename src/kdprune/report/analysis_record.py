@@ -52,3 +52,9 @@ class Analysis(Record):
             if (found := len(getattr(self, name))) not in (0, count):
                 raise ValueError(f"{name} has {found} entries, expected {count}")
         return self
+
+    @property
+    def block_damage(self) -> dict[tuple[int, int], float]:
+        """``pair_damage`` by block [s, e), of those that were measured."""
+        return {(start, end): value for start, row in enumerate(self.pair_damage) for end, value in enumerate(row)
+                if value is not None}

@@ -33,7 +33,6 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
 UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
          "agreement": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
          "kv_cache_saving": f"{SPACE}%"}
-TASK_COLUMNS = ("retained", "above chance")
 
 
 def columns(comparison: Comparison) -> list[str]:

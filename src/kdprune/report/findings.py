@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from kdprune.report.analysis_record import Analysis
 from kdprune.report.heal_record import Heal
-from kdprune.report.plots import best_of, damage_of_blocks, looks
-from kdprune.report.records import Curve, Fit, KernelTraining, Number, Outliers, divide
+from kdprune.report.records import Curve, Fit, KernelTraining, Number, Outliers, best_of, divide
 from kdprune.report.results import Results
 from kdprune.report.summary import count, layer_range, percent
 
@@ -87,7 +86,7 @@ def _low(number: int) -> str:
 
 def damage(results: Results) -> str:
     """The block of least damage, and those that were chosen."""
-    found = damage_of_blocks(results)
+    found = {} if results.analysis is None else results.analysis.block_damage
     if not found:
         return ""
     least = min(found, key=found.__getitem__)
@@ -102,7 +101,7 @@ def healing(heal: Heal) -> str:
     if best is None:
         return ""
     text = f"Held-out loss {_number(heal.watched[0])} → {_number(heal.watched[best])} nats"
-    return f"{text} after {count(looks(heal)[best])} tokens." if best else f"{text}: training gained nothing."
+    return f"{text} after {count(heal.tokens_at_looks[best])} tokens." if best else f"{text}: training gained nothing."
 
 
 def left_over(results: Results) -> str:

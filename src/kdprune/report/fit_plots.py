@@ -5,8 +5,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from kdprune.report.findings import relative_error
-from kdprune.report.plots import array, best_of
-from kdprune.report.records import Curve, Fit, KernelTraining, Outliers
+from kdprune.report.plots import array
+from kdprune.report.records import Curve, Fit, KernelTraining, Outliers, best_of
 from kdprune.report.results import Results
 from kdprune.report.style import (
     BLUE,

@@ -93,7 +93,7 @@ def _massive(results: Results) -> list[Picture]:
 
 def _damage(results: Results) -> list[Picture]:
     """What blocks cost, if they were chosen by it."""
-    if not plots.damage_of_blocks(results):
+    if results.analysis is None or not results.analysis.block_damage:
         return []
     return [
         Picture(

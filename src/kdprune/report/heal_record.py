@@ -26,3 +26,10 @@ class Heal(Record):
     language_after: Number = Field(None, description="next-token loss after healing")
     language_dense: Number = Field(None, description="next-token loss of the dense model; null in older records")
     kept: bool = Field(description="false: held-out rows got worse and healing was undone")
+
+    @property
+    def tokens_at_looks(self) -> list[float]:
+        """Tokens seen at each look at held-out rows: in older records evenly spaced, up to rounding."""
+        if len(self.looks) == len(self.watched):
+            return [*self.looks]
+        return [self.tokens * number / max(1, len(self.watched) - 1) for number in range(len(self.watched))]

@@ -14,8 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from kdprune.errors import KDPruneError
 from kdprune.report.analysis_record import Analysis
-from kdprune.report.heal_record import Heal
-from kdprune.report.records import Matrix, Number
+from kdprune.report.records import Matrix, Number, best_of
 from kdprune.report.results import Results, write_file
 from kdprune.report.style import (
     BLUE,
@@ -87,7 +86,7 @@ def massive_tokens(results: Results) -> str:
 
 def block_damage(results: Results) -> str:
     """Damage of every block that was measured alone, by its first layer and its length; the chosen ones in frames."""
-    damages = damage_of_blocks(results)
+    damages = _analysis(results).block_damage
     lengths = range(min(e - s for s, e in damages), max(e - s for s, e in damages) + 1)
     first, last = min(s for s, _ in damages), max(s for s, _ in damages)
     grid = np.full((len(lengths), last - first + 1), np.nan)
@@ -125,13 +124,6 @@ def block_damage(results: Results) -> str:
     return canvas.svg
 
 
-def damage_of_blocks(results: Results) -> dict[tuple[int, int], float]:
-    """What was measured, by block [s, e); empty where nothing was."""
-    pairs = _analysis(results).pair_damage if results.analysis is not None else []
-    return {(start, end): value for start, row in enumerate(pairs) for end, value in enumerate(row)
-            if value is not None}
-
-
 def _short(value: float) -> str:
     """.043, .61, 2.4: two digits in as little room as there is."""
     return f"{value:.2g}".removeprefix("0") if value >= 1e-3 else f"{value:.0e}"
@@ -144,7 +136,7 @@ def healing(results: Results) -> str:
     canvas = Canvas("Healing", 5.2, 3.3)
     with canvas as figure:
         axes = figure.add_subplot()
-        seen = array(looks(heal))
+        seen = array(heal.tokens_at_looks)
         axes.plot(seen, array(heal.watched), color=VERMILION, marker="o", label="held-out rows")
         best = best_of(heal.watched)
         if best is not None:
@@ -159,19 +151,6 @@ def healing(results: Results) -> str:
         spread(axes, heal.watched, 10)
         legend_below(figure, axes)
     return canvas.svg
-
-
-def looks(heal: Heal) -> Sequence[float]:
-    """Tokens seen at each look at the watched rows: in older records evenly spaced, up to rounding."""
-    if len(heal.looks) == len(heal.watched):
-        return heal.looks
-    return [heal.tokens * number / max(1, len(heal.watched) - 1) for number in range(len(heal.watched))]
-
-
-def best_of(values: Sequence[Number]) -> int | None:
-    """The index of the least known value."""
-    known = [index for index, value in enumerate(values) if value is not None]
-    return min(known, key=lambda index: values[index] or 0.0, default=None)
 
 
 def save_analysis_plot(analysis: Analysis, path: str | Path, blocks: Blocks = ()) -> Path:

@@ -6,7 +6,7 @@ before the final norm; φ is the feature map of the kernel, A_i the operator of 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -56,6 +56,12 @@ FreeForm = Annotated[dict[str, Any], BeforeValidator(_plain)]
 def divide(numerator: float | None, denominator: float | None) -> float | None:
     """The quotient, or None where a side is missing or the denominator is 0."""
     return None if numerator is None or not denominator else numerator / denominator
+
+
+def best_of(values: Sequence[float | None]) -> int | None:
+    """The index of the least known value; None where none is."""
+    known = [index for index, value in enumerate(values) if value is not None]
+    return min(known, key=lambda index: values[index] or 0.0, default=None)
 
 
 class Record(BaseModel):

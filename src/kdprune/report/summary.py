@@ -236,7 +236,7 @@ def headline(results: Results) -> str:
 
 
 def earlier(results: Results) -> list[str]:
-    """What was pruned before, a line a step: "tiny: layers 2–3 removed by shortgpt, 6 → 4 layers, 3.5 M → 3.1 M"."""
+    """What was pruned before, a line a step: "tiny: layers 2–3 by shortgpt, 6 → 4 layers, 3.5 M → 3.1 M parameters"."""
     return [_step(step) for step in results.chain]
 
 

@@ -39,7 +39,7 @@ from kdprune.store.checkpoints import Checkpoint
 from kdprune.store.states import open_states
 
 WATCHED = 8_192  # tokens of held-out rows that are looked at, or as many as are trained on between two looks
-RATES = (4.0, 2.0, 1.0, 0.5, 0.25)
+RATES = (4.0, 2.0, 1.0, 0.5, 0.25)  # of what was put in, times 1/width, on trial
 LORA_RATE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def heal(
         pruned: what ``edits`` made of ``dense``; neither is changed.
         dense: the dense model.
         edits: what the method returned.
-        tokens: the rows, as of :meth:`kdprune.run.session.Session.healing`.
+        tokens: the rows, as of :meth:`kdprune.run.session.Session.healing_rows`.
         settings: what is trained, for how long.
         run: seed (of the order of rows and of LoRA's start), stages, cache; what is cached are the weights trained.
         held: how many rows at the end watch.

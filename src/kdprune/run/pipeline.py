@@ -163,7 +163,7 @@ def prune(
             if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
-            rows = None if healing is None else session.healing(
+            rows = None if healing is None else session.healing_rows(
                 data.calibration, tokens, settings.held, healing.tokens)
             made = run_method(session.model, settings, tokens, run, healing, rows)
             measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)

@@ -118,12 +118,14 @@ class Session:
                 bundled_calibration() if source is None else source, self.tokenizer,
                 samples=rows, length=row, seed=self.seed, vocabulary=vocabulary_size(self.model))
 
-    def healing(self, source: Any, tokens: TokenSet, held: float, budget: int) -> TokenSet:
-        """The rows that healing is made of: ``tokens``, and where it has a larger budget more of the same text, fresh.
+    def healing_rows(self, source: Any, tokens: TokenSet, held: float, budget: int) -> TokenSet:
+        """The rows that healing is made of: ``tokens``, or where its budget is larger as many as that wants, drawn anew
+        from the same text; those that the method saw may be among them.
 
         Args:
             source: the calibration text as given.
-            tokens: what was read of it; the share ``held`` of its rows watches healing, and is the end of the result.
+            tokens: what was read of it.
+            held: share of its rows that watches healing: none is trained on, and they are the end of the result.
             budget: real tokens that healing sees.
         """
         watched, fitted = tokens.watching(held), tokens.fitted(held)

@@ -142,3 +142,15 @@ def quiet_libraries(progress: bool = False) -> Iterator[None]:
             logger.setLevel(level)
         if bars and not progress:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """:func:`quiet_libraries`, and warnings and remarks through ``logging`` of all others as well."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with quiet_libraries():
+            yield
+    finally:
+        logging.disable(level)

@@ -37,11 +37,11 @@ def check_apart(output: str | Path, inputs: Inputs) -> None:
                                        "directory apart from all that is read, choose another")
 
 
-def check_file(path: str | Path, inputs: Inputs, key: str) -> None:
+def check_file(path: str | Path, inputs: Inputs, key: str | None = None) -> None:
     """Refuses a file to write, before any work, that cannot be written or would replace a part of what is read.
 
-    A JSON file with this key is an earlier one of the same command and may be replaced wherever it lies.
-    Raises KDPruneError.
+    A JSON file with this key is an earlier one of the same command and may be replaced wherever it lies; without a key
+    what is there is not read. Raises KDPruneError.
     """
     target = _real(path)
     try:
@@ -51,7 +51,7 @@ def check_file(path: str | Path, inputs: Inputs, key: str) -> None:
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise DiskError(f"cannot write {path}: {parent} is {'read-only' if parent.is_dir() else 'a file'}; choose "
                             "another name")
-        if not target.exists() or key in _json(target):
+        if not target.exists() or (key is not None and key in _json(target)):
             return
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror or error}; choose another name") from error

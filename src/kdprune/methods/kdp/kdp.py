@@ -120,7 +120,7 @@ class KDP(RankedMethod):
         group="size", rare=True)
     ranking: Literal["similarity", "damage"] | None = option(
         None, "what the choice of blocks goes by: similarity of states, or how far held-out predictions move (KL) "
-        "with stand-ins that are solved for, alone and together (damage)",
+        "with stand-ins that are solved for, alone and together",
         group="size", rare=True)
     slack: float | None = option(
         None, "share of a layer by which blocks may remove more than they have to, so that they can be more and "

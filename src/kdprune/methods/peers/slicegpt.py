@@ -28,7 +28,7 @@ from kdprune.model.surgery import check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
-PAPERS = 8  # its widths are multiples of this
+PAPER_UNIT = 8  # the paper's widths are multiples of this, and so are those of the narrowest models
 SPARE = 0.005  # share of the parameters counted by which the ratio may be exceeded before cuts get widths of their own
 
 
@@ -64,7 +64,8 @@ class SliceGPT(Method):
         "all", "what must shrink by the parameters that have to go: all, tables and an untied head among them, or what "
         "is outside the embeddings", group="size")
     round_to: int | None = option(
-        None, "widths are multiples of this (64; 16 in models narrower than 512)", least=1, group="size", rare=True)
+        None, "widths are multiples of this (64; 16 in models narrower than 512, 8 below 64)", least=1, group="size",
+        rare=True)
     sequences: int | None = option(128, "calibration rows looked at; all if there are fewer", least=1, group="data")
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ class SliceGPT(Method):
         """The width of every cut in order, the last layer's output left out; raises KDPruneError for a ratio out of
         reach."""
         size, width = StreamSize.of(model), model.config.hidden_size
-        unit = self.round_to or max(unit_of(width), PAPERS)
+        unit = self.round_to or max(unit_of(width), PAPER_UNIT)
         if self.sparsity is not None:
             kept = math.floor((1 - self.sparsity) * width + 1e-9)
             kept = kept if kept == width else kept // unit * unit
