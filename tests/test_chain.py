@@ -65,7 +65,8 @@ def test_a_method_prunes_what_was_pruned(tiny_model: Build, name: str, held: str
 
 
 @pytest.mark.parametrize("first", ["linear", "kdp-folded"])
-@pytest.mark.parametrize("form", ["laco", "replaceme-closed", "linearpatch", "streamline-ffn", "kdp-learned", "kdp-paper"])
+@pytest.mark.parametrize("form", [
+    "laco", "replaceme-closed", "linearpatch", "streamline-ffn", "kdp-learned", "kdp-paper"])
 def test_others_prune_folded_stand_ins(tiny_model: Build, first: str, form: str, tmp_path: Path) -> None:
     given = pruned_by(first, tiny_model("llama3.1"), blocks=((1, 3),))
     found = pruned_by(form, given, ratio=0.15)
