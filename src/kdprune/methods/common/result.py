@@ -15,6 +15,7 @@ class MethodResult:
     the method looked at, None for all of them. ``replaced``: the runs that were replaced, where the edits alone would
     say less, because one of a run's layers stays with new weights. ``damage``: of the blocks that were tried one by
     one, what the loss grew by, where that chose the blocks.
+    ``search``: the fields of ``results.json``'s ``search``, where many sets of layers were tried.
     """
 
     edits: Sequence[Edit]
@@ -22,6 +23,7 @@ class MethodResult:
     tokens: int | None = None
     replaced: Sequence[range] | None = None
     damage: Mapping[range, float] | None = None
+    search: Mapping[str, Any] | None = None
 
     @property
     def blocks(self) -> list[range]:

@@ -35,7 +35,9 @@ class ResultCodec:
             plain.append(entry)
             tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
         replaced = None if value.replaced is None else [_ends(block) for block in value.replaced]
-        return {"edits": plain, "fit": list(value.fit), "tokens": value.tokens, "replaced": replaced}, tensors
+        search = None if value.search is None else dict(value.search)
+        return {"edits": plain, "fit": list(value.fit), "tokens": value.tokens, "replaced": replaced,
+                "search": search}, tensors
 
     def unpack(self, plain: Plain, tensors: Mapping[str, Tensor]) -> MethodResult:
         """The result again."""
@@ -45,7 +47,7 @@ class ResultCodec:
             own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             edits.append(_unpack_edit(self.model, entry, own))
         replaced = None if plain["replaced"] is None else [range(*ends) for ends in plain["replaced"]]
-        return MethodResult(edits, plain["fit"], plain["tokens"], replaced)
+        return MethodResult(edits, plain["fit"], plain["tokens"], replaced, search=plain["search"])
 
 
 def joined(parts: Iterable[MethodResult]) -> MethodResult:
