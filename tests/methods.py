@@ -10,7 +10,7 @@ from kdprune.methods.common.method import Method
 # A third of a tiny model, with nothing much to learn; options that a method lacks are left out.
 QUICK: dict[str, Any] = {
     "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "rank": 2, "protect": 0.0,
-    "epochs": 1,
+    "epochs": 1, "first": 4, "offspring": 4, "passes": 6.0,
 }
 _EXPERTS = dict.fromkeys(EXPERTS, "mixtures of experts")
 # What a method, or a form of it, cannot prune, and a part of the reason it gives; all else must pass the contract.
@@ -33,7 +33,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Forms that leave a model of the stock class.
 STOCK = {
-    "shortgpt", "uidl", "sleb", "laco", "laco-paper", "streamline-none", "streamline", "replaceme",
+    "shortgpt", "uidl", "sleb", "evopress", "laco", "laco-paper", "streamline-none", "streamline", "replaceme",
     "replaceme-closed"}
 
 

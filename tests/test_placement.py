@@ -37,7 +37,7 @@ KINDS = ("drop", "after", "before", "context", "heads", "rewrite")
 SPREAD = (
     "kdp-learned", "kdp-paper",
     "kdp", "kdp-without", "kdp-folded", "linear", "linearpatch", "streamline", "streamline-ffn", "streamline-none",
-    "replaceme-closed", "shortgpt", "uidl", "sleb")
+    "replaceme-closed", "shortgpt", "uidl", "sleb", "evopress")
 
 
 def mixed(model: PreTrainedModel, disk: bool) -> dict[str, Any]:

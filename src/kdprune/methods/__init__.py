@@ -6,6 +6,7 @@ from typing import Any
 from kdprune.methods.common.method import Method
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.peers.drop import SLEB, UIDL, ShortGPT
+from kdprune.methods.peers.evopress import EvoPress
 from kdprune.methods.peers.laco import LaCo
 from kdprune.methods.peers.linear import Linear
 from kdprune.methods.peers.linearpatch import LinearPatch
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "shortgpt": ShortGPT,
     "uidl": UIDL,
     "sleb": SLEB,
+    "evopress": EvoPress,
     "laco": LaCo,
     "streamline": Streamline,
     "replaceme": ReplaceMe,

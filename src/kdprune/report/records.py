@@ -244,6 +244,15 @@ class Fit(Record):
     linear_error: Number = Field(None, description="the same for the least-squares linear map of h_s")
 
 
+class Search(Record):
+    """What a search over many pruned models took. A pass is one of all calibration rows, through whatever depth."""
+
+    passes: Number = Field(description="forward passes of the calibration rows, the dense model's among them")
+    candidates: int = Field(description="how often a pruned model was measured, on however few rows")
+    divergence: Numbers = Field(
+        default_factory=list, description="KL(dense‖best) in nats a token after each generation, on its own rows")
+
+
 class Sample(Record):
     """One prompt, continued by both models."""
 

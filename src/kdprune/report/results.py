@@ -27,6 +27,7 @@ from kdprune.report.records import (
     Perplexity,
     Record,
     Sample,
+    Search,
     Speed,
 )
 from kdprune.report.size_records import KVCache, Layers, LayerWidth, Parameters
@@ -50,6 +51,7 @@ __all__ = [
     "Perplexity",
     "Results",
     "Sample",
+    "Search",
     "Speed",
     "Step",
 ]
@@ -82,6 +84,7 @@ class Results(Record):
     calibration: Calibration | None = Field(None, description="calibration text")
     analysis: Analysis | None = Field(None, description="similarity of layer states")
     fit: list[Fit] = Field(default_factory=list, description="one entry per stand-in, in the order of blocks")
+    search: Search | None = Field(None, description="the search for what goes, where many models were tried")
     heal: Heal | None = Field(None, description="training of the pruned model after pruning")
     widths: list[LayerWidth] = Field(default_factory=list, description="the layers that were made narrower")
     stock: bool | None = Field(

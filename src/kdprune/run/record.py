@@ -31,6 +31,7 @@ from kdprune.report.results import (
     Perplexity,
     Results,
     Sample,
+    Search,
     Speed,
     Step,
 )
@@ -183,6 +184,7 @@ def pruning_results(
     if base.analysis is not None and outcome.damage is not None:
         states = range(base.layers.dense + 1)
         base.analysis.pair_damage = [[outcome.damage.get(range(s, e)) for e in states] for s in states]
+    base.search = None if outcome.search is None else Search(**outcome.search)
     base.widths = [LayerWidth(layer=edit.layer, **edit.width) for edit in outcome.edits
                    if isinstance(edit, Resize) and edit.layer is not None]
     base.stock = pruned.config.model_type == family_of(pruned).model_type

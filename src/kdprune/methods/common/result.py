@@ -16,6 +16,7 @@ class MethodResult:
     say less, because one of a run's layers stays with new weights. ``damage``: of the blocks that were tried one by
     one, what the loss grew by, where that chose the blocks. ``rates``: learning rates found on trial, one a block.
     ``trained``: parameters trained × tokens seen in training, of fits without a record.
+    ``search``: the fields of ``results.json``'s ``search``, where many sets of layers were tried.
     """
 
     edits: Sequence[Edit]
@@ -23,6 +24,7 @@ class MethodResult:
     tokens: int | None = None
     replaced: Sequence[range] | None = None
     damage: Mapping[range, float] | None = None
+    search: Mapping[str, Any] | None = None
     rates: Sequence[float] = ()
     trained: int = 0
 

@@ -35,8 +35,9 @@ class ResultCodec:
             plain.append(entry)
             tensors |= {f"{number}.{name}": tensor for name, tensor in own.items()}
         replaced = None if value.replaced is None else [_ends(block) for block in value.replaced]
+        search = None if value.search is None else dict(value.search)
         return {"edits": plain, "fit": list(value.fit), "tokens": value.tokens, "replaced": replaced,
-                "rates": list(value.rates), "trained": value.trained}, tensors
+                "rates": list(value.rates), "trained": value.trained, "search": search}, tensors
 
     def unpack(self, plain: Plain, tensors: Mapping[str, Tensor]) -> MethodResult:
         """The result again."""
@@ -47,7 +48,7 @@ class ResultCodec:
             edits.append(_unpack_edit(self.model, entry, own))
         replaced = None if plain["replaced"] is None else [range(*ends) for ends in plain["replaced"]]
         return MethodResult(edits, plain["fit"], plain["tokens"], replaced, rates=plain["rates"],
-                            trained=plain["trained"])
+                            trained=plain["trained"], search=plain["search"])
 
 
 def joined(parts: Iterable[MethodResult]) -> MethodResult:
