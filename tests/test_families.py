@@ -13,6 +13,7 @@ import kdprune
 from kdprune.cli.families_page import markdown
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.flops import forward_flops
+from kdprune.methods import METHODS
 from kdprune.methods.peers.drop import SLEB, ShortGPT
 from kdprune.methods.peers.linear import Linear
 from kdprune.methods.peers.llm_pruner import LLMPruner
@@ -119,6 +120,17 @@ def test_layers_that_differ_by_number_are_not_dropped_unknown(model_type: str, o
     with pytest.raises(KDPruneError, match=f"unknown model family '{model_type}', whose layers differ") as error:
         ShortGPT(ratio=0.2).check(model, CALIBRATION)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_whose_layers_may_be_dropped_may_not_be_pruned_otherwise() -> None:
+    """One model in turn, as a comparison has it: what is found for one method holds for that alone."""
+    model = unknown("cohere")
+    for _ in range(2):
+        ShortGPT(ratio=0.2).check(model, CALIBRATION)
+        with pytest.raises(KDPruneError, match="unknown model family 'cohere'"):
+            METHODS["kdp"](ratio=0.2).check(model, CALIBRATION)
+        with pytest.raises(KDPruneError, match="unknown model family 'cohere'"):
+            METHODS["linear"](ratio=0.2).check(model, CALIBRATION)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", "gpt_oss", "mamba", "mpt"])

@@ -115,10 +115,12 @@ def check_inferred(model: PreTrainedModel, drops: bool) -> None:
     """Raises KDPruneError for a model of a family without a row unless layers are but dropped, and what its config
     makes of the layers that stay is what they are."""
     family = family_of(model)
-    if not family.inferred or model in _FOUND_ALIKE:
+    if not family.inferred:
         return
     if not drops:
         find_family(model.config)  # raises
+    if model in _FOUND_ALIKE:
+        return
     layers, config = decoder_layers(model), model.config
     known = ("layer_types", "architectures", *family.per_layer)
     lists = [name for name, value in vars(config).items() if isinstance(value, list | tuple)
