@@ -25,6 +25,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdp-folded": ("kdp", {"context": "none"}),
     "kdp-learned": ("kdp", {"kernel": "linear+learned+data", "ranking": "similarity"}),
     "kdp-paper": ("kdp", {"preset": "paper"}),
+    "sublayers-similar": ("sublayers", {"ranking": "similarity"}),
+    "sublayers-mlp": ("sublayers", {"what": "mlp"}),
     "streamline-layer": ("streamline", {"stand_in": "layer"}),
     "streamline-none": ("streamline", {"stand_in": "none"}),
     "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "kernel": "learned", "hidden": 4}),

@@ -13,9 +13,10 @@ from kdprune.testing.method import MethodCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
-WIRED = ("kdp", "laco", "llm-pruner", "slicegpt")
+WIRED = ("kdp", "sublayers", "laco", "llm-pruner", "slicegpt")
 # What later families have of their own that others meet: tuples, multipliers, experts that go with their layers.
-LATER = {"sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
+LATER = {"sublayers-similar": ("bloom", "falcon", "granite", "qwen3_moe"),
+         "sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
          "linear": ("bloom", "mixtral"), "shortgpt": ("mixtral", "qwen3_moe"), "kdp-paper": ("mixtral",)}
 
 

@@ -38,6 +38,7 @@ NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1
 SUM_VERSION = 3  # of a record with a sum of kernels, with widths or without
 PREFIX = "kdp_"  # of the model_type
 PARTS = ("linear", "fourier", "mlp", "data")  # of a stand-in's kind, in the order in which its read-out sees them
+SUBLAYERS = ("attention", "mlp")  # that a layer can be without
 PLACES = ("after", "before", "mlp")
 # What a pruned model can be loaded as, where its family has it: the end of the class's name, and who finds it.
 HEADS: dict[str, Any] = {
@@ -448,6 +449,37 @@ class SlicedLayer(nn.Module):
         return nn.functional.dropout(state, part, self.training)
 
 
+class NoAttention(nn.Module):
+    """In the place of an attention sublayer that was left out: it adds nothing to the stream. No parameters.
+
+    Its entry in a KV cache counts tokens, by keys (B, 1, T, 1) without values, one number a token: models ask the
+    first layer's entry, or the first of an attention type, how many have been seen, and one without keys says none.
+    """
+
+    def __init__(self, layer_idx: int | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, *args: Any, past_key_values: Any = None,
+        layer_past: Any = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, d) → zeros (B, T, d), or the residual where it is handed over (BLOOM); no weights."""
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(keys, keys[..., :0], self.layer_idx)
+        return (torch.zeros_like(hidden_states) if residual is None else residual), None
+
+
+class NoMLP(nn.Module):
+    """In the place of an MLP that was left out: it adds nothing to the stream. No parameters."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """hidden_states (…, d) → zeros (…, d), or the residual where a layer hands it over (BLOOM)."""
+        return torch.zeros_like(hidden_states) if residual is None else residual
+
+
 class OwnConfig:
     """The model's config as one attention module sees it: what is set here hides ``base``, all else is read there."""
 
@@ -533,6 +565,7 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
 
     ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner); ``{"groups":
     g}``: the heads alone, of a layer whose MLP place holds a stand-in (KDP).
+    ``{"without": "attention"}``, or "mlp": the layer lacks that sublayer, and the norms that nothing else reads.
     ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
     behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied.
     What is cut keeps its first rows and columns: the right weights are loaded, or set, afterwards.
@@ -545,12 +578,14 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
     if "states" in widths[0]:
         _slice_outside(model, widths[0]["states"][0], family)
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        if set(width) not in (set(), {"groups"}, {"groups", "channels"}, {"states"}):
+        if set(width) not in (set(), {"groups"}, {"groups", "channels"}, {"states"}, {"without"}):
             raise ValueError(f"config.kdp gives layer {index} widths {sorted(width)}, which this code does not know")
         if ("states" in width) != ("states" in widths[0]):
             raise ValueError("config.kdp gives stream widths to some layers only")
         if "states" in width:
             slice_layer(layer, width["states"], family, model.config.hidden_size)
+        elif "without" in width:
+            leave_out(layer, width["without"], family)
         elif width:
             thin_attention(layer, width["groups"], family, model.config)
             if "channels" in width:
@@ -584,6 +619,32 @@ def resize(module: nn.Module, *, outputs: int | None = None, inputs: int | None 
         module.bias = nn.Parameter(old.detach()[:outputs].clone(), old.requires_grad)
     elif bias:
         module.bias = nn.Parameter(weight.new_zeros(outputs), weight.requires_grad)
+
+
+def sublayer_parts(layer: nn.Module, sublayer: str, family: Family) -> list[str]:
+    """The attributes of a layer that go with a sublayer, "attention" or "mlp": what computes, first, and the norms in
+    front of it and behind, but for one that the other sublayer reads too.
+
+    Raises ValueError for another sublayer.
+    """
+    if sublayer not in SUBLAYERS:
+        raise ValueError(f"got a layer without {sublayer!r}, expected one of {', '.join(SUBLAYERS)}")
+    before = [family.norm_in(layer, names) for names in (family.attention_norm, family.mlp_norm)]
+    parts = [*family.mlp] if sublayer == "mlp" else [family.attention, *family.post_norms[:1]]
+    own = before[SUBLAYERS.index(sublayer)]
+    return parts if own is None or before[0] == before[1] else [*parts, own]
+
+
+def leave_out(layer: nn.Module, sublayer: str, family: Family) -> None:
+    """Take the attention or the MLP out of ``layer``, in place: the stream passes it as it is.
+
+    Raises ValueError for another sublayer.
+    """
+    first, *others = sublayer_parts(layer, sublayer, family)
+    number: Any = getattr(getattr(layer, first), "layer_idx", None)
+    setattr(layer, first, NoMLP() if sublayer == "mlp" else NoAttention(number))
+    for name in others:
+        setattr(layer, name, nn.Identity())
 
 
 def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -> None:

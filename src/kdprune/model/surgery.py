@@ -43,6 +43,7 @@ from .modeling_kdp import (
     columns_of,
     generated,
     key_value_heads,
+    leave_out,
     place_stand_in,
     thin_attention,
     thin_mlp,
@@ -55,6 +56,7 @@ from .widths import resize_layers, rewrite
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
     "earlier_blocks", "folded", "layers_replaced", "ordinary_layer", "plain_copy", "running_from",
+    "without_sublayer",
 ]  # fmt: skip
 
 
@@ -77,15 +79,17 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     the family's ``KDP<X>ForCausalLM``.
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
-    two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside edits that
-    take layers out, and for models that cannot be edited.
+    two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside Substitutes,
+    for changes of the stream beside Drops, and for models that cannot be edited.
     """
     family = family_of(model)
     cuts = sorted((edit for edit in edits if isinstance(edit, Drop | Substitute)), key=lambda cut: cut.block.start)
     substitutes = any(isinstance(edit, Substitute) for edit in edits)
     resizes = [edit for edit in edits if isinstance(edit, Resize)]
-    if resizes and cuts:
-        raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
+    if resizes and substitutes:
+        raise KDPruneError("got edits that narrow layers beside edits that replace layers, expected one kind")
+    if cuts and any("states" in edit.width for edit in resizes):
+        raise KDPruneError("got edits that change the stream beside edits that take layers out, expected one kind")
     check_model(model, substitutes or bool(resizes), drops=all(isinstance(edit, Drop) for edit in edits))
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = sharing_copy(model)
@@ -98,7 +102,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     layers = [slot.layer for slot in slots]
     install_layers(decoder_layers(pruned), layers)
     renumber(pruned, family.layers, [slot.source for slot in slots])
-    widths = resize_layers(pruned, resizes) if resizes else [slot.width for slot in slots]
+    places = {slot.source: place for place, slot in enumerate(slots)}
+    widths = resize_layers(pruned, resizes, places) if resizes else [slot.width for slot in slots]
     holds = any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts)
     if any(widths) or resizes or holds or config.model_type.startswith(PREFIX):
         with unhooked(pruned):
@@ -184,6 +189,14 @@ def ordinary_layer(
     except ValueError as error:
         raise KDPruneError(str(error)) from error
     return layer
+
+
+def without_sublayer(model: PreTrainedModel, layer: nn.Module, sublayer: str) -> nn.Module:
+    """``layer`` without its "attention" or its "mlp", for :func:`layers_replaced`: a new module that shares what is
+    left with ``layer``, which stays as it was. Raises ValueError for another sublayer."""
+    result = sharing_copy(layer, {id(model.config): model.config})
+    leave_out(result, sublayer, family_of(model))
+    return result
 
 
 def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups: int | None = None) -> nn.Module:

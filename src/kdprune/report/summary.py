@@ -217,6 +217,8 @@ def headline(results: Results) -> str:
     cost = _ratio_of_perplexity(results)
     gain = (f"{percent(results.parameters.net_ratio, 1)} fewer parameters{_of_layers(results.parameters, ' (', ')')}"
             f"{f' at {cost} the perplexity' if cost else ''}.")
+    if any(width.without for width in results.widths):
+        return f"{_sublayers(results)} of {model} removed: {gain}"
     if results.widths:
         return f"{len(results.widths)} of {results.layers.dense} layers of {model} narrowed: {gain}"
     if not results.blocks:
@@ -227,6 +229,16 @@ def headline(results: Results) -> str:
     deed = "replaced by " + ("one stand-in" if len(results.fit) == 1 else f"{len(results.fit)} stand-ins")
     text = f"{blocks[0].upper()}{blocks[1:]} of {model} {deed if results.fit else 'removed'}"
     return f"{text}: {gain}"
+
+
+def _sublayers(results: Results) -> str:
+    """What was taken out of a model without some of its sublayers: "The attention of 3 layers and 2 whole layers"."""
+    lacking = [width.without for width in results.widths]
+    counts = {"the attention of {}": lacking.count("attention"), "the MLP of {}": lacking.count("mlp"),
+              "{}, whole,": sum(end - start for start, end in results.blocks)}
+    parts = [text.format(f"{count} layer{'s' * (count > 1)}") for text, count in counts.items() if count]
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return text[0].upper() + text[1:]
 
 
 def _of_layers(parameters: Parameters, before: str, behind: str = "") -> str:

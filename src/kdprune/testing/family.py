@@ -97,14 +97,15 @@ class FamilyContract:
         kinds: the edits that the family can have, names of ``KINDS``; leave "stream" out where a norm stands behind a
             sublayer.
         kinds_in_full: those for which the checks that take long are made: generation, gradients, copies, loading by
-            AutoModel. ("mixed", "heads", "channels", "stream") have every place of a stand-in and every narrower form.
+            AutoModel. ("mixed", "heads", "channels", "stream", "sublayers") have every place of a stand-in and every
+            narrower form.
         kinds_elsewhere: those whose checkpoints one process without kdprune loads, one at least that has its own code.
     """
 
     models: ClassVar[Mapping[str, Build]] = {}
     kinds: ClassVar[Collection[str]] = tuple(KINDS)
     kinds_in_full: ClassVar[Collection[str]] = tuple(KINDS)
-    kinds_elsewhere: ClassVar[Collection[str]] = ("mixed", "heads", "whole", "channels", "stream")
+    kinds_elsewhere: ClassVar[Collection[str]] = ("mixed", "heads", "whole", "channels", "stream", "sublayers")
 
     @staticmethod
     def model() -> PreTrainedModel:
@@ -273,7 +274,7 @@ class FamilyContract:
         for name, gradient in plain.items():
             close(checkpointed[name], gradient)
         stand_ins = [name for name, m in case.edited.model.named_modules() if isinstance(m, StandIn)]
-        assert bool(stand_ins) == (case.kind not in ("layer", "channels", "stream"))
+        assert bool(stand_ins) == (case.kind not in ("layer", "channels", "stream", "sublayers"))
         assert sorted(calls) == sorted(stand_ins)
         assert sorted(again) == sorted(2 * stand_ins)
         for stand_in in stand_ins:

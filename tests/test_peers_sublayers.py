@@ -1,0 +1,217 @@
+"""Attention and MLP sublayers that are left out: against hooks, zeros and a search that copies."""
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import CONFIGS, LAYERS, build
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
+from kdprune.evaluation.flops import forward_flops
+from kdprune.evaluation.speed import kv_cache_bytes_per_token
+from kdprune.methods.common.result_files import ResultCodec
+from kdprune.methods.peers.sublayers import Sizes, Stack, Sublayer, Sublayers, sublayer_changes, sublayer_edits
+from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.losses import mean_loss
+from kdprune.model.surgery import Drop, Resize, Substitute, apply_edits, ordinary_layer
+from kdprune.runtime.run import Run
+from kdprune.testing import CALIBRATION, logits_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY = tuple(itertools.product(range(LAYERS), ("attention", "mlp")))
+ROWS = CALIBRATION.select(slice(0, 4))
+
+
+def silenced(model: PreTrainedModel, gone: tuple[Sublayer, ...]) -> PreTrainedModel:
+    """The oracle of a Llama: the weights of the last projection of a sublayer are zero."""
+    result = copy.deepcopy(model)
+    for index, kind in gone:
+        layer: Any = decoder_layers(result)[index]
+        (layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj).weight.data.zero_()
+    return result
+
+
+# ------------------------------------------------------------------------------------------ by loss
+
+
+@pytest.mark.parametrize("what", ["both", "attention", "mlp"])
+def test_by_loss_it_is_greedy_search_over_silenced_copies(what: str) -> None:
+    model = build("llama3", std=0.3)
+    kinds = ("attention", "mlp") if what == "both" else (what,)
+    gone: tuple[Sublayer, ...] = ()
+    sizes = {kind: sum(p.numel() for n, p in decoder_layers(model)[0].named_parameters() if n.startswith(prefixes))
+             for kind, prefixes in (("attention", ("self_attn", "input_")), ("mlp", ("mlp", "post_")))}
+    assert sum(sizes.values()) == sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    for _ in range(4):
+        left = [item for item in itertools.product(range(LAYERS), kinds) if item not in gone]
+        losses = {item: mean_loss(silenced(model, (*gone, item)), ROWS, 4) for item in left}
+        gone = (*gone, min(losses, key=lambda item: losses[item]))
+        removed = sum(sizes[kind] for _, kind in gone)
+        found = Sublayers(what=what, ratio=(removed - 1) / model.num_parameters(), sequences=4)(  # type: ignore[arg-type]
+            model, CALIBRATION, Run(batch_size=2))
+        pruned = apply_edits(model, found.edits)
+        assert model.num_parameters() - pruned.num_parameters() == removed
+        assert torch.equal(logits_of(pruned), logits_of(silenced(model, gone)))
+        assert found.tokens == ROWS.tokens
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3", "bloom", "phi", "opt-350m", "mixtral", "qwen3-window"])
+def test_losses_from_the_states_in_front_are_those_of_the_pruned_model(name: str) -> None:
+    model, stack = build(name), Stack(build(name))
+    before: list[Sublayer] = []
+    for step in ((1, "attention"), (4, "mlp"), (1, "mlp")):
+        left = [item for item in EVERY if item not in before]
+        found = stack.losses(ROWS, left, 3)
+        assert found == pytest.approx(
+            {item: mean_loss(apply_edits(model, sublayer_edits([*before, item])), ROWS, 3) for item in left}, rel=1e-5)
+        stack.leave_out(step)
+        before.append(step)
+
+
+# ------------------------------------------------------------------------------------------ by similarity
+
+
+@torch.no_grad()
+def stream(model: PreTrainedModel, tokens: TokenSet) -> list[dict[str, tuple[Tensor, Tensor]]]:
+    """The oracle: what enters and what leaves every sublayer of a model with plain residual sums, by hooks on the
+    sublayers; parallel ones read the same state."""
+    family, found = family_of(model), list[dict[str, tuple[Tensor, Tensor]]]()
+    for layer in decoder_layers(model):
+        own: dict[str, Tensor] = {}
+
+        def keep(name: str, own: dict[str, Tensor]) -> Any:
+            return lambda module, args, output: own.update({name: output[0] if isinstance(output, tuple) else output})
+
+        last = family.post_norms or (family.attention, family.mlp[-1])
+        layer.get_submodule(last[0]).register_forward_hook(keep("attention", own))
+        layer.get_submodule(last[1]).register_forward_hook(keep("mlp", own))
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs, own=own: own.__setitem__("in", args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True)
+        found.append(own)  # type: ignore[arg-type]
+    model(tokens.ids, attention_mask=tokens.mask.long())
+    result = []
+    for layer, own in zip(decoder_layers(model), found, strict=True):
+        own: Any
+        times = family.multiplier(layer)
+        given, attended = own["in"], own["in"] + times * own["attention"]
+        entering = given if family.is_parallel(layer) else attended
+        result.append({"attention": (given, attended), "mlp": (entering, entering + times * own["mlp"].view_as(given))})
+    return result
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt_neox", "gemma2", "olmo2", "granite", "phi", "opt", "gpt2", "mixtral"])
+def test_changes_are_cosines_of_the_stream_around_each_sublayer(name: str) -> None:
+    tokens = CALIBRATION
+    found = sublayer_changes(build(name), tokens, EVERY, 3)
+    states = stream(build(name), tokens)
+    for index, kind in EVERY:
+        before, behind = (state.double()[tokens.mask] for state in states[index][kind])
+        expected = 1 - nn.functional.cosine_similarity(before, behind, dim=-1).mean()
+        assert found[index, kind] == pytest.approx(float(expected), abs=1e-5)
+    assert len({round(value, 9) for value in found.values()}) == len(EVERY)
+
+
+def test_by_similarity_the_least_changes_go() -> None:
+    model = build("llama3", std=0.3)
+    changes, sizes = sublayer_changes(model, CALIBRATION, EVERY, 16), Sizes(model)
+    order = sorted(EVERY, key=lambda item: changes[item])
+    for count in (1, 3, 6):
+        ratio = (sizes.removed(order[:count]) - 1) / model.num_parameters()
+        found = Sublayers(ranking="similarity", ratio=ratio)(model, CALIBRATION)
+        assert found.edits == sublayer_edits(order[:count])
+        assert found.tokens == CALIBRATION.tokens
+    inner = Sublayers(ranking="similarity", what="mlp", protect=0.3, ratio=0.05)(model, CALIBRATION)
+    assert {edit.layer for edit in inner.edits if isinstance(edit, Resize)} <= {2, 3}
+
+
+# ------------------------------------------------------------------------------------------ what is left
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_are_what_the_pruned_model_lacks(name: str) -> None:
+    model = build(name)
+    sizes = Sizes(model)
+    for gone in ([(1, "attention")], [(2, "mlp")], [(0, "attention"), (3, "mlp"), (3, "attention"), (5, "mlp")]):
+        pruned = apply_edits(model, sublayer_edits(gone))
+        assert model.num_parameters() - pruned.num_parameters() == sizes.removed(gone)
+
+
+def test_a_layer_that_loses_both_goes_whole() -> None:
+    edits = sublayer_edits([(3, "mlp"), (1, "attention"), (3, "attention"), (4, "mlp"), (4, "attention")])
+    assert edits == [Drop(range(3, 5)), Resize(1, {"without": "attention"}, {})]
+    model = build("llama3")
+    pruned: Any = apply_edits(model, edits)
+    assert pruned.config.kdp["widths"] == [{}, {"without": "attention"}, {}, {}]
+    assert pruned.config.kdp["blocks"] == [[3, 5]]
+    stock = apply_edits(model, sublayer_edits([(3, "mlp"), (3, "attention")]))
+    assert type(stock) is type(model)
+
+
+def test_cache_and_operations_are_those_of_what_is_left() -> None:
+    model = build("llama3")
+    pruned = apply_edits(model, sublayer_edits([(0, "attention"), (2, "mlp")]))
+    # One number a token stands for the attention that is gone, and counts tokens.
+    number = 4
+    assert kv_cache_bytes_per_token(pruned) == kv_cache_bytes_per_token(model) * 5 / 6 + number
+    attention = sum(p.numel() for n, p in decoder_layers(model)[0].named_parameters() if "proj" in n and "attn" in n)
+    mlp = sum(p.numel() for n, p in decoder_layers(model)[0].named_parameters() if "proj" in n and "mlp" in n)
+    scores = 4 * model.config.num_attention_heads * 8 * (5 + 7)
+    assert forward_flops(model, 1, 5, 7) - forward_flops(pruned, 1, 5, 7) == 5 * (2 * (attention + mlp) + scores)
+
+
+def test_given_blocks_lose_the_sublayers_that_may_go() -> None:
+    model = build("llama3")
+    found = Sublayers(what="attention", blocks=((4, 5), (1, 3)))(model, CALIBRATION)
+    assert found.edits == [Resize(index, {"without": "attention"}, {}) for index in (1, 2, 4)]
+    assert found.tokens == 0
+    again = ResultCodec(model).unpack(*ResultCodec(model).pack(found))
+    assert again.edits == found.edits
+    assert Sublayers(blocks=((1, 3),))(model, CALIBRATION).edits == [Drop(range(1, 3))]
+
+
+def test_what_it_refuses() -> None:
+    model = build("llama3")
+    with pytest.raises(KDPruneError, match=r"expected at most 0\.\d+, the largest the layers that may be taken out"):
+        Sublayers(what="attention", ratio=0.5).check(model, CALIBRATION)
+    sizes = Sizes(model)
+    most = sizes.removed(EVERY) - max(sizes.own[0].values())
+    Sublayers(ratio=(most - 0.5) / model.num_parameters()).check(model, CALIBRATION)
+    with pytest.raises(KDPruneError, match="expected at most"):
+        Sublayers(ratio=(most + 1.5) / model.num_parameters()).check(model, CALIBRATION)
+    short = TokenSet(CALIBRATION.ids[:, :1], CALIBRATION.mask[:, :1], "test")  # type: ignore[arg-type]
+    with pytest.raises(KDPruneError, match="two tokens in a row"):
+        Sublayers(ratio=0.2).check(model, short)
+    with pytest.raises(KDPruneError, match="is narrowed already"):
+        Sublayers(ratio=0.1).check(apply_edits(model, sublayer_edits([(0, "mlp")])), CALIBRATION)
+
+
+def test_a_loss_that_is_not_a_number_is_infinite() -> None:
+    model = build("llama3")
+    layer: Any = decoder_layers(model)[3]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.fill_(math.nan)
+    losses = Stack(model).losses(ROWS, [(1, "mlp"), (3, "attention"), (3, "mlp")], 2)
+    assert [math.isfinite(loss) for loss in losses.values()] == [False, False, True]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.fill_(math.nan)
+    with pytest.raises(KDPruneError, match="no finite loss"):
+        Sublayers(ratio=0.2)(model, CALIBRATION)
+
+
+def test_edits_that_cannot_be_are_refused() -> None:
+    model = build("llama3")
+    for edits, message in (
+        ([Resize(1, {"without": "norm"}, {})], "expected one of attention, mlp"),
+        ([Resize(1, {"without": "mlp"}, {}), Drop(range(1, 2))], "none that is taken out"),
+        ([Resize(1, {"without": "mlp"}, {}), Substitute(range(2, 4), None, ordinary_layer(model, 2))],
+         "replace layers"),
+    ):
+        with pytest.raises(KDPruneError, match=message):
+            apply_edits(model, edits)  # type: ignore[arg-type]
