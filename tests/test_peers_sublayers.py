@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +20,11 @@ from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.methods.peers.sublayers import Sizes, Stack, Sublayer, Sublayers, sublayer_changes, sublayer_edits
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.llama_cpp import check_export
 from kdprune.model.losses import mean_loss
 from kdprune.model.surgery import Drop, Resize, Substitute, apply_edits, ordinary_layer
+from kdprune.report.results import Layers, LayerWidth, Parameters, Results
+from kdprune.report.summary import headline
 from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION, logits_of
 
@@ -215,3 +220,18 @@ def test_edits_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(KDPruneError, match=message):
             apply_edits(model, edits)  # type: ignore[arg-type]
+
+
+def test_the_page_says_what_went_and_gguf_files_are_refused(tmp_path: Path) -> None:
+    results = Results(
+        created="", model="org/name", method="sublayers", layers=Layers(dense=6, pruned=4), blocks=[(2, 4)],
+        parameters=Parameters(dense=100, pruned=60),
+        widths=[LayerWidth(layer=index, without=kind) for index, kind in ((0, "attention"), (4, "mlp"), (5, "mlp"))])
+    assert headline(results).startswith(
+        "The attention of 1 layer, the MLP of 2 layers and 2 whole layers of org/name removed: 40.0")
+    assert Results.parse(json.loads(results.to_json())) == results
+    pruned = apply_edits(build("llama3"), sublayer_edits([(0, "attention")]))
+    pruned.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(KDPruneError, match="no attention or no MLP, which the export cannot express"):
+        check_export(tmp_path)

@@ -234,9 +234,9 @@ def headline(results: Results) -> str:
 def _sublayers(results: Results) -> str:
     """What was taken out of a model without some of its sublayers: "The attention of 3 layers and 2 whole layers"."""
     lacking = [width.without for width in results.widths]
-    counts = {"the attention of {}": lacking.count("attention"), "the MLP of {}": lacking.count("mlp"),
-              "{}, whole,": sum(end - start for start, end in results.blocks)}
-    parts = [text.format(f"{count} layer{'s' * (count > 1)}") for text, count in counts.items() if count]
+    counts = {"the attention of {} layer": lacking.count("attention"), "the MLP of {} layer": lacking.count("mlp"),
+              "{} whole layer": sum(end - start for start, end in results.blocks)}
+    parts = [text.format(count) + "s" * (count > 1) for text, count in counts.items() if count]
     text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
     return text[0].upper() + text[1:]
 
