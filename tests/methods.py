@@ -26,6 +26,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "kdp-learned": ("kdp", {"kernel": "linear+learned+data", "ranking": "similarity"}),
     "kdp-paper": ("kdp", {"preset": "paper"}),
     "streamline-ffn": ("streamline", {"stand_in": "ffn"}),
+    "sublayers-similar": ("sublayers", {"ranking": "similarity"}),
+    "sublayers-mlp": ("sublayers", {"what": "mlp"}),
     "streamline-none": ("streamline", {"stand_in": "none"}),
     "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "kernel": "learned", "hidden": 4}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),

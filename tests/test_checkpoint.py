@@ -1,5 +1,6 @@
 """Saving, loading back, and what verify refuses."""
 
+import contextlib
 import json
 import stat
 import sys
@@ -212,6 +213,17 @@ def test_vllm_is_told_every_class_once(monkeypatch: pytest.MonkeyPatch) -> None:
     register_vllm()
     assert len(registered) == len(modeling_kdp.FAMILIES)
     assert ("KDPLlamaForCausalLM", BACKEND) in registered
-    assert sorted(asked) == ["KDPBloomForCausalLM", "KDPFalconForCausalLM", "KDPGPT2ForCausalLM", "KDPGPTJForCausalLM"]
+    config = types.SimpleNamespace(kdp={"widths": [{"without": "mlp"}, {}, {"groups": 1, "channels": 8}]})
+    given = types.SimpleNamespace(model_config=types.SimpleNamespace(hf_config=config))
+    refused = set()
+    for name, hooks in asked.items():
+        with contextlib.suppress(ValueError):
+            hooks.verify_and_update_config(given)
+            continue
+        refused.add(name)
+    assert refused == {"KDPBloomForCausalLM", "KDPFalconForCausalLM", "KDPGPT2ForCausalLM", "KDPGPTJForCausalLM"}
+    config.kdp["widths"] += [{"without": "attention"}]
     with pytest.raises(ValueError, match=r"got a pruned gpt2 model.*serve it with transformers"):
-        asked["KDPGPT2ForCausalLM"].verify_and_update_model_config(None)
+        asked["KDPGPT2ForCausalLM"].verify_and_update_model_config(given.model_config)
+    with pytest.raises(ValueError, match=r"layers 3 have no attention.*serve it with transformers"):
+        asked["KDPLlamaForCausalLM"].verify_and_update_model_config(given.model_config)

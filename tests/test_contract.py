@@ -35,23 +35,25 @@ IMPOSSIBLE = {**dict.fromkeys((*NORMS_BEHIND, "bloom"), ("stream",)),
 # Of a variant the kinds that its difference bears on, of later families those in which they can differ, every place of
 # a stand-in among them (the others: -m slow): depth and attention types, heads, what is between the sublayers.
 FEWER = {
-    "olmo2": ("drop", "last", "mixed", "channels"), "granite": ("last", "mixed", "stream"),
-    "falcon": ("drop", "last", "mixed", "heads", "channels", "stream"), "falcon-7b": ("mixed", "channels"),
-    "falcon-sequential": ("channels", "stream"), "bloom": ("drop", "last", "mixed", "channels"),
-    "phi": ("mixed", "channels", "stream"), "gptj": ("mixed", "channels", "stream"), "gemma": ("mixed",),
-    "stablelm": ("mixed", "channels"), "stablelm-parallel": ("mixed", "stream"), "smollm3": ("drop", "mixed"),
-    "ministral": ("mixed",), "mixtral": ("drop", "mixed"), "qwen3_moe": ("drop", "mixed"),
-    "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"), "qwen2-window": ("drop", "before", "last", "mixed"),
-    "qwen3-window": ("drop", "rewrite", "last", "mixed"),
-    "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream"),
-    "opt-350m": ("drop", "after", "before", "mlp", "mixed", "heads", "channels"),
+    "olmo2": ("drop", "last", "mixed", "channels", "sublayers"), "granite": ("last", "mixed", "stream", "sublayers"),
+    "falcon": ("drop", "last", "mixed", "heads", "channels", "stream", "sublayers"),
+    "falcon-7b": ("mixed", "channels", "sublayers"), "falcon-sequential": ("channels", "stream", "sublayers"),
+    "bloom": ("drop", "last", "mixed", "channels", "sublayers"), "phi": ("mixed", "channels", "stream", "sublayers"),
+    "gptj": ("mixed", "channels", "stream", "sublayers"), "gemma": ("mixed",),
+    "stablelm": ("mixed", "channels", "sublayers"), "stablelm-parallel": ("mixed", "stream", "sublayers"),
+    "smollm3": ("drop", "mixed", "sublayers"), "ministral": ("mixed",), "mixtral": ("drop", "mixed", "sublayers"),
+    "qwen3_moe": ("drop", "mixed", "sublayers"), "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"),
+    "qwen2-window": ("drop", "before", "last", "mixed"),
+    "qwen3-window": ("drop", "rewrite", "last", "mixed", "sublayers"),
+    "gpt_neox-sequential": ("drop", "after", "mlp", "mixed", "heads", "channels", "stream", "sublayers"),
+    "opt-350m": ("drop", "after", "before", "mlp", "mixed", "heads", "channels", "sublayers"),
 }
 # Loaded without the package: every way in which a family's row and classes differ (all: -m slow), and in more kinds
 # those that differ in how they count heads, embed or cut.
 ELSEWHERE = {
     "mixed": {*EARLIER_FAMILIES, *WIRINGS, *WIRED, "mixtral"}, "whole": ("llama3.1", "gemma3", "gpt2"),
     "layer": ("phi3", "gemma3"), "heads": ("gpt2", "gpt_neox", "llama3.1", "opt"), "channels": ("phi3",),
-    "stream": ("gpt2", "gpt_neox")}
+    "stream": ("gpt2", "gpt_neox"), "sublayers": ("llama3.1", "bloom")}
 
 
 def test_every_family_is_covered() -> None:
@@ -66,7 +68,7 @@ class TestFamilies(FamilyContract):
     """Every kind of one config of each family; of its variants those that can differ."""
 
     models: ClassVar = {name: partial(build, name) for name in CONFIGS}
-    kinds_in_full: ClassVar = ("mixed", "heads", "channels", "stream")
+    kinds_in_full: ClassVar = ("mixed", "heads", "channels", "stream", "sublayers")
 
     @classmethod
     def cases(cls) -> list[FamilyCase]:

@@ -13,14 +13,15 @@ from kdprune.testing.method import MethodCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
-WIRED = ("kdp", "laco", "llm-pruner", "slicegpt")
+WIRED = ("kdp", "sublayers", "laco", "llm-pruner", "slicegpt")
 # A method's other forms put other stand-ins into the same places, of which the contract of families has every kind in
 # every family: here those of separate projections, norms behind, parallel sublayers and Conv1D; LATER has more.
 PLACES = ("llama3.1", "gemma3", "gpt_neox", "gpt2")
 # As wired as a family beside them, for a method: Llama and Qwen2 with as many key-value heads, or without a window.
 SAME = ("llama2", "llama3", "qwen2-window")
 # What later families have of their own that others meet: tuples, multipliers, experts that go with their layers.
-LATER = {"sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
+LATER = {"sublayers-similar": ("bloom", "falcon", "granite", "qwen3_moe"),
+         "sleb": ("bloom",), "uidl": ("falcon",), "streamline": ("bloom",), "replaceme": ("granite", "falcon"),
          "linear": ("bloom", "mixtral"), "shortgpt": ("mixtral", "qwen3_moe"), "kdp-paper": ("mixtral",),
          "kdp-learned": ("phi3",), "kdp-folded": ("opt-350m",), "laco-paper": ("phi3",)}
 

@@ -24,12 +24,12 @@ from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.model.losses import language_loss
 from kdprune.model.modeling_kdp import key_value_heads
 from kdprune.model.structures import attention_parts, mlp_parts
-from kdprune.model.surgery import Drop, Resize, apply_edits
+from kdprune.model.surgery import Drop, Resize, Substitute, apply_edits
 from kdprune.report.page import layer_strip
 from kdprune.report.summary import headline
 from kdprune.runtime.machine import generator
 from kdprune.runtime.run import Run
-from kdprune.testing import edits_of
+from kdprune.testing import edits_of, random_stand_in
 from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,7 +136,8 @@ def test_edits_that_make_no_model_are_refused() -> None:
     edits = LLMPruner(ratio=0.2)(model, tokens()).edits
     first = next(edit for edit in edits if isinstance(edit, Resize))
     wrong = {
-        "beside edits": [*edits, Drop(range(1))],
+        "beside edits": [*edits, Substitute(range(1), random_stand_in(32))],
+        "change the stream beside": [Resize(1, {"states": [8, 8, 8]}, {}), Drop(range(1))],
         "once at most": [first, first],
         "without weights": [Resize(first.layer, first.width, {})],
         "for a part of the model": [Resize(0, {"states": [8, 8, 8]}, {})],

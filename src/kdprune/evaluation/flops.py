@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kdprune.model.families import decoder_layers, experts_of, family_of
+from kdprune.model.modeling_kdp import NoAttention
 
 
 def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0, logits: int = 1) -> int:
@@ -29,6 +30,8 @@ def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0
     for experts, router, share in experts_of(model):
         each += round(2 * share * _size(experts)) + 2 * _size(router)
     for layer in decoder_layers(model):
+        if any(isinstance(part, NoAttention) for part in layer.children()):
+            continue
         known = bool(family.attention_out)
         columns = _columns(layer.get_submodule(family.attention_out)) if known else model.config.hidden_size
         each += 4 * columns * (past + tokens)

@@ -14,6 +14,7 @@ from kdprune.methods.peers.llm_pruner import LLMPruner
 from kdprune.methods.peers.replaceme import ReplaceMe
 from kdprune.methods.peers.slicegpt import SliceGPT
 from kdprune.methods.peers.streamline import Streamline
+from kdprune.methods.peers.sublayers import Sublayers
 from kdprune.options import options_of, reject_unknown, typed_options
 
 METHODS: dict[str, type[Method]] = {
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "uidl": UIDL,
     "sleb": SLEB,
     "evopress": EvoPress,
+    "sublayers": Sublayers,
     "laco": LaCo,
     "streamline": Streamline,
     "replaceme": ReplaceMe,

@@ -72,7 +72,8 @@ class Resize:
 
     ``width`` is the layer's entry of ``config.kdp["widths"]`` (:func:`kdprune.model.modeling_kdp.narrow`); ``weights``
     are tensors by the name of a parameter within the layer, or within the causal LM, in their new shapes: every
-    parameter that the new width cuts or adds. Stream widths go to all layers and the parts around them together.
+    parameter that the new width cuts or adds; of a layer without a sublayer there is none. Stream widths go to all
+    layers and the parts around them together. ``layer`` is the index in the dense model.
     """
 
     layer: int | None

@@ -277,6 +277,12 @@ def is_sliced(config: PreTrainedConfig) -> bool:
     return any("states" in width for width in record.get("widths", ()))
 
 
+def lacks_sublayers(config: PreTrainedConfig) -> bool:
+    """Whether some layers of the model that ``config`` describes were left without their attention or their MLP."""
+    record = getattr(config, "kdp", None) or {}
+    return any("without" in width for width in record.get("widths", ()))
+
+
 def holds_stand_ins(config: PreTrainedConfig) -> bool:
     """Whether an earlier pruning put stand-ins into the model that ``config`` describes."""
     return bool((getattr(config, "kdp", None) or {}).get("stand_ins"))

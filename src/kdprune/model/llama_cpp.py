@@ -138,6 +138,9 @@ def _check_expressible(path: Path, config: Any) -> None:
         other = ", or of llm-pruner" if family in DECI else ""
         raise KDPruneError(f"got {path}, whose stream changes its width from layer to layer (SliceGPT), which "
                            f"llama.cpp cannot express; expected {STOCK}{other}")
+    if any("without" in width for width in widths):
+        raise KDPruneError(f"got {path}, some of whose layers have no attention or no MLP, which the export cannot "
+                           f"express; expected {STOCK}")
     reason = None
     if family not in DECI:
         reason = f"of {', '.join(DECI)} models alone"

@@ -6,7 +6,7 @@ after that layer, or before it where the run began at layer 0) or it is the MLP 
 in a slot of its own. ``config.kdp`` says where each stand-in lives; the native weights keep their names.
 A model can be narrowed instead: fewer heads and MLP channels a layer, or a residual stream whose width changes
 from cut to cut. ``config.kdp["widths"]`` then says how wide each layer is; also where the layer around a stand-in has
-fewer heads.
+fewer heads, and where a layer lacks its attention or its MLP.
 
 This file needs torch and transformers alone. It is also shipped beside the weights, so that a pruned model
 loads with ``trust_remote_code=True`` where kdprune is not installed; therefore it raises ``ValueError``,
@@ -39,6 +39,7 @@ NARROWED_VERSION = 2  # of a record with widths, which code that knows version 1
 SUM_VERSION = 3  # of a record with a sum of kernels, with widths or without
 PREFIX = "kdp_"  # of the model_type
 PARTS = ("linear", "fourier", "mlp", "data")  # of a stand-in's kind, in the order in which its read-out sees them
+SUBLAYERS = ("attention", "mlp")  # that a layer can be without
 PLACES = ("after", "before", "mlp")
 # What a pruned model can be loaded as, where its family has it: the end of the class's name, and who finds it.
 HEADS: dict[str, Any] = {
@@ -465,6 +466,37 @@ class SlicedLayer(nn.Module):
         return nn.functional.dropout(state, part, self.training)
 
 
+class NoAttention(nn.Module):
+    """In the place of an attention sublayer that was left out: it adds nothing to the stream. No parameters.
+
+    Its entry in a KV cache counts tokens, by keys and values (B, 1, T, 1), two numbers a token: models ask the first
+    layer's entry, or the first of an attention type, how many have been seen, and one without keys says none.
+    """
+
+    def __init__(self, layer_idx: int | None) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: Tensor, residual: Tensor | None = None, *args: Any, past_key_values: Any = None,
+        layer_past: Any = None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, d) → zeros (B, T, d), or the residual where it is handed over (BLOOM); no weights."""
+        cache = layer_past if past_key_values is None else past_key_values
+        if cache is not None:
+            keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            cache.update(keys, keys, self.layer_idx)
+        return (torch.zeros_like(hidden_states) if residual is None else residual), None
+
+
+class NoMLP(nn.Module):
+    """In the place of an MLP that was left out: it adds nothing to the stream. No parameters."""
+
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """hidden_states (…, d) → zeros (…, d), or the residual where a layer hands it over (BLOOM)."""
+        return torch.zeros_like(hidden_states) if residual is None else residual
+
+
 class OwnConfig:
     """The model's config as one layer sees it: what is set here hides ``base``, all else is read there."""
 
@@ -479,6 +511,11 @@ class OwnConfig:
         if name.startswith("__") or "base" not in self.__dict__:  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self.base, name)
+
+
+def lacks_attention(width: dict[str, Any]) -> bool:
+    """Whether a layer of this entry of ``config.kdp["widths"]`` has no attention."""
+    return width.get("without") == "attention"
 
 
 class PrunedConfig:
@@ -507,20 +544,22 @@ class PrunedConfig:
 
     @property
     def is_heterogeneous(self) -> bool:
-        """Whether layers have fewer heads than the config says."""
-        return any("groups" in width for width in self._widths()) or super().is_heterogeneous  # type: ignore[misc]
+        """Whether layers have fewer heads than the config says, or no attention."""
+        return self._heads_differ() or super().is_heterogeneous  # type: ignore[misc]
 
     @property
     def per_layer_config(self) -> Any:
         """The config of each layer, with the heads that it has: ``num_attention_heads``, ``num_key_value_heads`` and
-        ``head_dim``."""
-        if not any("groups" in width for width in self._widths()):
+        ``head_dim``; of a layer without attention those of what it caches, one of one number."""
+        if not self._heads_differ():
             return super().per_layer_config  # type: ignore[misc]
         config: Any = self
         heads, groups = config.num_attention_heads, key_value_heads(config)
         size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kept = [width.get("groups", groups) for width in self._widths()]
-        return [OwnConfig(self, head_dim=size, num_key_value_heads=left, num_attention_heads=heads * left // groups)
+        nothing = {"head_dim": 1, "num_key_value_heads": 1, "num_attention_heads": 1}
+        kept = [None if lacks_attention(width) else width.get("groups", groups) for width in self._widths()]
+        return [OwnConfig(self, **(nothing if left is None else {
+            "head_dim": size, "num_key_value_heads": left, "num_attention_heads": heads * left // groups}))
                 for left in kept]
 
     @per_layer_config.setter
@@ -541,6 +580,10 @@ class PrunedConfig:
         """Whether transformers' own record of layers that differ is there, or none is."""
         return not self.is_heterogeneous or super().is_heterogeneous  # type: ignore[misc]
 
+    def _heads_differ(self) -> bool:
+        """Whether the record has layers with fewer heads, or without attention."""
+        return any("groups" in width or lacks_attention(width) for width in self._widths())
+
     def _widths(self) -> list[dict[str, Any]]:
         """The record's widths, none where it has none."""
         return (self.__dict__.get("kdp") or {}).get("widths") or []
@@ -551,6 +594,8 @@ class PrunedModel(PreTrainedModel):
     config has them."""
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
+        if config._attn_implementation == "vllm":
+            refuse_layers_to_serve(config)
         super().__init__(config, *inputs, **kwargs)
         inner = self.base_model
         if inner is self or not isinstance(inner, PrunedModel):  # some heads make the pruned model themselves
@@ -575,6 +620,16 @@ def refuse_to_serve(family: Family) -> None:
             f"got a pruned {family.model_type} model with a class of its own, expected a family whose attention vLLM "
             "can replace; serve it with transformers, or prune with a method that leaves a stock model (shortgpt, uidl,"
             " sleb, laco, replaceme, or --form stock), which vLLM runs by its own class")
+
+
+def refuse_layers_to_serve(config: Any) -> None:
+    """Raises ValueError for a pruned model's config with a layer without attention, which vLLM has no place for."""
+    widths = (getattr(config, "kdp", None) or {}).get("widths") or []
+    lacking = [index for index, width in enumerate(widths) if lacks_attention(width)]
+    if lacking:
+        raise ValueError(
+            f"got a pruned model whose layers {', '.join(map(str, lacking))} have no attention, expected one in every "
+            "layer, which vLLM asks for; serve it with transformers, or leave MLPs out alone (--what mlp)")
 
 
 def place_stand_in(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
@@ -644,6 +699,8 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
 
     ``{"groups": g, "channels": c}``: g key-value heads with their queries and c MLP channels (LLM-Pruner, KDP's
     ordinary layers); ``{"groups": g}``: the heads alone, of a layer whose MLP place holds a stand-in.
+    ``{"without": "attention"}``, or "mlp": the layer lacks that sublayer, and the norms that nothing else reads; beside
+    it the channels, or the heads, of the other may be fewer.
     ``{"states": [a, b, c]}`` on every layer: the stream is a wide entering the layer, b behind its attention and c
     behind its MLP (SliceGPT); embeddings get a columns, norms lose their scale and the head is not tied. Beside these
     a layer may have fewer heads and channels. It may be narrower already: heads and channels are what is to be left.
@@ -657,7 +714,14 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
     if "states" in widths[0]:
         _slice_outside(model, widths[0]["states"][0], family)
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        if not set(width) <= {"groups", "channels", "states"} or ("channels" in width and "groups" not in width):
+        lacks = lacking(layer, family)
+        if lacks and "without" in width:
+            raise ValueError(f"got layer {index}, which has no {lacks} any more, to be without its {width['without']}; "
+                             "expected one that has both: take it out whole")
+        lacks = width.get("without", lacks)
+        if not set(width) <= {"groups", "channels", "states", "without"} or (
+                "channels" in width and "groups" not in width and lacks != "attention") or (
+                lacks and ("states" in width or {"attention": "groups", "mlp": "channels"}.get(lacks) in width)):
             raise ValueError(f"config.kdp gives layer {index} widths {sorted(width)}, which this code does not know")
         if ("states" in width) != ("states" in widths[0]):
             raise ValueError("config.kdp gives stream widths to some layers only")
@@ -667,6 +731,8 @@ def narrow(model: PreTrainedModel, widths: list[dict[str, Any]], family: Family)
             thin_mlp(layer, width["channels"], family)
         if "states" in width:
             slice_layer(layer, width["states"], family, model.config.hidden_size)
+        if "without" in width:
+            leave_out(layer, width["without"], family)
 
 
 def key_value_heads(config: Any) -> int:
@@ -703,6 +769,41 @@ def resize(module: nn.Module, *, outputs: int | None = None, inputs: int | None 
         module.bias = nn.Parameter(old.detach()[:outputs].clone(), old.requires_grad)
     elif bias:
         module.bias = nn.Parameter(weight.new_zeros(outputs), weight.requires_grad)
+
+
+def sublayer_parts(layer: nn.Module, sublayer: str, family: Family) -> list[str]:
+    """The attributes of a layer that go with a sublayer, "attention" or "mlp": what computes, first, and the norms in
+    front of it and behind, but for one that the other sublayer reads too.
+
+    Raises ValueError for another sublayer.
+    """
+    if sublayer not in SUBLAYERS:
+        raise ValueError(f"got a layer without {sublayer!r}, expected one of {', '.join(SUBLAYERS)}")
+    before = [family.norm_in(layer, names) for names in (family.attention_norm, family.mlp_norm)]
+    parts = [*family.mlp] if sublayer == "mlp" else [family.attention, *family.post_norms[:1]]
+    own = before[SUBLAYERS.index(sublayer)]
+    return parts if own is None or before[0] == before[1] else [*parts, own]
+
+
+def leave_out(layer: nn.Module, sublayer: str, family: Family) -> None:
+    """Take the attention or the MLP out of ``layer``, in place: the stream passes it as it is.
+
+    Raises ValueError for another sublayer.
+    """
+    first, *others = sublayer_parts(layer, sublayer, family)
+    number: Any = getattr(getattr(layer, first), "layer_idx", None)
+    setattr(layer, first, NoMLP() if sublayer == "mlp" else NoAttention(number))
+    for name in others:
+        setattr(layer, name, nn.Identity())
+
+
+def lacking(layer: nn.Module, family: Family) -> str | None:
+    """The sublayer that was left out of ``layer``, "attention" or "mlp"; None: it has both."""
+    if isinstance(getattr(layer, family.mlp[0], None), NoMLP):
+        return "mlp"
+    # Of a model without a row no path is known.
+    return "attention" if family.attention and isinstance(
+        getattr(layer, family.attention, None), NoAttention) else None
 
 
 def thin_attention(layer: nn.Module, groups: int, family: Family, config: Any) -> None:

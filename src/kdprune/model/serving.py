@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .modeling_kdp import FAMILIES, Family, generated, refuse_to_serve, register
+from .modeling_kdp import FAMILIES, Family, generated, refuse_layers_to_serve, refuse_to_serve, register
 
 BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 
@@ -12,7 +12,8 @@ BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 def register_vllm() -> None:
     """Register every ``KDP<X>ForCausalLM`` with vLLM, to be run by its Transformers backend.
 
-    Families that this backend cannot run are registered to be refused, in one line and before an engine is started.
+    Families that this backend cannot run, and models with layers without attention, are registered to be refused, in
+    one line and before an engine is started.
     vLLM calls this in each of its processes; it is safe to repeat. Raises ImportError where vLLM is absent.
     """
     from vllm import ModelRegistry
@@ -24,20 +25,20 @@ def register_vllm() -> None:
         name = generated(family, "ForCausalLM").__name__
         if name not in known:
             ModelRegistry.register_model(name, BACKEND)
-        if not family.lends_attention:
-            MODELS_CONFIG_MAP[name] = _refusal(family)
+        MODELS_CONFIG_MAP[name] = _refusal(family)
 
 
 def _refusal(family: Family) -> type:
-    """What vLLM asks about a model's config before it starts anything: it raises ValueError."""
+    """What vLLM asks about a model's config before it starts anything: it raises ValueError for what cannot run."""
 
     class Refusal:
         @staticmethod
-        def verify_and_update_model_config(config: Any) -> None:
+        def verify_and_update_model_config(model_config: Any) -> None:
             refuse_to_serve(family)
+            refuse_layers_to_serve(model_config.hf_config)
 
-        @staticmethod
-        def verify_and_update_config(config: Any) -> None:
-            refuse_to_serve(family)
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            cls.verify_and_update_model_config(vllm_config.model_config)
 
     return Refusal

@@ -39,6 +39,7 @@ from .modeling_kdp import (
     VERSION,
     Family,
     FoldedLayer,
+    NoMLP,
     OwnConfig,
     StandIn,
     auto_map,
@@ -46,6 +47,8 @@ from .modeling_kdp import (
     generated,
     groups_of,
     key_value_heads,
+    lacking,
+    leave_out,
     place_stand_in,
     stock_class,
     thin_attention,
@@ -55,12 +58,12 @@ from .modeling_kdp import (
 from .passes import standing_in
 from .placement import device_of, follow, free, hooks_of, is_meta_model, release, renumber, unhooked
 from .streaming import resident
-from .widths import resize_layers, rewrite
+from .widths import joined_widths, resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
     "earlier_blocks", "layers_replaced", "mlp_source", "ordinary_layer", "own_channels", "plain_copy", "running_from",
-    "widest",
+    "widest", "without_sublayer",
 ]  # fmt: skip
 
 
@@ -83,18 +86,21 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     the family's ``KDP<X>ForCausalLM``.
 
     Raises KDPruneError for blocks that are empty, out of range or overlap, for edits that leave no layer, for
-    two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside edits that
-    take layers out, and for models that cannot be edited. A model may be pruned already: stand-ins of earlier prunings
-    leave with their layers, widths stay with those that stay.
+    two token-wise stand-ins without a layer between them, for weights that do not fit, for Resizes beside Substitutes,
+    for changes of the stream beside Drops, and for models that cannot be edited. A model may be pruned already:
+    stand-ins of earlier prunings leave with their layers, widths stay with those that stay.
     """
     family = family_of(model)
     cuts = sorted((edit for edit in edits if isinstance(edit, Drop | Substitute)), key=lambda cut: cut.block.start)
     substitutes = any(isinstance(edit, Substitute) for edit in edits)
     resizes = [edit for edit in edits if isinstance(edit, Resize)]
-    if resizes and cuts:
-        raise KDPruneError("got edits that narrow layers beside edits that take layers out, expected one kind")
+    if resizes and substitutes:
+        raise KDPruneError("got edits that narrow layers beside edits that replace layers, expected one kind")
+    if cuts and any("states" in edit.width for edit in resizes):
+        raise KDPruneError("got edits that change the stream beside edits that take layers out, expected one kind")
+    narrows = bool(resizes) and not any("without" in edit.width for edit in resizes)
     check_model(model, substitutes or bool(resizes), drops=all(isinstance(edit, Drop) for edit in edits),
-                narrows=bool(resizes))
+                narrows=narrows and not cuts)
     _check_blocks([cut.block for cut in cuts], len(decoder_layers(model)))
     pruned = sharing_copy(model)
     config: Any = pruned.config
@@ -108,7 +114,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
     renumber(pruned, family.layers, [slot.source for slot in slots])
     widths = [slot.width for slot in slots]
     if resizes:
-        widths = [{**old, **new} for old, new in zip(widths, resize_layers(pruned, resizes), strict=True)]
+        places = {slot.source: place for place, slot in enumerate(slots)}
+        widths = [joined_widths(*both) for both in zip(widths, resize_layers(pruned, resizes, places), strict=True)]
     holds = any(isinstance(cut, Substitute) and cut.stand_in is not None for cut in cuts)
     if any(widths) or resizes or holds or config.model_type.startswith(PREFIX):
         with unhooked(pruned):
@@ -187,6 +194,7 @@ def ordinary_layer(
     family, layers = family_of(model), decoder_layers(model)
     if not 0 <= index < len(layers):
         raise KDPruneError(f"got layer index {index}, expected one from 0 to {len(layers) - 1}")
+    _refuse_lacking(layers[index], index, family)
     layer = _unfolded_copy(model, index)
     donor = index if channels is None else mlp_source(model, index, channels)
     if donor != index:
@@ -203,6 +211,13 @@ def ordinary_layer(
     return layer
 
 
+def _refuse_lacking(layer: nn.Module, index: int, family: Family) -> None:
+    """Raise KDPruneError for a layer that no other can be made of, because it lacks a sublayer."""
+    if lacks := lacking(layer, family):
+        raise KDPruneError(f"got layer {index}, which has no {lacks} any more, to make another layer of; expected one "
+                           "that has attention and MLP")
+
+
 def _unfolded_copy(model: PreTrainedModel, index: int) -> nn.Module:
     """A copy of layer ``index``, with weights of its own, without what is folded into it."""
     layer = plain_copy(decoder_layers(model)[index], {id(model.config): model.config})
@@ -211,8 +226,8 @@ def _unfolded_copy(model: PreTrainedModel, index: int) -> nn.Module:
 
 
 def own_channels(layer: nn.Module, family: Family) -> int | None:
-    """The channels of a layer's own MLP; None where a stand-in has its place, or experts."""
-    if isinstance(getattr(layer, family.mlp[0]), StandIn) or not family.mlp_out:
+    """The channels of a layer's own MLP; None where a stand-in has its place, or experts, or nothing."""
+    if isinstance(getattr(layer, family.mlp[0]), StandIn | NoMLP) or not family.mlp_out:
         return None
     return columns_of(layer.get_submodule(family.mlp_out))
 
@@ -236,6 +251,12 @@ def mlp_source(model: PreTrainedModel, index: int, channels: int) -> int:
     else the widest."""
     own = own_channels(decoder_layers(model)[index], family_of(model))
     return index if own is not None and own >= channels else widest(model)
+def without_sublayer(model: PreTrainedModel, layer: nn.Module, sublayer: str) -> nn.Module:
+    """``layer`` without its "attention" or its "mlp", for :func:`layers_replaced`: a new module that shares what is
+    left with ``layer``, which stays as it was. Raises ValueError for another sublayer."""
+    result = sharing_copy(layer, {id(model.config): model.config})
+    leave_out(result, sublayer, family_of(model))
+    return result
 
 
 def context_layer(model: PreTrainedModel, index: int, stand_in: StandIn, groups: int | None = None) -> nn.Module:
@@ -377,6 +398,7 @@ def _adapted(module: Module, model: PreTrainedModel, beside: nn.Module) -> Modul
 def _context_slot(context: nn.Module, model: PreTrainedModel, edit: Substitute) -> _Slot:
     """A copy of ``context`` in the slot of the layer it was made from, whose output-capturing hooks it takes over."""
     family, source = family_of(model), decoder_layers(model)[edit.origin]
+    _refuse_lacking(source, edit.origin, family)
     heads = groups_of(source, family, model.config)
     groups = edit.groups
     ordinary = edit.stand_in is None

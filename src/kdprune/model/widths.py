@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +16,23 @@ from .modeling_kdp import narrow
 from .placement import SOURCE, device_of, settle
 
 
-def resize_layers(model: PreTrainedModel, edits: Sequence[Resize]) -> list[dict[str, Any]]:
+def resize_layers(
+    model: PreTrainedModel, edits: Sequence[Resize], places: Mapping[int, int]
+) -> list[dict[str, Any]]:
     """Apply ``edits`` to ``model``, a sharing copy, in place; returns its entry of ``config.kdp["widths"]``.
+
+    ``places``: the index here of every layer that is left, by the index that the edits call it by.
 
     Raises KDPruneError for layers that do not exist or are given twice, for widths that the model cannot have, and
     for weights that do not fit them or are missing.
     """
     layers = decoder_layers(model)
     targets = [edit.layer for edit in edits]
-    if len(set(targets)) < len(targets) or any(not 0 <= t < len(layers) for t in targets if t is not None):
-        raise KDPruneError(f"got widths for layers {targets}, expected each of 0 to {len(layers) - 1} once at most")
+    if len(set(targets)) < len(targets) or any(t not in places for t in targets if t is not None):
+        raise KDPruneError(f"got widths for layers {targets}, expected each of 0 to {max(places)} once at most, none "
+                           "that is taken out")
+    edits = [edit if edit.layer is None else dataclasses.replace(edit, layer=places[edit.layer]) for edit in edits]
+    targets = [edit.layer for edit in edits]
     by_layer = {edit.layer: dict(edit.width) for edit in edits if edit.layer is not None}
     widths = [by_layer.get(index, {}) for index in range(len(layers))]
     sliced = sum("states" in width for width in widths)
@@ -45,6 +53,15 @@ def resize_layers(model: PreTrainedModel, edits: Sequence[Resize]) -> list[dict[
     if missing:
         raise KDPruneError(f"got new widths without weights for {', '.join(missing[:3])}, expected all that change")
     return widths
+
+
+def joined_widths(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer's entry of ``config.kdp["widths"]`` behind a further pruning: what is not there any more has no width."""
+    width = {**old, **new}
+    for lacks, name in (("attention", "groups"), ("mlp", "channels")):
+        if width.get("without") == lacks:
+            width.pop(name, None)
+    return width
 
 
 def set_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) -> None:

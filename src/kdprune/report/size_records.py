@@ -1,5 +1,7 @@
 """The parts of results.json that say how large a model is: layers, parameters, cache, widths."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from kdprune.report.records import Number, Record, divide
@@ -60,7 +62,8 @@ class KVCache(Record):
 class LayerWidth(Record):
     """A layer that was made narrower: what is left of it."""
 
-    layer: int = Field(description="index of the layer")
+    layer: int = Field(description="index of the layer in the dense model")
+    without: Literal["attention", "mlp"] | None = Field(None, description="the sublayer that it lacks")
     groups: int | None = Field(None, description="key-value heads, with the queries that read them")
     channels: int | None = Field(None, description="MLP channels")
     states: tuple[int, int, int] | None = Field(

@@ -223,6 +223,8 @@ def headline(results: Results) -> str:
     if sizes.first is not None and sizes.pruned is not None:
         gain = (f"{gain[:-1]} than that model, which was pruned before; {percent(sizes.net_ratio_first, 1)} fewer "
                 f"parameters{_of_layers(sizes.net_ratio_first_layers, ' (', ')')} than the first, dense one.")
+    if any(width.without for width in results.widths):
+        return f"{_sublayers(results)} of {model} removed: {gain}"
     if results.widths:
         return f"{len(results.widths)} of {results.layers.dense} layers of {model} narrowed: {gain}"
     if not results.blocks:
@@ -248,6 +250,16 @@ def _step(step: Step) -> str:
     if step.parameters is not None:
         sizes += f", {count(step.parameters.dense)} → {count(step.parameters.pruned)} parameters"
     return f"{name}{what}{by}{sizes}"
+
+
+def _sublayers(results: Results) -> str:
+    """What was taken out of a model without some of its sublayers: "The attention of 3 layers and 2 whole layers"."""
+    lacking = [width.without for width in results.widths]
+    counts = {"the attention of {} layer": lacking.count("attention"), "the MLP of {} layer": lacking.count("mlp"),
+              "{} whole layer": sum(end - start for start, end in results.blocks)}
+    parts = [text.format(count) + "s" * (count > 1) for text, count in counts.items() if count]
+    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return text[0].upper() + text[1:]
 
 
 def _of_layers(ratio: Number, before: str, behind: str = "") -> str:

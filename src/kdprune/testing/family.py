@@ -15,7 +15,7 @@ from transformers import AutoModel, DynamicCache, PreTrainedModel, StaticCache
 
 from kdprune.model.edits import Edit
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.model.modeling_kdp import StandIn, generated
+from kdprune.model.modeling_kdp import StandIn, generated, lacking, lacks_attention
 from kdprune.model.surgery import apply_edits
 from kdprune.testing.elsewhere import load_elsewhere
 from kdprune.testing.kinds import KINDS, Kind, edits_of
@@ -96,14 +96,15 @@ class FamilyContract:
         kinds: the edits that the family can have, names of ``KINDS``; leave "stream" out where a norm stands behind a
             sublayer.
         kinds_in_full: those for which the checks that take long are made: generation, gradients, copies, loading by
-            AutoModel. ("mixed", "heads", "channels", "stream") have every place of a stand-in and every narrower form.
+            AutoModel. ("mixed", "heads", "channels", "stream", "sublayers") have every place of a stand-in and every
+            narrower form.
         kinds_elsewhere: those whose checkpoints one process without kdprune loads, one at least that has its own code.
     """
 
     models: ClassVar[Mapping[str, Build]] = {}
     kinds: ClassVar[Collection[str]] = tuple(KINDS)
     kinds_in_full: ClassVar[Collection[str]] = tuple(KINDS)
-    kinds_elsewhere: ClassVar[Collection[str]] = ("mixed", "heads", "whole", "channels", "stream")
+    kinds_elsewhere: ClassVar[Collection[str]] = ("mixed", "heads", "whole", "channels", "stream", "sublayers")
 
     @staticmethod
     def model() -> PreTrainedModel:
@@ -158,7 +159,8 @@ class FamilyContract:
         """transformers' form for layers that differ, which a server lays out its cache by: what the layers cache."""
         model, family = case.edited.model, family_of(case.edited.dense)
         config: Any = model.config
-        assert config.is_heterogeneous == any("groups" in width for width in config.kdp.get("widths", ()))
+        assert config.is_heterogeneous == any(
+            "groups" in width or lacks_attention(width) for width in config.kdp.get("widths", ()))
         assert type(config).from_dict(config.to_dict()).is_heterogeneous == config.is_heterogeneous
         if not config.is_heterogeneous or not family.lends_attention:
             return
@@ -167,6 +169,8 @@ class FamilyContract:
         cached: list[Any] = list(cache.layers)
         for layer, states, own in zip(decoder_layers(model), cached, config.per_layer_config, strict=True):
             assert (own.num_key_value_heads, own.head_dim) == (states.keys.shape[1], states.keys.shape[3])
+            if lacking(layer, family) == "attention":
+                continue
             out: Any = layer.get_submodule(family.attention_out)
             assert own.num_attention_heads * own.head_dim == out.weight.shape[1]
 
@@ -290,7 +294,7 @@ class FamilyContract:
         for name, gradient in plain.items():
             close(checkpointed[name], gradient)
         stand_ins = [name for name, m in case.edited.model.named_modules() if isinstance(m, StandIn)]
-        assert bool(stand_ins) == (case.kind not in ("layer", "channels", "stream"))
+        assert bool(stand_ins) == (case.kind not in ("layer", "channels", "stream", "sublayers"))
         assert sorted(calls) == sorted(stand_ins)
         assert sorted(again) == sorted(2 * stand_ins)
         for stand_in in stand_ins:

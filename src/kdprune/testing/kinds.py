@@ -136,6 +136,12 @@ def _channels(model: PreTrainedModel) -> list[Edit]:
     return found
 
 
+def _sublayers(model: PreTrainedModel) -> list[Edit]:
+    """Two layers without attention, the first among them, one without an MLP, and one taken out."""
+    return [*(Resize(index, {"without": kind}, {}) for index, kind in ((0, "attention"), (2, "mlp"), (4, "attention"))),
+            Drop(range(3, 4))]
+
+
 def _layer(model: PreTrainedModel) -> list[Edit]:
     """An ordinary layer for a block: its last one, with half of its heads and two of three channels."""
     heads, channels = kept_heads(model), kept_channels(model)
@@ -188,6 +194,7 @@ KINDS: Mapping[str, Kind] = {
     "mixed": Kind(_mixed, gone=3, new=frozenset({1})),
     "layer": Kind(_layer, gone=1, new=frozenset({2})),
     "whole": Kind(_whole, gone=1, new=frozenset({2}), stock=True),
+    "sublayers": Kind(_sublayers, gone=1),
     "channels": Kind(_channels, new=frozenset(NARROWED)),
     "stream": Kind(_stream, new=frozenset(range(1024))),
 }
@@ -199,7 +206,7 @@ def edits_of(model: PreTrainedModel, kind: str) -> list[Edit]:
     "drop", "rewrite" and "whole", an ordinary layer of the model's size, leave a stock model. "after", "before":
     stand-ins folded into the layer beside their block; "mlp": one in the MLP place of the block's first layer, "last":
     of its last, "heads": with half of the key-value heads; "layer": an ordinary layer with half of the heads and two of
-    three channels; "mixed": all stand-ins at once. "channels": two layers with fewer heads and channels; "stream": a
-    narrower residual stream.
+    three channels; "sublayers": layers without attention, or without an MLP; "mixed": all stand-ins at once.
+    "channels": two layers with fewer heads and channels; "stream": a narrower residual stream.
     """
     return KINDS[kind].make(model)

@@ -29,6 +29,9 @@ def reference_logits(dense: PreTrainedModel, edits: list[Edit]) -> Tensor:
         elif isinstance(edit, Resize):
             assert edit.layer is not None
             layer = layers[edit.layer]
+            if "without" in edit.width:
+                _without(model, layer, edit.width["without"])
+                continue
             _silence(layer, attention_parts(model, layer)[-1], kept_heads(model))
             _silence(layer, mlp_parts(model, layer)[-1], kept_channels(model))
         else:
@@ -48,6 +51,17 @@ def _bypass(model: PreTrainedModel, edit: Drop | Substitute) -> None:
             _answer(layers[index], stand_in)
         else:
             _answer(layers[index], nn.Identity())
+
+
+def _without(model: PreTrainedModel, layer: nn.Module, sublayer: str) -> None:
+    """All weights of a sublayer become zero, so that it adds nothing; a norm behind the sum passes it on."""
+    family, which = family_of(model), ("attention", "mlp").index(sublayer)
+    with torch.no_grad():
+        for name in family.mlp if which else (family.attention, *family.post_norms[:1]):
+            for parameter in layer.get_submodule(name).parameters():
+                parameter.zero_()
+    if family.pre_norm and not getattr(model.config, family.pre_norm):
+        setattr(layer, family.norm_in(layer, (family.attention_norm, family.mlp_norm)[which]) or "", nn.Identity())
 
 
 def _answer(layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:

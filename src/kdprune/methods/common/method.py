@@ -12,7 +12,7 @@ from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.selection import open_layers
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Of, Target
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, lacks_sublayers
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import check_model
@@ -57,6 +57,11 @@ class Method(ABC):
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         check_model(model, substitutes=False, drops=self.drops, narrows=self.narrows)
+        if self.takes_apart and lacks_sublayers(model.config):
+            raise KDPruneError(
+                f"got a model some of whose layers have no attention or no MLP any more, which {self.title} takes to "
+                "have both; expected another: take layers out whole (shortgpt, uidl, sleb, evopress, sublayers) or "
+                "replace them by maps (linear, linearpatch), or start from the model as it was before that")
         if not self.streams and is_streamed(model):
             raise KDPruneError(
                 f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
@@ -72,6 +77,12 @@ class Method(ABC):
         if not self.collects:
             raise KDPruneError(
                 f"{self.title} needs more of the running model than states; expected it whole: leave load_in out")
+
+    @property
+    def takes_apart(self) -> bool:
+        """Whether it reads or changes attention and MLP of layers, each of which has to have both then; else a layer
+        is what it computes."""
+        return True
 
     @property
     def puts_in(self) -> bool:

@@ -208,6 +208,11 @@ class KDP(RankedMethod):
         channels = most if self.form == "stock" else min(channels, most)
         return replace(shape, channels=channels, ordinary=True, biased=has_mlp_biases(model), most=most)
 
+    @property
+    def takes_apart(self) -> bool:
+        """For a context, a copy of a layer, and for channels of the layers' own."""
+        return self.context == "attention" or "data" in (self.kernel or "")
+
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)

@@ -58,6 +58,11 @@ class DropMethod(DepthMethod):
     drops = True
 
     @property
+    def takes_apart(self) -> bool:
+        """Layers go whole."""
+        return False
+
+    @property
     def puts_in(self) -> bool:
         """Nothing."""
         return False

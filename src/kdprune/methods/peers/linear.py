@@ -43,6 +43,11 @@ class Linear(RankedMethod):
 
     ridge: float = option(1e-4, "relative ridge of the least-squares solve", above=0, rare=True)
 
+    @property
+    def takes_apart(self) -> bool:
+        """A map takes the place of whole layers."""
+        return False
+
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
         super().check(model, tokens)

@@ -65,6 +65,11 @@ class LinearPatch(DepthMethod):
         "cosine", "what chooses the layers: cosine of the states around a run, token by token or channel by channel "
         "(its code), or Block Influence (ShortGPT's layers)", group="size")
 
+    @property
+    def takes_apart(self) -> bool:
+        """A scale takes the place of whole layers."""
+        return False
+
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)

@@ -75,6 +75,11 @@ class Streamline(ComparingMethod):
         """All but "none" put a network or a layer in."""
         return self.stand_in != "none"
 
+    @property
+    def takes_apart(self) -> bool:
+        """Where an ordinary layer, a copy of one of the run, is put in."""
+        return self.stand_in == "layer"
+
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, before any work."""
         super().check(model, tokens)
