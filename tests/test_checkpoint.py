@@ -225,5 +225,5 @@ def test_vllm_is_told_every_class_once(monkeypatch: pytest.MonkeyPatch) -> None:
     config.kdp["widths"] += [{"without": "attention"}]
     with pytest.raises(ValueError, match=r"got a pruned gpt2 model.*serve it with transformers"):
         asked["KDPGPT2ForCausalLM"].verify_and_update_model_config(given.model_config)
-    with pytest.raises(ValueError, match=r"layers 3 have no attention.*serve it with transformers"):
+    with pytest.raises(ValueError, match=r"without attention in layers 3.*serve it with transformers"):
         asked["KDPLlamaForCausalLM"].verify_and_update_model_config(given.model_config)

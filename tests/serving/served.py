@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from kdprune.data.tokens import bundled_calibration
 from kdprune.model.checkpoint import save_model
+from kdprune.model.edits import Resize
 from kdprune.model.surgery import apply_edits
 from kdprune.testing import edits_of, with_random_weights
 
@@ -50,10 +51,11 @@ def build(name: str) -> PreTrainedModel:
 
 
 def save(name: str, kind: str, directory: Path) -> None:
-    """Write the checkpoint of a family's model after the edits of a kind, with its tokenizer."""
+    """Write the checkpoint of a family's model after the edits of a kind, with its tokenizer; "mlps": without two."""
     model = build(name)
+    edits = [Resize(index, {"without": "mlp"}, {}) for index in (1, 3)] if kind == "mlps" else edits_of(model, kind)
     text = bundled_calibration().read_text(encoding="utf-8")
-    save_model(apply_edits(model, edits_of(model, kind)), directory, tiny_tokenizer(text[:20_000]))
+    save_model(apply_edits(model, edits), directory, tiny_tokenizer(text[:20_000]))
 
 
 @torch.no_grad()

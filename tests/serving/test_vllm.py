@@ -42,9 +42,11 @@ CASES = (
     # An attention of half the heads around a stand-in, where heads are counted in another way each; narrower streams.
     *(f"{name}-heads" for name in ("llama3.1", "qwen3", "gpt_neox", "opt", "phi3")),
     *(f"{name}-stream" for name in ("llama3.1", "gpt_neox", "opt")),
+    *(f"{name}-mlps" for name in ("llama3.1", "gpt_neox", "opt")),  # that lack some
 )
 ALONE = ("llama3.1-mixed", "qwen3-heads", "granite-channels", "gpt_neox-stream", "mixtral-mixed", "opt-heads")
 COMPILED = "llama3.1-heads"
+LACKING = "llama3.1-sublayers"  # layers without attention
 # In float32 sums of another order; less exact is vLLM's attention on CPU where its logits are capped (Gemma 2) or have
 # slopes (BLOOM, by vLLM's own class): up to 3.5e-4 was seen.
 CLOSE, CLOSE_CAPPED, CAPPED = 5e-5, 2e-3, ("gemma2", "bloom")
@@ -159,13 +161,14 @@ def test_offline_by_remote_code_alone(case: str, by_remote_code: dict[str, Any],
     same_rounds(case, by_remote_code[case], checkpoints)
 
 
-@pytest.mark.parametrize("case", [f"{name}-mixed" for name in REFUSED])
+@pytest.mark.parametrize("case", [*(f"{name}-mixed" for name in REFUSED), LACKING])
 def test_what_it_cannot_run_is_refused(
     case: str, by_plugin: dict[str, Any], by_remote_code: dict[str, Any]
 ) -> None:
     for records in (by_plugin, by_remote_code):
         error = records[case]["error"]
-        assert f"got a pruned {case.partition('-')[0]} model with a class of its own" in error
+        what = f"{case.partition('-')[0]} model with a class of its own"
+        assert f"got a pruned {'model without attention in layers 0, 3' if case == LACKING else what}" in error
         assert "serve it with transformers" in error
 
 

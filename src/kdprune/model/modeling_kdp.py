@@ -628,7 +628,7 @@ def refuse_layers_to_serve(config: Any) -> None:
     lacking = [index for index, width in enumerate(widths) if lacks_attention(width)]
     if lacking:
         raise ValueError(
-            f"got a pruned model whose layers {', '.join(map(str, lacking))} have no attention, expected one in every "
+            f"got a pruned model without attention in layers {', '.join(map(str, lacking))}, expected one in every "
             "layer, which vLLM asks for; serve it with transformers, or leave MLPs out alone (--what mlp)")
 
 
