@@ -263,6 +263,17 @@ def test_pairs_that_cannot_be_are_refused_before_any_work(
     assert "\n" not in str(caught.value)
 
 
+def test_states_of_different_widths_are_not_compared(tiny_model: Build) -> None:
+    given = apply_edits(tiny_model("llama3.1"), edits_of(tiny_model("llama3.1"), "stream"))
+    with pytest.raises(KDPruneError, match="states are of another width"):
+        kdprune.analyze(given, CALIBRATION.ids)
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(KDPruneError, match="got seed 1"):
+        kdprune.analyze("nowhere", seed=10**30)
+
+
 def test_llm_pruner_over_stand_ins_alone_takes_heads(tiny_model: Build) -> None:
     model = tiny_model("llama3.1")
     given = apply_edits(model, [in_context(model, range(start, start + 2)) for start in (0, 3)])

@@ -227,6 +227,8 @@ def test_a_failed_source_of_blocks_fails_those_that_wait() -> None:
     ({"methods": "kdp:rank=many"}, "got rank 'many'"),
     ({"methods": ""}, "got no methods"),
     ({"seeds": 0}, "got seeds 0"),
+    ({"seeds": 10**30}, "from 1 to 1000"),
+    ({"seeds": [0, 10**30]}, "each from 0 to 4294967295"),
     ({"ratio": 2.0}, "got ratio 2.0"),
     ({"limit": 5}, "got suite_data or limit without a suite"),
     ({"limit": 0, "suite": "small"}, "got limit 0"),

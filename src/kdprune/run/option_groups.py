@@ -18,6 +18,10 @@ from kdprune.run.resources import Resources
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+LARGEST_SEED = 2**32 - 1  # what every generator of numbers takes
+MOST_SEEDS = 1_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, and how it is read."""
@@ -86,7 +90,7 @@ class DataOptions(TextOptions):
 class SeedOptions:
     """What random draws follow from."""
 
-    seed: int = option(0, "of every random draw", group="data")
+    seed: int = option(0, "of every random draw", least=0, most=LARGEST_SEED, group="data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +133,11 @@ class SeedsOptions:
 
     def seed_list(self) -> list[int]:
         """N → 0 … N − 1; a list as it is, each once."""
-        given = range(self.seeds) if isinstance(self.seeds, int) else self.seeds
+        given = range(min(self.seeds, MOST_SEEDS + 1)) if isinstance(self.seeds, int) else self.seeds
         found = list(dict.fromkeys(given))
-        if not found or min(found) < 0:
-            raise KDPruneError(f"got seeds {self.seeds}, expected a number of seeds of at least 1, or a list of them")
+        if not 1 <= len(found) <= MOST_SEEDS or min(found) < 0 or max(found) > LARGEST_SEED:
+            raise KDPruneError(f"got seeds {self.seeds}, expected a number of seeds from 1 to {MOST_SEEDS}, or a list "
+                               f"of them, each from 0 to {LARGEST_SEED}")
         return found
 
 

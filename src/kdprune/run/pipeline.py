@@ -19,7 +19,7 @@ from kdprune.methods.common.method import Method, RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.model.checkpoint import save_model, verify
-from kdprune.model.families import explained
+from kdprune.model.families import explained, is_sliced
 from kdprune.model.placement import is_dispatched
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
@@ -317,6 +317,9 @@ def analyze(model: Any = NOT_GIVEN, calibration: Any = NOT_GIVEN, **options: Any
     _check_named(data, output, inputs, here)
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
+        if is_sliced(session.model.config):
+            raise KDPruneError("got a model that slicegpt made narrower, whose states are of another width at every "
+                               "layer; expected one width, to compare them: analyse the model as it was before")
         tokens = session.calibration(data.calibration, data.samples, data.length)
         with session.run(tokens) as run:
             scores = score_layers(session.model, tokens, run, protect=shown.protect)
