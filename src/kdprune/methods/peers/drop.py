@@ -5,10 +5,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -25,6 +25,9 @@ from kdprune.model.passes import let_pass, run_layers, standing_in
 from kdprune.model.surgery import Drop, layers_replaced, running_from
 from kdprune.options import option
 from kdprune.runtime.run import Run
+
+Key = TypeVar("Key")
+Change: TypeAlias = tuple[int, nn.Module | None]  # a place among layers, and what stands there instead; None: nothing
 
 
 def runs(layers: Iterable[int]) -> list[range]:
@@ -209,7 +212,6 @@ class SLEB(DropMethod):
         return runs(gone), rows.tokens
 
 
-@torch.no_grad()
 def losses_without(
     model: PreTrainedModel, tokens: TokenSet, gone: Iterable[int], candidates: Sequence[int], batch_size: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -217,37 +219,46 @@ def losses_without(
     """For each candidate the mean next-token loss in nats of ``model`` without it and the layers ``gone``; infinite
     where it is not a number.
 
-    What enters a candidate is the same whether it is there or not, so one pass without the layers ``gone`` gives the
-    states in front of all candidates, and of each model only the layers behind its candidate are run, and the head.
-    Held are the states of one batch.
-
     Args:
         progress: told of every batch of every candidate.
     """
     gone = set(gone)
     alive = [index for index in range(len(decoder_layers(model))) if index not in gone]
-    position = {layer: alive.index(layer) for layer in candidates}
-    totals, scored = dict.fromkeys(candidates, 0.0), 0
+    changes: dict[int, Change] = {layer: (alive.index(layer), None) for layer in candidates}
+    return losses_changed(
+        model, tokens, [decoder_layers(model)[index] for index in alive], changes, batch_size, progress)
+
+
+@torch.no_grad()
+def losses_changed(
+    model: PreTrainedModel, tokens: TokenSet, layers: Sequence[nn.Module], changes: Mapping[Key, Change],
+    batch_size: int, progress: Callable[[int], None] = lambda _: None,
+) -> dict[Key, float]:
+    """For each of several changes of one layer the mean next-token loss in nats of ``model``; infinite where it is not
+    a number.
+
+    What enters a layer is the same whether it is changed or not, so one pass through ``layers`` gives the states in
+    front of all changes, and of each model only the layers from the changed one on are run, and the head. Held are the
+    states of one batch.
+
+    Args:
+        layers: that the model is run with, in place of its own.
+        changes: by a key, a place among ``layers`` and what stands there; None: nothing.
+        progress: told of every batch of every change.
+    """
+    places = {place for place, _ in changes.values()}
+    totals, scored = dict.fromkeys(changes, 0.0), 0
     for batch in tokens.batches(batch_size):
-        states = _entering(model, batch, alive, position)
-        for layer in candidates:
-            others = [decoder_layers(model)[other] for other in alive if other != layer]
-            with running_from(model, others, position[layer], states[layer]):
+        # recorded() comes last: inside, places are the layers' indices.
+        with (layers_replaced(model, layers), standing_in(layers[max(places):], let_pass),
+              recorded(model, places) as states):
+            run_layers(model, batch)
+        for key, (place, new) in changes.items():
+            others = [*layers[:place], *([] if new is None else [new]), *layers[place + 1 :]]
+            with running_from(model, others, place, states[place]):
                 loss, count = language_loss(model, batch)
-            totals[layer] += float(loss)
+            totals[key] += float(loss)
             progress(1)
         scored += count
-    means = {layer: total / max(scored, 1) for layer, total in totals.items()}
-    return {layer: mean if math.isfinite(mean) else math.inf for layer, mean in means.items()}
-
-
-def _entering(
-    model: PreTrainedModel, batch: TokenSet, alive: Sequence[int], position: Mapping[int, int]
-) -> dict[int, Tensor]:
-    """The states (B, T, d) entering layers, each at its position among those ``alive``, when these alone run."""
-    layers = [decoder_layers(model)[index] for index in alive]
-    behind = layers[max(position.values()):]
-    # recorded() comes last: inside, positions among those alive are the layers' indices.
-    with layers_replaced(model, layers), standing_in(behind, let_pass), recorded(model, position.values()) as seen:
-        run_layers(model, batch)
-    return {layer: seen[at] for layer, at in position.items()}
+    means = {key: total / max(scored, 1) for key, total in totals.items()}
+    return {key: mean if math.isfinite(mean) else math.inf for key, mean in means.items()}

@@ -1,7 +1,7 @@
 """Sublayer dropping: attention sublayers and MLPs are left out one by one (LLM-Drop, BlockPruner)."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -14,14 +14,13 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.distance import UNDEFINED
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.peers.drop import DropMethod, check_reach, runs
-from kdprune.model.activations import recorded
+from kdprune.methods.peers.drop import DropMethod, check_reach, losses_changed, runs
 from kdprune.model.edits import Drop, Edit, Resize
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.model.losses import IGNORED, language_loss, next_tokens
+from kdprune.model.losses import IGNORED, next_tokens
 from kdprune.model.modeling_kdp import SUBLAYERS, FoldedLayer, lacking, sublayer_parts, unfold
-from kdprune.model.passes import let_pass, run_layers, standing_in
-from kdprune.model.surgery import check_model, layers_replaced, running_from, sharing_copy, without_sublayer
+from kdprune.model.passes import run_layers
+from kdprune.model.surgery import check_model, sharing_copy, without_sublayer
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
@@ -208,44 +207,15 @@ class Stack:
             return None
         return without_sublayer(self._model, self._layers[index], kind)
 
-    @torch.no_grad()
     def losses(
         self, rows: TokenSet, candidates: Sequence[Sublayer], batch_size: int,
         progress: Callable[[int], None] = lambda _: None,
     ) -> dict[Sublayer, float]:
-        """For each candidate the mean next-token loss in nats without it and those gone; infinite where it is not a
-        number.
-
-        What enters a candidate's layer does not depend on the candidate: one pass gives the states in front of all,
-        and of each model only the layers from there on are run, and the head.
-
-        Args:
-            progress: told of every batch of every candidate.
-        """
-        order, layers = list(self._layers), list(self._layers.values())
-        places = {candidate: order.index(candidate[0]) for candidate in candidates}
-        changed = {candidate: self._without(candidate) for candidate in candidates}
-        totals, scored = dict.fromkeys(candidates, 0.0), 0
-        for batch in rows.batches(batch_size):
-            states = self._entering(batch, layers, set(places.values()))
-            for candidate, place in places.items():
-                new = changed[candidate]
-                others = [*layers[:place], *([] if new is None else [new]), *layers[place + 1 :]]
-                with running_from(self._model, others, place, states[place]):
-                    loss, count = language_loss(self._model, batch)
-                totals[candidate] += float(loss)
-                progress(1)
-            scored += count
-        means = {candidate: total / max(scored, 1) for candidate, total in totals.items()}
-        return {candidate: mean if math.isfinite(mean) else math.inf for candidate, mean in means.items()}
-
-    def _entering(self, batch: TokenSet, layers: Sequence[nn.Module], places: Collection[int]) -> Mapping[int, Tensor]:
-        """The states (B, T, d) that enter the layers at these places."""
-        # recorded() comes last: inside, places are the layers' indices.
-        with (layers_replaced(self._model, layers), standing_in(layers[max(places):], let_pass),
-              recorded(self._model, places) as seen):
-            run_layers(self._model, batch)
-        return seen
+        """For each candidate the mean next-token loss in nats without it and those gone, as of
+        :func:`kdprune.methods.peers.drop.losses_changed`."""
+        order = list(self._layers)
+        changes = {candidate: (order.index(candidate[0]), self._without(candidate)) for candidate in candidates}
+        return losses_changed(self._model, rows, list(self._layers.values()), changes, batch_size, progress)
 
 
 @torch.no_grad()
