@@ -34,8 +34,8 @@ FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fit
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
 DAMAGE_TOKENS = 4_096  # of the held-out rows that its damage is taken over
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
-PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, …
-MOST = 4  # … and the most blocks of every length that are measured
+PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, half as many more for every
+MOST = 4      # form of stand-in beyond two, and the most blocks of every length that are measured
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
 # do not is found by measuring a set of many short blocks beside one of few long ones.
 PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
@@ -94,7 +94,7 @@ def trials(
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
     cost = forms * (scored / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model)))
-    most = min(max(round(PASSES * tokens.tokens / cost / lengths), 1), MOST)
+    most = min(max(round(max(1, forms / 2) * PASSES * tokens.tokens / cost / lengths), 1), MOST)
     return most, most * lengths * cost + len(PRICES) * scored + fitted + scored
 
 

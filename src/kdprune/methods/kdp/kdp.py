@@ -110,9 +110,9 @@ class KDP(RankedMethod):
     hidden: int | None = option(
         None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1, group="size",
         rare=True)
-    context: Literal["none", "attention"] | None = option(
-        None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
-        group="size")
+    context: Literal["none", "attention", "either"] | None = option(
+        None, "what stands before the kernel map: nothing, one attention sublayer started from the block's first, or, "
+        "where blocks are measured, whichever serves better in its place", group="size")
     refine: bool | None = option(
         None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
     fill: bool | None = option(
@@ -160,9 +160,9 @@ class KDP(RankedMethod):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
-        if self.inverse == "direct" and self.context == "attention":
-            raise KDPruneError("got inverse 'direct' with context 'attention', expected inverse 'residual' there: a "
-                               "decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
+        if self.inverse == "direct" and self.context != "none":
+            raise KDPruneError(f"got inverse 'direct' with context {self.context!r}, expected inverse 'residual' "
+                               "there: a decoder layer adds to its input. Choose context 'none' or inverse 'residual'")
 
     def _take(self, asked: Mapping[str, Any], why: str, other: str) -> None:
         """Fills in what the form asks for; raises KDPruneError for an option that it cannot have."""
@@ -194,7 +194,7 @@ class KDP(RankedMethod):
         drawn = [self.features or whole_units(features[part], unit) for part in parts if part in features]
         shape = Shape(
             width=width, kind="+".join(parts), features=sum(drawn), hidden=hidden, residual=self.inverse == "residual",
-            context=self.context == "attention", unit=unit)
+            context=self.context in ("attention", "either"), unit=unit)
         if "data" not in parts:
             return shape
         channels = self.channels or whole_units(width // 4 if both else width // 2, unit)
@@ -211,7 +211,7 @@ class KDP(RankedMethod):
     @property
     def takes_apart(self) -> bool:
         """For a context, a copy of a layer, and for channels of the layers' own."""
-        return self.context == "attention" or "data" in (self.kernel or "")
+        return self.context != "none" or "data" in (self.kernel or "")
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
@@ -248,21 +248,24 @@ class KDP(RankedMethod):
         return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
 
     def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
-        """Every block behind every form of stand-in, a single layer behind a linear map alone. A map in the place of
-        the first layers would have to share the next one with that of a block behind it, and it can hold one only."""
+        """Every block behind every form of stand-in, a single layer behind a linear map alone. What has no attention
+        in the place of the first layers would have to share the next one with that of a block behind it, and it can
+        hold one only."""
         forms = self.forms(shape)
         if len(forms) == 1:
             return [Candidate(block, shape) for block in blocks]
         return [Candidate(block, form) for block in blocks for form in forms
-                if (len(block) > 1 if form == shape else block.start > 0)]
+                if (form == forms[0] or len(block) > 1) and (form == shape or block.start > 0)]
 
     def forms(self, shape: Shape) -> list[Shape]:
         """The stand-in; where blocks are measured and nothing is trained also a linear map of the state, which may do
-        where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
+        where little happens, and with context "either" the stand-in without attention. Training gives the stand-in more
+        than the map, and a solve does not see that."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
         alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
-        alone = alone or shape.ordinary
-        return [shape] if alone else [linear, shape]
+        if alone or shape.ordinary:
+            return [shape]
+        return [linear, *([replace(shape, context=False)] if self.context == "either" else []), shape]
 
     @property
     def shortest(self) -> int:
