@@ -19,11 +19,13 @@ from typing import Any
 
 from book_plots import PLOTS
 from book_records import ROOT, Page, names
-from book_tables import TABLES
+from book_tables import TABLES as FIGURES
+from book_tasks import tasks, writing
 
 import kdprune
 from kdprune.report.comparison_records import Comparison
 
+TABLES = {**FIGURES, "tasks": tasks, "writing": writing}
 PATHS = ("heldout", "calibration")  # options that may name a file of the repository, or of a given folder
 END = "<!-- end -->"
 
@@ -71,6 +73,9 @@ def missing(
     record, ratio = one.get("record"), options["ratio"]
     done = {(unit.variant, unit.seed) for unit in page.units(record)
             if (unit.model, unit.run, unit.ratio) == (model, one.get("name", ""), ratio)}
+    if known := page.comparisons(record).get(model):
+        done -= {(unit.variant, unit.seed) for unit in known.units  # measured before the page asked for these
+                 if (options.get("suite") and not unit.tasks) or (options.get("generate") and not unit.generation)}
     call = {name: _path(value, places) if name in PATHS else value for name, value in options.items()}
     if "base" in options:
         lacking = [seed for seed in seeds if seed not in {seed for _, seed in done}]

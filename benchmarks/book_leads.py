@@ -71,7 +71,7 @@ Compared = tuple[str, Lead | None, Lead | None]  # excess loss in words; points 
 
 def _compared(found: Comparison, ours: str, peer: str) -> Compared:
     """A method and a peer: by loss over the seeds, by both forms of retained performance over the items."""
-    scores = [[unit.tasks for unit in _units(found, name)] for name in (ours, peer)]
+    scores = [[unit.tasks for unit in _units(found, name) if unit.tasks] for name in (ours, peer)]
     kept, above = (lead(found.dense.tasks, *scores, above_chance=above) for above in (False, True))
     return _seed_lead(found, ours, peer), kept, above
 

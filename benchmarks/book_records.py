@@ -150,10 +150,9 @@ def merged(found: Sequence[Comparison], root: Path = ROOT) -> Comparison:
     Raises:
         SystemExit: they differ in model, ratio, calibration or the dense model's figures.
     """
-    first = portable(found[0], root)
+    first = _with_tasks([portable(one, root) for one in found])
     for other in (portable(one, root) for one in found[1:]):
-        if _protocol(first) != _protocol(other) or not math.isclose(
-                first.dense.perplexity or 0, other.dense.perplexity or 0, rel_tol=1e-5):
+        if not _same(first, other):
             raise SystemExit(f"got comparisons of {first.model} and {other.model} under different protocols, expected "
                              "the same model, ratio, calibration, held-out text and tasks; delete the old record first")
     units = {(unit.variant, unit.seed): unit for one in found for unit in one.units}
@@ -169,11 +168,34 @@ def merged(found: Sequence[Comparison], root: Path = ROOT) -> Comparison:
         "recipe": first.recipe | named | {"seeds": seeds}})
 
 
+def _with_tasks(found: Sequence[Comparison]) -> Comparison:
+    """The first, with the dense model's tasks and continuations, and what the recipe says of them, of the first that
+    has them: some seeds may be without.
+    """
+    dense, recipe = found[0].dense, found[0].recipe
+    for part, names in (("tasks", ("suite", "limit", "suite_data")), ("generation", ("generate",))):
+        if holder := next((one for one in found if getattr(one.dense, part)), None):
+            dense = dense.model_copy(update={part: getattr(holder.dense, part)})
+            recipe = recipe | {name: holder.recipe[name] for name in names if name in holder.recipe}
+    return found[0].model_copy(update={"dense": dense, "recipe": recipe})
+
+
+def _same(first: Comparison, other: Comparison) -> bool:
+    """Whether both were measured alike; tasks and prompts count where both have them."""
+    tasks = [[(score.task, score.group, score.items) for score in one.dense.tasks] for one in (first, other)]
+    values = [[score.value for score in one.dense.tasks] for one in (first, other)]
+    prompts = [one.dense.generation and (len(one.dense.generation.repeated), one.dense.generation.prompt)
+               for one in (first, other)]
+    return (_protocol(first) == _protocol(other)
+            and math.isclose(first.dense.perplexity or 0, other.dense.perplexity or 0, rel_tol=1e-5)
+            and (not all(tasks) or (tasks[0] == tasks[1] and values[0] == values[1]))
+            and (not all(prompts) or prompts[0] == prompts[1]))
+
+
 def _protocol(found: Comparison) -> tuple[Any, ...]:
     parts = (found.recipe.get("base"), found.recipe.get("only")) if found.kind == "ablation" else ()
-    tasks = [(score.task, score.value) for score in found.dense.tasks]
     return (found.kind, parts, found.model, found.ratio, found.of, found.calibration.source, found.calibration.tokens,
-            found.dense.tokens, found.dense.parameters, tasks)
+            found.dense.tokens, found.dense.parameters)
 
 
 def portable(found: Comparison, root: Path) -> Comparison:

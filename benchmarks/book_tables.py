@@ -116,21 +116,21 @@ def by_model(page: Page, section: Section) -> str:
 def texts(page: Page, section: Section) -> str:
     """A table a model: what every variant loses, mean over the texts, at each window, and on each text at the first.
 
-    ``record`` names another record than the page's.
+    ``record`` names another record than the page's, ``apart`` texts that have a column and do not enter the means.
     """
-    parts = []
+    parts, apart = [], section.get("apart", [])
     for model, found in page.comparisons(section.get("record")).items():
         rows = [row for row in found.rows if row.texts]
         windows = list(dict.fromkeys(one.window for row in rows for one in row.texts))
         names = list(dict.fromkeys(one.dataset for row in rows for one in row.texts))
         table = []
-        for row in sorted(rows, key=lambda row: _text_mean(row, "excess_loss", windows[0])):
+        for row in sorted(rows, key=lambda row: _text_mean(row, "excess_loss", windows[0], apart)):
             at = {(one.dataset, one.window): mean(one.excess_loss) for one in row.texts}
             table.append([
                 title([found], row.variant.name), stat(row.net_ratio_layers, lambda x: f"{100 * x:.1f}", False, " %"),
-                *(f"{_text_mean(row, 'excess_loss', window):.3f}" for window in windows),
-                f"{_text_mean(row, 'divergence', windows[0]):.3f}",
-                f"{100 * _text_mean(row, 'agreement', windows[0]):.1f} %",
+                *(f"{_text_mean(row, 'excess_loss', window, apart):.3f}" for window in windows),
+                f"{_text_mean(row, 'divergence', windows[0], apart):.3f}",
+                f"{100 * _text_mean(row, 'agreement', windows[0], apart):.1f} %",
                 *(GAP if (value := at.get((name, windows[0]))) is None else f"{value:.3f}" for name in names),
                 len(row.seeds), stat(row.seconds, summary.duration, False)])
         heads = ["", "net, of the layers", *(f"excess, window {window}" for window in windows), "KL", "same next token",
@@ -139,9 +139,9 @@ def texts(page: Page, section: Section) -> str:
     return "\n\n".join(parts)
 
 
-def _text_mean(row: Row, field: str, window: int) -> float:
-    """A figure of a row at one window, mean over texts and seeds."""
-    found = [mean(getattr(one, field)) for one in row.texts if one.window == window]
+def _text_mean(row: Row, field: str, window: int, apart: Sequence[str] = ()) -> float:
+    """A figure of a row at one window, mean over seeds and texts but those ``apart``."""
+    found = [mean(getattr(one, field)) for one in row.texts if one.window == window and one.dataset not in apart]
     return statistics.fmean(value for value in found if value is not None)
 
 

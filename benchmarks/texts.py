@@ -1,16 +1,20 @@
-"""Makes the texts of the page on real models: calibration text of three kinds, and held-out text of four.
+"""Makes the texts of the page on real models: calibration text of four kinds, and held-out text of these and of code.
 
     python benchmarks/texts.py DATA OUT      DATA holds train/, heldout/ and bench/; OUT gets one file a text
 
 Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
 in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations. Held
-out: the same four kinds, of other documents.
+out: the same four kinds, of other documents, and Python code, of which the calibration text has none: modules of the
+standard library (PSF licence) of the Python that runs this, so that figures on it compare within one version. Models
+have surely been trained on these modules: what a pruned one loses on them is partly what it has forgotten by heart.
 """
 
 import json
 import lzma
 import random
+import re
 import sys
+import sysconfig
 from pathlib import Path
 
 KINDS = {"books": "gutenberg-00", "encyclopedia": "wiki_en_2015-00", "news": "wikinews_en-00"}
@@ -18,6 +22,12 @@ HELD_OUT = {"books": "gutenberg_valid", "encyclopedia": "wiki_en_2015_valid", "n
 CALIBRATION = 1_600_000  # characters of each kind of prose: some 370,000 tokens
 LONGEST = 12_000  # characters of a document, so that no book is all there is
 EVALUATED = 150_000  # characters of each held-out text
+MODULES = (
+    "argparse", "heapq", "json/decoder", "textwrap", "asyncio/queues", "shutil", "csv", "fractions", "http/cookies",
+    "zipfile", "statistics", "difflib", "configparser", "tarfile", "string", "ipaddress", "urllib/parse", "calendar",
+    "sched", "dataclasses", "logging/handlers", "email/header", "pathlib", "graphlib", "tempfile", "unittest/mock",
+    "selectors", "xml/dom/minidom", "queue", "bisect")
+MODULE = 5_000  # characters of each, from the first class or function on: what stands before is prose
 TURNS = 300  # conversations that are held out, the first
 
 
@@ -44,13 +54,25 @@ def conversations(data: Path) -> list[str]:
     return [f"User: {item['question']}\n\nAssistant: {item['answer']}" for item in map(json.loads, lines)]
 
 
+def code() -> str:
+    """Parts of modules of the standard library, whole lines."""
+    library, found = Path(sysconfig.get_paths()["stdlib"]), []
+    for name in MODULES:
+        text = (file if (file := library / f"{name}.py").is_file() else library / name / "__init__.py").read_text(
+            encoding="utf-8")
+        begun = re.search(r"^(?:@|(?:async )?def |class )", text, re.MULTILINE)
+        piece = text[begun.start() if begun else 0:][:MODULE]
+        found.append(piece[: piece.rfind("\n") + 1])
+    return "\n\n".join(found)
+
+
 def main() -> None:
     data, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in calibration(data)]
     (out / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
-    for name, text in (held | {"chat": "\n\n".join(conversations(data)[:TURNS])}).items():
+    for name, text in (held | {"chat": "\n\n".join(conversations(data)[:TURNS]), "code": code()}).items():
         (out / f"{name}.txt").write_text(text[:EVALUATED], encoding="utf-8")
 
 

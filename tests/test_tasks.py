@@ -270,6 +270,17 @@ def test_suites() -> None:
         "cmmlu", "xsum_rouge1", "gsm8k", "bigbench_strategyqa_multiple_choice"]
     assert suite_rows("small, piqa,paper")[: len(small)] == small
     assert len(suite_rows("small,paper")) == len(small) + len(paper) - 2  # hellaswag and piqa are in both
+    real = suite_rows("real")
+    assert list(dict.fromkeys(row.task for row in real)) == [
+        "lambada_openai", "arc_easy", "piqa", "hellaswag", "sciq", "blimp"]
+    assert [row.group for row in real[5:]] == list(PHENOMENA)
+    assert suite_rows("small,real") == small, "each row once, as the first suite has it"
+    assert suite_rows("real,small")[: len(real)] == real
+    assert suite_rows("blimp") == small[:12]
+    for limit, items in ((500, 8), (67, 1), (1, 1), (None, None)):
+        assert {row.items(limit) for row in real[:5]} == {limit}
+        assert {row.items(limit) for row in real[5:]} == {items}
+        assert {row.items(limit) for row in small[:12]} == {limit}
     subjects = task_loading.task_names(Row("mmlu", ("mmlu_*",)))
     assert len(subjects) == 57
     for row in (row for row in paper + small if isinstance(row, Row)):

@@ -33,6 +33,7 @@ from kdprune.run.option_groups import (
     AblateOptions,
     CompareOptions,
     DataOptions,
+    GenerationOptions,
     ModelOptions,
     OutputOptions,
     SeedsOptions,
@@ -115,6 +116,7 @@ def _run(
     """Opens the model, goes through all units, and writes what was found."""
     data, output, suite = taken(DataOptions, chosen), taken(OutputOptions, chosen), taken(SuiteOptions, chosen)
     subject, resources, seeds = taken(ModelOptions, chosen), make_resources(chosen), wanted.seed_list()
+    writing = taken(GenerationOptions, chosen)
     _check_suite(suite)
     check_texts(data)
     if output.output_dir is not None:
@@ -124,7 +126,7 @@ def _run(
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(
-            data, suite, session, folder, output.progress) as bench:
+            data, suite, writing, session, folder, output.progress) as bench:
         variants = variants_for(bench)
         refused = _refusals(bench, variants, seeds, blocks_from)
         dense = bench.dense(seeds[0])
@@ -141,7 +143,7 @@ def _run(
             kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
             family=family_of(session.model).model_type, ratio=wanted.ratio, of=wanted.of, seeds=seeds,
             recipe=_recipe({
-                **recorded(data, suite, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
+                **recorded(data, suite, writing, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
                 **text_sources(data)}),
             calibration=Calibration(
                 source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
@@ -156,7 +158,8 @@ def _run(
 
 @contextlib.contextmanager
 def _bench(
-    data: DataOptions, suite: SuiteOptions, session: Session, folder: Path | None, show: bool
+    data: DataOptions, suite: SuiteOptions, writing: GenerationOptions, session: Session, folder: Path | None,
+    show: bool,
 ) -> Iterator[Bench]:
     """The bench of these texts and tasks, its cache in ``runs/`` of the output unless a work directory was named."""
     if session.tokenizer is None and suite.suite is not None:
@@ -167,7 +170,8 @@ def _bench(
     tokens = session.calibration(data.calibration, data.samples, data.length)
     protocol = Protocol(
         session.heldout(data.heldout, tokens, 0.1, data.heldout_tokens, data.windows), suite.suite,
-        [Path(path) for path in suite.suite_data], suite.limit)
+        [Path(path) for path in suite.suite_data], suite.limit, writing.generate)
+    protocol.check(session)
     texts = Texts(data.calibration, data.samples, data.length)
     with session.cache(tokens, None if folder is None else folder / "runs") as cache:
         yield Bench(session, texts, protocol, cache, show)

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.comparison.variants import Variant
 from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
 from kdprune.evaluation.fidelity import HeldOut, fidelities
+from kdprune.evaluation.generation import compared, continuations, prompts_of, sizes
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.evaluation.tasks import run_suite
 from kdprune.methods.common.analysis import Scores, score_layers
 from kdprune.methods.common.method import RankedMethod
 from kdprune.model.families import decoder_layers, outside_embeddings
-from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
+from kdprune.model.placement import reads_weights
+from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Generation, Unit
 from kdprune.report.heal_record import Heal
 from kdprune.report.size_records import KVCache, Layers
 from kdprune.report.task_records import TaskScore
@@ -44,12 +48,29 @@ class Texts:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How every model of a comparison is measured: perplexity on ``heldout``, and a suite of tasks if there is one."""
+    """How every model of a comparison is measured: perplexity on ``heldout``, and a suite of tasks if there is one.
+
+    generate: prompts from the held-out texts that models continue; None: none.
+    """
 
     heldout: HeldOut
     suite: str | None = None
     data: Sequence[Path] = ()
     limit: int | None = None
+    generate: int | None = None
+
+    def check(self, session: Session) -> None:
+        """Raises KDPruneError where prompts cannot be had, or continued: before any work."""
+        if self.generate is None:
+            return
+        if reads_weights(session.model):
+            raise KDPruneError("got generate for a model whose layers are read from disk, anew for each of 64 tokens; "
+                               "expected one in memory: leave generate out, or give more memory (--host-memory)")
+        self.prompts(session.model)
+
+    def prompts(self, dense: PreTrainedModel) -> Tensor:
+        """What is continued, (generate, T) token ids."""
+        return prompts_of(self.heldout.texts, self.generate or 0, sizes(dense)[0])
 
     def identity(self) -> list[Any]:
         """What makes two protocols the same; local task files count by name, size and time of change."""
@@ -57,7 +78,7 @@ class Protocol:
             (str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns)
             for folder in self.data if self.suite for path in sorted(Path(folder).rglob("*")) if path.is_file()
         ]
-        return [self.heldout.identity(), self.suite, self.limit, files]
+        return [self.heldout.identity(), self.suite, self.limit, self.generate, files]
 
     def tasks(self, model: PreTrainedModel, session: Session, run: Run) -> list[TaskScore]:
         """Scores of the suite; none without one."""
@@ -87,6 +108,7 @@ class Bench:
         ])
         self._tokens: dict[Any, TokenSet] = {}
         self._scores: dict[Any, tuple[Scores, Meter]] = {}
+        self._written: Tensor | None = None  # the dense model's continuations
 
     def forget(self) -> None:
         """Lets go of the tokens and scores of the seeds so far."""
@@ -121,7 +143,19 @@ class Bench:
             parameters_layers=outside_embeddings(model), perplexity=loss.value, dataset=text.source,
             window=loss.window, stride=loss.stride, tokens=loss.tokens,
             kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-            tasks=self.protocol.tasks(model, self.session, run))
+            tasks=self.protocol.tasks(model, self.session, run), generation=self._generation(model, run))
+
+    def _generation(self, model: PreTrainedModel, run: Run) -> Generation | None:
+        """What a model, the dense one or a pruned one, writes after the prompts; None where that is not asked for."""
+        dense, count = self.session.model, self.protocol.generate
+        if count is None:
+            return None
+        (prompt, new), ids = sizes(dense), self.protocol.prompts(dense)
+        with run.stage("generate"):
+            if self._written is None:
+                self._written = continuations(dense, ids, new)
+            written = self._written if model is dense else continuations(model, ids, new)
+        return Generation(**dataclasses.asdict(compared(self._written, written, prompt)))
 
     def unit(self, variant: Variant, seed: int, dense: Dense) -> Unit:
         """The unit, if an earlier run finished it, or pruned and measured; raises whatever the method raises.
@@ -171,7 +205,7 @@ class Bench:
             "speed": pace,
             "kv_cache_bytes_per_token": KVCache(
                 dense=dense.kv_cache_bytes_per_token, pruned=kv_cache_bytes_per_token(pruned)),
-            "tasks": self.protocol.tasks(pruned, self.session, run),
+            "tasks": self.protocol.tasks(pruned, self.session, run), "generation": self._generation(pruned, run),
             "state_error": [record.get("state_error") for record in made.outcome.fit],
         }
 

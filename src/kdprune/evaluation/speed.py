@@ -105,7 +105,7 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
         # Not input_ids: transformers looks whether they hold padding, and without weights there is nothing to look at.
         embedded = model.get_input_embeddings()(ids)
-        kept = _kept(model(inputs_embeds=embedded, use_cache=True))
+        kept = carried(model(inputs_embeds=embedded, use_cache=True))
     layers = getattr(next(iter(kept.values()), None), "layers", None)
     if layers is None:
         raise KDPruneError(
@@ -178,13 +178,13 @@ def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, f
     wait()
     read = time.perf_counter()
     for _ in range(new_tokens):
-        output = model(input_ids=token, **_kept(output), use_cache=True, **options)
+        output = model(input_ids=token, **carried(output), use_cache=True, **options)
         token = output.logits[:, -1:].argmax(-1)
     wait()
     return read - start, time.perf_counter() - read
 
 
-def _kept(output: Any) -> dict[str, Any]:
+def carried(output: Any) -> dict[str, Any]:
     """What a model gave to be handed back with the next token: keys and values, or the states of a state space model
     (Mamba), under the name by which it takes them."""
     return {name: value for name in ("past_key_values", "cache_params")

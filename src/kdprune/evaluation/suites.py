@@ -1,7 +1,7 @@
 """Suites of tasks as data: the rows of their tables, where lm-eval defines the tasks, and what local files change."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Warstadt et al. 2020 (arXiv:1912.00582), table 2: 67 paradigms, 12 phenomena. The data's `linguistics_term`
@@ -50,7 +50,8 @@ class Row:
     """One row of the table: the mean over `tasks`, names of lm-eval; a name that ends in * stands for all of them.
 
     task, group: as shown; metrics: lm-eval's names, ``name`` or ``name,filter``, empty for a task's first;
-    by_size: tasks weigh as many items as they have, otherwise the same.
+    by_size: tasks weigh as many items as they have, otherwise the same; sharing: how many tasks a limit is divided
+    among, those of other rows counted, 1: each has the whole.
     """
 
     task: str
@@ -58,6 +59,11 @@ class Row:
     group: str = ""
     metrics: tuple[str, ...] = ("acc",)
     by_size: bool = True
+    sharing: int = 1
+
+    def items(self, limit: int | None) -> int | None:
+        """How many items of each of its tasks a limit leaves: ⌈limit / sharing⌉; None: all."""
+        return None if limit is None else -(-limit // self.sharing)
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,18 @@ SMALL: tuple[Row | Text, ...] = (
     *BLIMP, LAMBADA, *(_single(name) for name in ("sciq", "piqa", "arc_easy", "copa")), HELLASWAG, _single("sst2"),
     *TEXTS,
 )
+# BLiMP counts as one task here: its 67 paradigms share the limit, and 500 items of each task are 8 of each paradigm.
+REAL: tuple[Row | Text, ...] = (
+    LAMBADA, *(_single(name) for name in ("arc_easy", "piqa")), HELLASWAG, _single("sciq"),
+    *(replace(row, sharing=sum(map(len, PHENOMENA.values()))) for row in BLIMP),
+)
 PAPER: tuple[Row | Text, ...] = (
     *(_single(name) for name in ("c3", "cmnli", "chid", "boolq", "wsc273", "commonsense_qa")),
     HELLASWAG, *(_single(name) for name in ("piqa", "race_middle", "race")),
     Row("mmlu", ("mmlu_*",)), Row("cmmlu", ("cmmlu_*",)), _single("xsum_rouge1", "rouge1"),
     _single("gsm8k", "exact_match,flexible-extract"), _single("bigbench_strategyqa_multiple_choice"),
 )
-SUITES: dict[str, tuple[Row | Text, ...]] = {"small": SMALL, "paper": PAPER}
+SUITES: dict[str, tuple[Row | Text, ...]] = {"small": SMALL, "real": REAL, "paper": PAPER}
 
 # Task files of lm-eval, below its directory of tasks: looking a name up in its index of 10,000 takes 14 s.
 # {0} is the name, {1} what follows its first underscore.
@@ -157,21 +168,28 @@ _ADAPTED: dict[str, Local] = {
 
 
 def suite_rows(suite: str | Sequence[str]) -> list[Row | Text]:
-    """The rows of suites and tasks by name, in order, each once; "a,b" is the list of a and b."""
+    """The rows of suites and tasks by name, in order, each once, as the first has it; "a,b" is the list of a and b."""
     names = suite.split(",") if isinstance(suite, str) else suite
-    rows: dict[Row | Text, None] = {}
+    rows: dict[Row | Text, Row | Text] = {}
     for name in (name.strip() for name in names):
         if name:
-            rows.update(dict.fromkeys(_rows(name)))
-    return list(rows)
+            for row in _rows(name):
+                rows.setdefault(_once(row), row)
+    return list(rows.values())
+
+
+def _once(row: Row | Text) -> Row | Text:
+    """What makes two rows the same: all but how a limit is shared."""
+    return replace(row, sharing=1) if isinstance(row, Row) else row
 
 
 def _rows(name: str) -> tuple[Row | Text, ...]:
-    """A suite's rows; a task's own row, as in the suites where it is there."""
+    """A suite's rows; a task's own rows, as in the first suite that has them."""
     if name in SUITES:
         return SUITES[name]
-    if known := tuple(row for rows in SUITES.values() for row in rows if isinstance(row, Row) and row.task == name):
-        return known
+    for rows in SUITES.values():
+        if known := tuple(row for row in rows if isinstance(row, Row) and row.task == name):
+            return known
     return (Row(name, (name,), metrics=("acc",) if stock_file(name) else ()),)
 
 

@@ -156,7 +156,7 @@ def _definition(name: str) -> Path | None:
             return path if name in index.all_subtasks and path else None
     known = [*SUITES, *OWN, *STOCK]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "expected small, paper or names of lm-eval's tasks"
+    hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(SUITES)} or names of lm-eval's tasks"
     raise KDPruneError(f"got unknown suite or task {name!r}; {hint}")
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, vocabulary_size
 from kdprune.evaluation.perplexity import perplexity
-from kdprune.evaluation.suites import Row, Text, local_files, suite_rows
+from kdprune.evaluation.suites import SUITES, Row, Text, local_files, suite_rows
 from kdprune.evaluation.task_loading import harness, load_task, load_text, silenced, task_names, text_source
 from kdprune.model.placement import input_device
 from kdprune.runtime.stages import Stages
@@ -54,7 +54,7 @@ def check_suite(suite: str | Sequence[str], data: Sequence[Path] = ()) -> None:
     """
     rows = suite_rows(suite)
     if not rows:
-        raise KDPruneError("got no task, expected small, paper or names of lm-eval's tasks")
+        raise KDPruneError(f"got no task, expected {', '.join(SUITES)} or names of lm-eval's tasks")
     for folder in data:
         _check_folder(Path(folder), rows)
     for row in rows:
@@ -74,13 +74,13 @@ def run_suite(
     batch_size: int | None = None,
     stages: Stages | None = None,
 ) -> list[TaskScore]:
-    """Scores of a causal LM on suites ("small", "paper") and tasks (lm-eval's names), in the suite's order.
+    """Scores of a causal LM on suites ("small", "real", "paper") and tasks (lm-eval's names), in the suite's order.
 
     data: folders searched for ``<task>.jsonl`` and texts before the hub is; limit: the first `limit` items of every
-    task, each of BLiMP's paradigms and MMLU's subjects being one, and 64 · limit tokens of every text; batch_size:
-    requests a forward pass (64; 8 on a CPU). Few-shot examples are drawn with lm-eval's seed: same arguments, same
-    scores. Log-probabilities are float32. The model's mode is as before afterwards. Raises KDPruneError as
-    :func:`check_suite` does, and for counts below 1.
+    task, each of MMLU's subjects and, but for "real", BLiMP's paradigms being one, and 64 · limit tokens of every
+    text; batch_size: requests a forward pass (64; 8 on a CPU). Few-shot examples are drawn with lm-eval's seed: same
+    arguments, same scores. Log-probabilities are float32. The model's mode is as before afterwards. Raises KDPruneError
+    as :func:`check_suite` does, and for counts below 1.
     """
     for name, number in (("limit", limit), ("batch size", batch_size)):
         if number is not None and number < 1:
@@ -100,7 +100,7 @@ def run_suite(
                 scores.append(_text_score(row, model, tokenizer, _paths(data), limit))
             else:
                 with evaluating(model):
-                    scores += _row_scores(row, wrapped, _tasks(row, _paths(data)), limit)
+                    scores += _row_scores(row, wrapped, _tasks(row, _paths(data)), row.items(limit))
             progress(1)
     return scores
 

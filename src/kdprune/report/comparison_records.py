@@ -15,6 +15,7 @@ from kdprune.report.records import (
     Calibration,
     FreeForm,
     Number,
+    Numbers,
     Perplexity,
     Record,
     Speed,
@@ -27,6 +28,7 @@ from kdprune.report.task_records import TaskScore
 
 COMPARISON_VERSION = 1
 KINDS = ("comparison", "ablation")
+WRITTEN = ("same_beginning", "same_tokens", "repeated")  # measures of continuations
 
 
 class Stat(Record):
@@ -46,6 +48,22 @@ class Stat(Record):
                    count=len(known))
 
 
+class Generation(Record):
+    """What a model writes, greedily, after prompts from the held-out texts, against what the dense model writes."""
+
+    prompt: int = Field(description="tokens a prompt")
+    new_tokens: int = Field(description="n, tokens a continuation")
+    same_beginning: Numbers = Field(description="of each prompt: tokens before the first that differs, / n")
+    same_tokens: Numbers = Field(description="of each prompt: tokens that are the dense model's at their place, / n")
+    repeated: Numbers = Field(
+        description="of each prompt: share of the runs of four tokens that stood before in the same continuation")
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a measure over the prompts."""
+        known = [value for value in getattr(self, name) if value is not None]
+        return statistics.fmean(known) if known else None
+
+
 class Dense(Record):
     """The dense model under the protocol of the comparison."""
 
@@ -59,6 +77,7 @@ class Dense(Record):
     tokens: int = Field(description="tokens whose loss was counted")
     kv_cache_bytes_per_token: int = Field(description="bytes")
     tasks: list[TaskScore] = Field(default_factory=list, description="scores of the task suite")
+    generation: Generation | None = Field(None, description="continuations; null where none were asked for")
 
 
 class Unit(Record):
@@ -79,6 +98,7 @@ class Unit(Record):
         None, description="measured in turns with the dense model; null where that was streamed from disk")
     kv_cache_bytes_per_token: KVCache = Field(description="key-value cache per token, bytes")
     tasks: list[TaskScore] = Field(default_factory=list, description="scores of the task suite")
+    generation: Generation | None = Field(None, description="continuations; null where none were asked for")
     seconds: Number = Field(description="wall time of pruning, the similarity analysis counted where it was needed")
     analysis_seconds: Number = Field(0.0, description="the part of it that a seed's variants share: the analysis")
     stages: dict[str, Number] = Field(default_factory=dict, description="wall time per stage")
@@ -146,6 +166,9 @@ class Row(Record):
     texts: list[TextStat] = Field(default_factory=list, description="the first text and all others, at every window")
     retained: Stat | None = Field(None, description="mean over tasks of score / dense score")
     above_chance: Stat | None = Field(None, description="mean of (score − chance) / (dense − chance) over `signal`")
+    same_beginning: Stat | None = Field(None, description="share of a continuation before it leaves the dense model's")
+    same_tokens: Stat | None = Field(None, description="share of its tokens that are the dense model's at their place")
+    repeated: Stat | None = Field(None, description="share of its runs of four tokens that stood in it before")
     prefill: Stat | None = Field(None, description="prefill speed over the dense model's")
     decode: Stat | None = Field(None, description="decode speed over the dense model's")
     kv_cache_saving: Stat | None = Field(None, description="1 − pruned / dense bytes per token")
@@ -194,7 +217,9 @@ class Comparison(Record):
 
     def _row(self, variant: Variant) -> Row:
         units = [unit for unit in self.units if unit.variant == variant.name]
-        kept = [retention(self.dense.tasks, unit.tasks) for unit in units] if _scored(self.dense.tasks) else []
+        # Tasks take time: a record may have them of some seeds alone.
+        kept = [retention(self.dense.tasks, unit.tasks) for unit in units if unit.tasks and _scored(self.dense.tasks)]
+        written = [unit.generation for unit in units if unit.generation]
         return Row(
             variant=variant, seeds=[unit.seed for unit in units],
             failures=[failure for failure in self.failures if failure.variant == variant.name],
@@ -209,6 +234,7 @@ class Comparison(Record):
             texts=_by_text(units),
             retained=Stat.of(found.mean for found in kept),
             above_chance=Stat.of(found.above_chance for found in kept),
+            **{name: Stat.of(one.mean(name) for one in written) for name in WRITTEN},
             prefill=Stat.of(unit.speed.prefill.ratio for unit in units if unit.speed),
             decode=Stat.of(unit.speed.decode.ratio for unit in units if unit.speed),
             kv_cache_saving=Stat.of(_saving(unit.kv_cache_bytes_per_token) for unit in units),

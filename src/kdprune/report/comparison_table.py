@@ -22,6 +22,9 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "same next token": ("agreement", lambda x: f"{100 * x:.1f}", True),
     "retained": ("retained", lambda x: f"{100 * x:.1f}", True),
     "above chance": ("above_chance", lambda x: f"{100 * x:.1f}", True),
+    "same beginning": ("same_beginning", lambda x: f"{100 * x:.1f}", True),
+    "same tokens": ("same_tokens", lambda x: f"{100 * x:.1f}", True),
+    "repeated": ("repeated", lambda x: f"{100 * x:.1f}", True),
     "prefill": ("prefill", lambda x: f"{x:.2f}", True),
     "decode": ("decode", lambda x: f"{x:.2f}", True),
     "KV cache saved": ("kv_cache_saving", lambda x: f"{100 * x:.1f}", True),
@@ -31,7 +34,8 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "trained × tokens": ("trained", lambda x: summary.count(x), False),
 }
 UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
-         "agreement": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
+         "agreement": f"{SPACE}%", "same_beginning": f"{SPACE}%", "same_tokens": f"{SPACE}%",
+         "repeated": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
          "kv_cache_saving": f"{SPACE}%"}
 
 
@@ -62,10 +66,13 @@ def cells(row: Row, titles: Iterable[str]) -> list[str]:
 
 def dense_cells(comparison: Comparison, titles: Iterable[str]) -> list[str]:
     """The dense model's figures under the same titles."""
+    written = comparison.dense.generation
     known = {
         "net ratio": f"0{SPACE}%", "layers' net ratio": f"0{SPACE}%",
         "perplexity": summary.decimals(comparison.dense.perplexity), "excess loss": "0",
         "KL": "0", "same next token": f"100{SPACE}%", "retained": f"100{SPACE}%", "above chance": f"100{SPACE}%",
+        "same beginning": f"100{SPACE}%", "same tokens": f"100{SPACE}%",
+        "repeated": summary.percent(None if written is None else written.mean("repeated"), 1),
         "prefill": "1×", "decode": "1×", "KV cache saved": f"0{SPACE}%",
     }
     return [known.get(title, "") for title in titles]
@@ -111,6 +118,11 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
     if "trained × tokens" in titles and any(row.trained for row in comparison.rows):
         found.append("Trained × tokens: parameters trained times tokens seen in training, over all fits and healing; "
                      "solves in closed form and rates on trial count nothing there, but in the time.")
+    if (written := dense.generation) and {"same beginning", "same tokens", "repeated"} & set(titles):
+        found.append(f"Continuations: {written.new_tokens} tokens, greedy, after {len(written.repeated)} prompts of "
+                     f"{written.prompt} tokens from the held-out texts; same beginning: the share before the first "
+                     "token that is not the dense model's, same tokens: the share that is the dense model's at its "
+                     "place, repeated: the share of runs of four tokens that stood before in the same continuation.")
     found += _protected(comparison.rows)
     if comparison.of == "all" and any(
             row.variant.options.get("method") == "slicegpt" and row.variant.options.get("counted") == "all"
@@ -123,7 +135,10 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
         found.append("Healing made held-out rows worse and was undone: "
                      f"{', '.join(f'{unit.variant} (seed {unit.seed})' for unit in undone)}.")
     if (limit := comparison.recipe.get("limit")) is not None:
-        found.append(f"Tasks: the first {limit} items of each, of BLiMP of each of its 67 paradigms.")
+        # Some suites divide the limit among BLiMP's paradigms: what was scored says which did.
+        each = sum(score.items for score in dense.tasks if score.task == "blimp") // 67
+        number = f"the first {each} " if 0 < each < limit else ""
+        found.append(f"Tasks: the first {limit} items of each, of BLiMP {number}of each of its 67 paradigms.")
     if comparison.signal or comparison.left_out:
         found.append(
             "Retained: sum of scores over the dense model's. Above chance: mean of (score − chance) / (dense − chance) "
@@ -246,7 +261,7 @@ def _line(parts: Sequence[str]) -> str:
 def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
     """The table in the terminal, failures below it, and the paths written."""
     titles = [title for title in columns(comparison) if title not in (
-        "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token")]
+        "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token", "same tokens")]
     table = Table(title=Text(f"{summary.model_name(comparison.model)}, {comparison.kind}"), title_justify="left",
                   title_style="bold")
     table.add_column("")

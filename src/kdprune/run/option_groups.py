@@ -169,18 +169,30 @@ class SuiteOptions:
     """Tasks that models are scored on."""
 
     suite: str | None = option(
-        None, "tasks through lm-eval to score: small, paper, or names of its tasks with commas (none)", group="data")
+        None, "tasks through lm-eval to score: small, real, paper, or names of its tasks with commas (none)",
+        group="data")
     suite_data: tuple[str | Path, ...] = option(
         (), "directory with <task>.jsonl and texts, searched before the hub; repeated for more", group="data",
         several=True, path=True)
     limit: int | None = option(
-        None, "items a task, the first; 64 tokens a text for each (all)", group="data", least=1)
+        None, "items a task, the first; 64 tokens a text for each; real divides it among BLiMP's paradigms (all)",
+        group="data", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Whether models write."""
+
+    generate: int | None = option(
+        None, "prompts, of 64 tokens from the held-out texts, that both models continue by 64, greedily: how long the "
+        "text stays the same, and what repeats (none)", group="data", least=1)
 
 
 PRUNE = (MethodOptions, ModelOptions, DataOptions, SeedOptions, Heal, Resources, OutputOptions)
 ANALYZE = (ModelOptions, TextOptions, SeedOptions, AnalysisOptions, Resources, OutputOptions)
-COMPARE = (CompareOptions, ModelOptions, DataOptions, SuiteOptions, Heal, Resources, ComparisonOutput)
-ABLATE = (AblateOptions, ModelOptions, DataOptions, SuiteOptions, Resources, ComparisonOutput)
+COMPARE = (
+    CompareOptions, ModelOptions, DataOptions, SuiteOptions, GenerationOptions, Heal, Resources, ComparisonOutput)
+ABLATE = (AblateOptions, ModelOptions, DataOptions, SuiteOptions, GenerationOptions, Resources, ComparisonOutput)
 
 
 class _NotGiven:
