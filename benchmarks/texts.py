@@ -3,10 +3,11 @@
     python benchmarks/texts.py DATA OUT      DATA holds train/, heldout/ and bench/; OUT gets one file a text
 
 Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
-in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations. Held
-out: the same four kinds, of other documents, and Python code, of which the calibration text has none: modules of the
-standard library (PSF licence) of the Python that runs this, so that figures on it compare within one version. Models
-have surely been trained on these modules: what a pruned one loses on them is partly what it has forgotten by heart.
+in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations; and
+files of some of these kinds alone. Held out: the same four kinds, of other documents, and Python code, of which the
+calibration text has none: modules of the standard library (PSF licence) of the Python that runs this, so that figures
+on it compare within one version. Models have surely been trained on these modules: what a pruned one loses on them is
+partly what it has forgotten by heart.
 """
 
 import json
@@ -18,6 +19,9 @@ import sysconfig
 from pathlib import Path
 
 KINDS = {"books": "gutenberg-00", "encyclopedia": "wiki_en_2015-00", "news": "wikinews_en-00"}
+PARTS = {  # files of calibration text: all of it, and some kinds
+    "calibration": (*KINDS, "chat"), "calibration-prose": tuple(KINDS), "calibration-books": ("books",),
+    "calibration-chat": ("chat",)}
 HELD_OUT = {"books": "gutenberg_valid", "encyclopedia": "wiki_en_2015_valid", "news": "wikinews_en_valid"}
 CALIBRATION = 1_600_000  # characters of each kind of prose: some 370,000 tokens
 LONGEST = 12_000  # characters of a document, so that no book is all there is
@@ -31,19 +35,19 @@ MODULE = 5_000  # characters of each, from the first class or function on: what 
 TURNS = 300  # conversations that are held out, the first
 
 
-def calibration(data: Path) -> list[str]:
-    """Documents of all kinds, shuffled."""
+def calibration(data: Path) -> list[dict[str, str]]:
+    """Documents of all kinds, each with its kind, shuffled."""
     found = []
-    for name in KINDS.values():
+    for kind, name in KINDS.items():
         with lzma.open(data / "train" / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
             left = CALIBRATION
             for document in file.read(4 * CALIBRATION).split("<|endoftext|>"):
                 for start in range(0, len(document), LONGEST):
                     piece = document[start:start + LONGEST].strip()[:left]
                     if len(piece) > 500:
-                        found.append(piece)
+                        found.append({"text": piece, "kind": kind})
                         left -= len(piece)
-    found += conversations(data)[TURNS:]
+    found += [{"text": text, "kind": "chat"} for text in conversations(data)[TURNS:]]
     random.Random(0).shuffle(found)
     return found
 
@@ -69,8 +73,10 @@ def code() -> str:
 def main() -> None:
     data, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in calibration(data)]
-    (out / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    documents = calibration(data)
+    for name, kinds in PARTS.items():
+        lines = [json.dumps(one, ensure_ascii=False) for one in documents if one["kind"] in kinds]
+        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
     for name, text in (held | {"chat": "\n\n".join(conversations(data)[:TURNS]), "code": code()}).items():
         (out / f"{name}.txt").write_text(text[:EVALUATED], encoding="utf-8")

@@ -24,7 +24,7 @@ from kdprune.store.cache import TensorCodec
 
 CHUNK = 128   # tokens a chunk: the estimator is unbiased at any size; its cost a token grows with it
 ENOUGH = 16_384  # tokens: research/analysis-tokens shows what fewer and more change; blocks stay the same
-STATES = 2**30  # bytes that the states of one batch at all layers may take: fewer rows pass at once where they are wide
+STATES = 2**28  # bytes that the states of one batch at all layers may take: fewer rows pass at once where they are wide
 _PURPOSE = 500_000  # of the draws: the rows, and from the next number on the order of each batch's tokens
 
 
