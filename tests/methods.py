@@ -18,7 +18,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "slicegpt": {**dict.fromkeys((*NORMS_BEHIND, "bloom"), "norm"), **_EXPERTS},
     "replaceme": {**dict.fromkeys(NORMS_BEHIND, "norm"), **_EXPERTS},
     "kdp": _EXPERTS, "kdp-paper": {}, "kdp-without": {},  # those without the channels of MLPs
-    "laco": _EXPERTS, "llm-pruner": _EXPERTS,
+    "laco": _EXPERTS, "llm-pruner": _EXPERTS, "flattengpt": {**_EXPERTS, "opt-350m": "norm"},
 }
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -31,12 +31,13 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "streamline-none": ("streamline", {"stand_in": "none"}),
     "kdp-without": ("kdp", {"without": ("alpha", "anisotropy", "operators"), "kernel": "learned", "hidden": 4}),
     "replaceme-closed": ("replaceme", {"solver": "least_squares"}),
+    "flattengpt-states": ("flattengpt", {"towards": "states", "refit": "both", "ridge": 1e-4}),
     "laco-paper": ("laco", {"form": "paper", "merged": "all"}),
 }
 # Forms that leave a model of the stock class.
 STOCK = {
-    "shortgpt", "uidl", "sleb", "evopress", "laco", "laco-paper", "streamline-none", "streamline", "replaceme",
-    "replaceme-closed"}
+    "shortgpt", "uidl", "sleb", "evopress", "flattengpt", "flattengpt-states", "laco", "laco-paper", "streamline-none",
+    "streamline", "replaceme", "replaceme-closed"}
 
 
 def quick(form: str, **options: Any) -> Method:

@@ -13,7 +13,7 @@ from kdprune.testing.method import MethodCase
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
-WIRED = ("kdp", "sublayers", "laco", "llm-pruner", "slicegpt")
+WIRED = ("kdp", "sublayers", "flattengpt", "flattengpt-states", "laco", "llm-pruner", "slicegpt")
 # A method's other forms put other stand-ins into the same places, of which the contract of families has every kind in
 # every family: here those of separate projections, norms behind, parallel sublayers and Conv1D; LATER has more.
 PLACES = ("llama3.1", "gemma3", "gpt_neox", "gpt2")

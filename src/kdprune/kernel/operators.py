@@ -67,6 +67,36 @@ class Moments:
         inverse = torch.linalg.inv(_add_ridge(xx, ridge))
         return (inverse @ xy).square().sum(1) / inverse.diagonal()
 
+    def leverages(self, ridge: float) -> Tensor:
+        """Ridge leverage scores of the inputs, (p,), in [0, 1]: [C (C + ρI)⁻¹]_jj, C = XᵀX, ρ = ridge · tr C/p."""
+        penalty = ridge * self.xx.diagonal().mean()
+        return 1 - penalty * torch.linalg.inv(_add_ridge(self.xx, ridge)).diagonal()
+
+    def refit(self, inputs: Tensor, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
+        """A map of some of the inputs alone, near one that is given.
+
+            argmin_{M, c} Σ ‖M x_S + c − y‖² + ρ‖M − M₀‖²  =  M₀ + (C_SS + ρI)⁻¹ (C_Sy − C_SS M₀ᵀ),   ρ = ridge · tr C/p
+
+        with C the moments of all p inputs, centred where there is an ``intercept``; else c = 0. Where y is a linear map
+        W of all inputs and M₀ its columns S, that is Nyström's W_S + (C_SS + ρI)⁻¹ C_SR W_R, R the other inputs.
+
+        Args:
+            inputs: S, the numbers of k inputs.
+            start: M₀, (q, k).
+            ridge: of the map's distance from that.
+            intercept: whether c is solved for, unpenalised.
+
+        Returns:
+            M (q, k) and c (q,), float64.
+        """
+        xx, xy = self._centred() if intercept else (self.xx, self.xy)
+        inputs, start = inputs.to(xx.device), start.to(xx)
+        own, penalty = xx[inputs][:, inputs], ridge * xx.diagonal().mean()
+        rest = xy[inputs] - own @ start.T
+        matrix = start + torch.linalg.solve(own + penalty * torch.eye(len(own)).to(own), rest).T
+        offset = (self.y - matrix @ self.x[inputs]) / self.n if intercept else torch.zeros_like(self.y)
+        return matrix, offset
+
     def _centred(self) -> tuple[Tensor, Tensor]:
         mean_x, mean_y = self.x / self.n, self.y / self.n
         return self.xx - self.n * torch.outer(mean_x, mean_x), self.xy - self.n * torch.outer(mean_x, mean_y)

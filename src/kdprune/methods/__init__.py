@@ -7,6 +7,7 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.peers.drop import SLEB, UIDL, ShortGPT
 from kdprune.methods.peers.evopress import EvoPress
+from kdprune.methods.peers.flattengpt import FlattenGPT
 from kdprune.methods.peers.laco import LaCo
 from kdprune.methods.peers.linear import Linear
 from kdprune.methods.peers.linearpatch import LinearPatch
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "sleb": SLEB,
     "evopress": EvoPress,
     "sublayers": Sublayers,
+    "flattengpt": FlattenGPT,
     "laco": LaCo,
     "streamline": Streamline,
     "replaceme": ReplaceMe,

@@ -62,6 +62,16 @@ class StructurePart:
         weight = _weight(module).detach().double()
         return (weight.T if _axis(module, self.inputs) else weight)[self.members.to(weight.device)]
 
+    def placed(self, layer: nn.Module, lines: Tensor, biases: Tensor) -> dict[str, Tensor]:
+        """The projection's parameters by name, with these ``lines`` (n, k, length of one) and, where it has some of
+        each row, ``biases`` (n, k), as its structures: the inverse of :meth:`lines` and :meth:`biases`."""
+        module, order = layer.get_submodule(self.path), self.members.flatten().argsort()
+        weight = lines.flatten(0, 1)[order.to(lines.device)]
+        found = {f"{self.path}.weight": weight.T if _axis(module, self.inputs) else weight}
+        if not self.inputs and getattr(module, "bias", None) is not None:
+            found[f"{self.path}.bias"] = biases.flatten()[order.to(biases.device)]
+        return found
+
 
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight

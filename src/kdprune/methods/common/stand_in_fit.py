@@ -95,7 +95,7 @@ class StandInFit:
                 if name.endswith("bias"):
                     parameter.data.zero_()
                     parameter.requires_grad_(False)
-        self._shared_arguments: dict[int, Arguments] = {}
+        self._shared_arguments: dict[tuple[int, int], Arguments] = {}
 
     @torch.no_grad()
     def to_kernel(self, states: Tensor) -> Tensor:
@@ -109,18 +109,19 @@ class StandInFit:
         hidden = self.states.inputs[rows].to(self.device).float()
         if self.context is None:
             return self.module(hidden)
-        args, kwargs = self._arguments(rows, self.context)
+        args, kwargs = self.arguments(rows, self.context)
         output = self.module(hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    def _arguments(self, rows: Tensor, layer: int) -> Arguments:
+    def arguments(self, rows: Tensor, layer: int) -> Arguments:
+        """What the model hands this layer beside the state, for some rows."""
         batch = self.states.tokens.select(rows)
         if not batch.mask.all():
             return layer_arguments(self._running, layer, batch)
         # Without padding, masks and positions depend on the batch's size alone.
-        if len(rows) not in self._shared_arguments:
-            self._shared_arguments[len(rows)] = layer_arguments(self._running, layer, batch)
-        return self._shared_arguments[len(rows)]
+        if (layer, len(rows)) not in self._shared_arguments:
+            self._shared_arguments[layer, len(rows)] = layer_arguments(self._running, layer, batch)
+        return self._shared_arguments[layer, len(rows)]
 
     def target(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(h_e, mask) of some rows: shapes (b, T, d), (b, T)."""
@@ -150,10 +151,7 @@ class StandInFit:
         """What the read-out should give, (n, d): target − base, over the layer's multiplier. Where a norm γ ∘ n(·)
         stands behind it, of that the direction before it, n((target − base) / γ): the norm takes its length away."""
         update = (probe.target - probe.base) / self.multiplier
-        if self._behind is None:
-            return update
-        scale, _ = norm_affine(self._behind, update.shape[-1])
-        return rms_normalize(update * reciprocal(scale))
+        return update if self._behind is None else direction_before(self._behind, update)
 
     @torch.no_grad()
     def solve_norm_behind(self) -> None:
@@ -276,6 +274,13 @@ def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def direction_before(norm: nn.Module, update: Tensor) -> Tensor:
+    """n(update / γ), (n, d): what to give a norm γ ∘ n(·) for it to give ``update``, whose length it takes away."""
+    scale, _ = norm_affine(norm, update.shape[-1])
+    return rms_normalize(update * reciprocal(scale))
 
 
 def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
