@@ -3,8 +3,8 @@
     python benchmarks/premise.py run NAME MODEL TEXTS      measures what docs/results/real-premise-NAME.json lacks
     python benchmarks/premise.py page                      writes docs/results/real-premise.md and its picture
 
-Of every block of 2, 4 (and 6) layers: KL(dense‖pruned) and excess loss on held-out text with the block dropped, behind a
-linear map, and behind KDP's closed form; beside cosine, linear and RBF CKA between its ends, each over all tokens and
+KL(dense‖pruned) and excess loss on held-out text of every block of 2, 4 and 6 layers dropped, of 2 and 4 behind a
+linear map, of 4 behind KDP's closed form; beside cosine, linear and RBF CKA between its ends, each over all tokens and
 without massive ones. TEXTS is what benchmarks/texts.py made. An interrupted run goes on where it stopped.
 """
 

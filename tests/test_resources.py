@@ -115,3 +115,31 @@ def test_what_was_enforced_on_the_device_is_lifted_whatever_happens(
     with pytest.raises(KDPruneError, match="expected at least"):  # read after the model, before any stage
         kdprune.prune(str(bench.model), calibration=random_ids(), heldout=torch.zeros(1, 4, dtype=torch.long))
     assert seen == ["enforced", "lifted"]
+
+
+def test_a_limit_for_the_accelerator_names_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes "cuda" without a number where memory is asked for, and refuses it where a limit is set."""
+    from torch.cuda._utils import _get_device_index
+
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (2**29, 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda share, place: limits.append((share, _get_device_index(place))))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found = Memory(2**40, 2**28, frozenset({"device"}))
+    for place in (torch.device("cuda"), torch.device("cuda", 3)):
+        found.enforce(place)
+        found.lift(place)
+    assert limits == [(0.25, 1), (1.0, 1), (0.25, 3), (1.0, 3)]
+
+
+@pytest.mark.gpu
+def test_a_limit_holds_on_an_accelerator() -> None:
+    place, found = torch.device("cuda"), Memory.of(None, "1GiB", torch.device("cuda"))
+    found.enforce(place)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**31, dtype=torch.uint8, device=place)
+    finally:
+        found.lift(place)
+    assert torch.empty(2**31, dtype=torch.uint8, device=place).numel() == 2**31

@@ -71,12 +71,12 @@ class Memory:
         """Makes the accelerator refuse more than was given, so that batches halve there; the host cannot."""
         if "device" in self.given and self.device is not None and place.type == "cuda":
             total = torch.cuda.mem_get_info(place)[1]
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.device / total), place)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.device / total), _index(place))
 
     def lift(self, place: torch.device) -> None:
         """Undoes :meth:`enforce`: the process goes on after the run."""
         if "device" in self.given and place.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, place)
+            torch.cuda.set_per_process_memory_fraction(1.0, _index(place))
 
     def room(self) -> int:
         """What is left of the host's budget now."""
@@ -107,3 +107,8 @@ def total_memory(place: torch.device) -> int:
 def resident_bytes() -> int:
     """Resident set of this process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def _index(place: torch.device) -> int:
+    """The accelerator's number: torch sets no limit for "cuda" alone, which is the current one."""
+    return torch.cuda.current_device() if place.index is None else place.index
