@@ -66,7 +66,7 @@ def test_a_method_prunes_what_was_pruned(tiny_model: Build, name: str, held: str
 
 @pytest.mark.parametrize("first", ["linear", "kdp-folded"])
 @pytest.mark.parametrize("form", [
-    "laco", "replaceme-closed", "linearpatch", "streamline-ffn", "kdp-learned", "kdp-paper"])
+    "laco", "flattengpt", "replaceme-closed", "linearpatch", "streamline-ffn", "kdp-learned", "kdp-paper"])
 def test_others_prune_folded_stand_ins(tiny_model: Build, first: str, form: str, tmp_path: Path) -> None:
     given = pruned_by(first, tiny_model("llama3.1"), blocks=((1, 3),))
     found = pruned_by(form, given, ratio=0.15)
@@ -247,6 +247,7 @@ CANNOT = [
     ("stream", "shortgpt", "take layers out first|Take layers out first"), ("stream", "kdp", "slicegpt made narrower"),
     ("stream", "laco", "slicegpt made narrower"), ("stream", "slicegpt", "turned and cut already"),
     ("after", "slicegpt", "stand-ins, which are functions of the stream"),
+    ("stream", "flattengpt", "slicegpt made narrower"),
     ("mlp", "laco", "layers 0 and 2 with parameters of different shapes"),
     ("channels", "kdp-stock", "no stock checkpoint"),
 ]

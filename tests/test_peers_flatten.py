@@ -1,12 +1,14 @@
 """FlattenGPT: against sums of layers run one by one, torch's least squares, and the paper's matrix of similarities."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import LAYERS, build
+from families import LAYERS, WIDTH, build
+from tiny_checkpoint import Bench, Outcome, command
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.kernel.operators import Moments
@@ -16,13 +18,16 @@ from kdprune.methods.peers.flattengpt import FlattenGPT, groups
 from kdprune.methods.peers.flattening import FlattenFit, Pool
 from kdprune.model.activations import layer_arguments, recorded
 from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.modeling_kdp import FoldedLayer
 from kdprune.model.passes import run_layers
 from kdprune.model.structures import StructurePart, attention_parts, mlp_parts
-from kdprune.model.surgery import Rewrite, apply_edits
+from kdprune.model.surgery import Rewrite, Substitute, apply_edits
 from kdprune.model.widths import set_weights
+from kdprune.report.results import Results
 from kdprune.runtime.run import Run
-from kdprune.testing import CALIBRATION
+from kdprune.testing import CALIBRATION, random_stand_in
 from kdprune.testing.method import run_method
+from kdprune.testing.models import saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 START, STOP = 2, 4
@@ -281,6 +286,36 @@ def test_it_removes_as_few_layers_as_meet_the_ratio() -> None:
         assert type(pruned) is type(model)
 
 
+def prune(bench: Bench, out: Path, *flags: object) -> Outcome:
+    """What the command prints of a run on the tiny checkpoint."""
+    return command(
+        "prune", bench.model, "-o", out, "--method", "flattengpt", "--calibration", bench.calibration,
+        "--heldout", bench.heldout, "--samples", 12, "--length", 32, "--device", "cpu", *flags)
+
+
+def test_the_command_writes_a_stock_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    """transformers loads it without this package's classes; blocks that touch are in the record as they were given."""
+    outcome = prune(bench, tmp_path / "out", "--blocks", "1-3,3-5", "--towards", "states", "--refit", "both")
+    assert outcome.status == 0, outcome.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.num_hidden_layers == 4
+    found = Results.load(tmp_path / "out")
+    assert [tuple(block) for block in found.blocks] == [(1, 3), (3, 5)]
+    assert found.parameters.pruned == model.num_parameters()
+
+
+def test_layers_that_hold_stand_ins_are_left(tmp_path: Path) -> None:
+    dense = build("llama3.1")
+    given = apply_edits(dense, [Substitute(range(1, 2), random_stand_in(WIDTH))])
+    folded = [index for index, layer in enumerate(decoder_layers(given)) if isinstance(layer, FoldedLayer)]
+    pruned = apply_edits(given, run_method(FlattenGPT(ratio=0.15), given).edits)
+    assert sum(isinstance(layer, FoldedLayer) for layer in decoder_layers(pruned)) == len(folded) == 1
+    saved_and_loaded(pruned, tmp_path)
+    with pytest.raises(KDPruneError, match=f"got layer {folded[0]} in a block, which holds a stand-in"):
+        FlattenGPT(blocks=((folded[0], folded[0] + 2),)).check(given, CALIBRATION)
+
+
 # ------------------------------------------------------------------------------------------ what it refuses
 
 
@@ -298,3 +333,15 @@ def test_blocks_may_touch() -> None:
     found = run_method(FlattenGPT(blocks=((3, 5), (1, 3))), model)
     assert found.blocks == [range(1, 3), range(3, 5)]
     assert len(decoder_layers(apply_edits(model, found.edits))) == LAYERS - 2
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--blocks", "1-2"], "two layers or more of 6"), (["--ratio", "0.9"], "ratio 0.9, expected at most 0."),
+    (["--towards", "state"], "did you mean 'states'")])
+def test_the_command_refuses_in_one_line(flags: list[str], message: str, bench: Bench, tmp_path: Path) -> None:
+    outcome = prune(bench, tmp_path / "out", *flags)
+    assert outcome.status == 2
+    assert outcome.err.startswith("kdprune: error: ")
+    assert outcome.err.count("\n") == 1
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()

@@ -70,7 +70,8 @@ class Moments:
     def leverages(self, ridge: float) -> Tensor:
         """Ridge leverage scores of the inputs, (p,), in [0, 1]: [C (C + ρI)⁻¹]_jj, C = XᵀX, ρ = ridge · tr C/p."""
         penalty = ridge * self.xx.diagonal().mean()
-        return 1 - penalty * torch.linalg.inv(_add_ridge(self.xx, ridge)).diagonal()
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_add_ridge(self.xx, ridge)))
+        return 1 - penalty * inverse.diagonal()
 
     def refit(self, inputs: Tensor, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
         """A map of some of the inputs alone, near one that is given.
