@@ -27,7 +27,7 @@ from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
 from kdprune.train.trial import rate_on_trial
 
-PASS_ROWS = 32  # rows a pass when nothing is trained
+PASS_ROWS = 8  # rows a pass when nothing is trained: regressors of so many tokens, in float64, are held at once
 
 
 @dataclass(frozen=True)

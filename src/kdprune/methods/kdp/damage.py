@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.evaluation.models import vocabulary_size
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.budget import Budget, filled
 from kdprune.methods.common.selection import reachable
@@ -33,6 +34,7 @@ from kdprune.store.states import States
 FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fitted to, …
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
 DAMAGE_TOKENS = 4_096  # of the held-out rows that its damage is taken over
+LOGITS = 2**26  # held at once: 256 MiB, and as much again of those that are real tokens
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
 PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, half as many more for every
 MOST = 4      # form of stand-in beyond two, and the most blocks of every length that are measured
@@ -301,6 +303,10 @@ class _Measuring:
         one = tokens * self.model.config.hidden_size * self.running.dtype.itemsize
         return max(min(world().gather(scratch_of(self.running).host_bytes // one)), 1)
 
+    def _rows_of_logits(self) -> int:
+        """Rows whose logits are held at once."""
+        return max(1, LOGITS // (self.rows.ids.shape[1] * vocabulary_size(self.running)))
+
     def _together(self, sets: Sequence[Sequence[Candidate]], progress: Advance) -> list[float]:
         """The same of sets whose states are held at once."""
         numbers = self.batches(scored=True)
@@ -311,9 +317,12 @@ class _Measuring:
         for states in finals:
             total, count = 0.0, 0
             for part, batch, state in zip(numbers, batches, states, strict=True):
-                targets = self.teacher(part, batch.mask)
-                logits = logits_behind(self.running, batch, state.to(input_device(self.running)))
-                total += float(targets.divergence(logits[batch.mask.to(logits.device)]))
+                for rows in torch.arange(len(batch)).split(self._rows_of_logits()):
+                    few = batch.select(rows)
+                    targets = self.teacher(part[rows], few.mask)
+                    final = state[rows.to(state.device)].to(input_device(self.running))
+                    logits = logits_behind(self.running, few, final)
+                    total += float(targets.divergence(logits[few.mask.to(logits.device)]))
                 count += batch.tokens
             total, tokens = world().total([total, count])
             found.append(total / tokens if math.isfinite(total) else math.inf)

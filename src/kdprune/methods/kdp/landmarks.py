@@ -11,7 +11,7 @@ from kdprune.model.structures import Channels, mlp_channels, norm_affine
 from kdprune.model.surgery import plain_copy
 from kdprune.runtime.distributed import world
 
-CHUNK = 4096  # tokens a chunk: bounds the memory of all the block's channels
+CHUNK = 1024  # tokens a chunk: bounds the memory of all the block's channels
 POOL = 4  # times the channels wanted are regressed on before most of them go, …
 WIDE = (2, 4)  # … at most 4 d, or twice as many if that is more: work and memory go with the square
 
