@@ -5,13 +5,12 @@
     python benchmarks/book.py page PAGE | --all             page and pictures again, from records and notes
     python benchmarks/book.py check                         which pages are not what their records give
 
-A page's YAML (benchmarks/README.md says what may stand there) names models, runs of `kdprune compare` or `ablate`, and
-what is shown. Every figure comes from the records beside the page; NAME-notes.md is appended. An interrupted run goes
+A page's YAML (benchmarks/README.md says what may stand there) names models, runs of `kdprune compare`, and what is
+shown. Every figure comes from the records beside the page; NAME-notes.md is appended. An interrupted run goes
 on where it stopped. The first N rows of a section with `readme: N` also fill the README's block `<!-- table: NAME -->`.
 """
 
 import argparse
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -48,40 +47,31 @@ def run(
     places = (page.root, *folders)
     for number, one in enumerate(page.spec["runs"]):
         options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
-            name: value for name, value in one.items() if name not in ("name", "record", "models", "ratios")}
+            name: value for name, value in one.items() if name not in ("record", "models")}
         if suite_data and options.get("suite"):
             options["suite_data"] = list(suite_data)
         if records and one.get("record", page.spec.get("record")) not in records:
             continue
-        chosen = one.get("models", list(page.models))
-        for model, ratio in itertools.product(chosen, one.get("ratios", [options["ratio"]])):
+        for model in one.get("models", list(page.models)):
             if only and model not in only:
                 continue
-            for call in missing(page, one, model, options | {"ratio": ratio}, places):
-                folder = work / page.name / f"{number}-{model}-{ratio:g}-{'_'.join(map(str, call['seeds']))}"
-                measure = kdprune.ablate if "base" in call else kdprune.compare
-                dense = _path(page.models[model], places)
-                found = measure(dense, output_dir=folder, progress=True, **call)
+            for call in missing(page, one, model, options, places):
+                folder = work / page.name / f"{number}-{model}-{'_'.join(map(str, call['seeds']))}"
+                found = kdprune.compare(_path(page.models[model], places), output_dir=folder, progress=True, **call)
                 page.keep(_as_named(found, page.models[model], options), model, one)
 
 
 def missing(
     page: Page, one: Mapping[str, Any], model: str, options: Mapping[str, Any], places: Sequence[Path],
 ) -> Iterator[dict[str, Any]]:
-    """The calls of compare or ablate that give what the record lacks of a run: variants that lack the same seeds."""
+    """The calls of compare that give what the record lacks of a run: variants that lack the same seeds."""
     seeds = range(options["seeds"]) if isinstance(options["seeds"], int) else options["seeds"]
-    record, ratio = one.get("record"), options["ratio"]
-    done = {(unit.variant, unit.seed) for unit in page.units(record)
-            if (unit.model, unit.run, unit.ratio) == (model, one.get("name", ""), ratio)}
-    if known := page.comparisons(record).get(model):
-        done -= {(unit.variant, unit.seed) for unit in known.units  # measured before the page asked for these
-                 if (options.get("suite") and not unit.tasks) or (options.get("generate") and not unit.generation)}
+    done: set[tuple[str, int]] = set()
+    if known := page.comparisons(one.get("record")).get(model):
+        done = {(failed.variant, failed.seed) for failed in known.failures}
+        done |= {(unit.variant, unit.seed) for unit in known.units  # but those measured before the page asked for these
+                 if (unit.tasks or not options.get("suite")) and (unit.generation or not options.get("generate"))}
     call = {name: _path(value, places) if name in PATHS else value for name, value in options.items()}
-    if "base" in options:
-        lacking = [seed for seed in seeds if seed not in {seed for _, seed in done}]
-        if lacking:
-            yield call | {"seeds": lacking}
-        return
     by_seeds: dict[tuple[int, ...], list[str]] = {}
     for variant in options["methods"]:
         by_seeds.setdefault(tuple(seed for seed in seeds if (variant, seed) not in done), []).append(variant)
@@ -108,19 +98,22 @@ def _path(value: Any, places: Sequence[Path]) -> Any:
 
 
 def files(page: Page, leave_out: Sequence[str] = ()) -> dict[Path, str]:
-    """Every file that is made from the page's records → its content.
+    """Every file that is made from the page's records → its content; none before anything is on record.
 
     Args:
         leave_out: kinds of tables and plots that are slow to make.
     """
     spec, made, parts = page.spec, {}, []
+    if not any(page.comparisons(one.get("record")) for one in spec["runs"]):
+        return {}
     for section in spec["shows"]:
         if section.get("table", section.get("plot")) in leave_out:
             continue
         if "plot" in section:
             image = f"{page.name}-{section['name']}.svg" if "name" in section else f"{page.name}.svg"
-            made[page.results / image] = PLOTS[section["plot"]](page, section)
-            parts.append(f"![{section['says']}]({image})")
+            if drawn := PLOTS[section["plot"]](page, section):
+                made[page.results / image] = drawn
+                parts.append(f"![{section['says']}]({image})")
             continue
         body = TABLES[section["table"]](page, section) if "table" in section else ""
         if "table" not in section or body:  # a table of nothing has no heading

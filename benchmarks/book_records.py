@@ -1,16 +1,10 @@
-"""The records of a page: comparisons, one file a model, or single units in one file; merged, and read as units.
+"""The records of a page: a comparison a model and ratio, with tasks, texts and cost; merged as runs add to them."""
 
-A page over one ratio keeps whole :class:`Comparison` records, with tasks, speed and memory (``record:`` in its YAML).
-One over many ratios, or many runs, keeps what its tables show (``units:``): a unit a variant, ratio and seed.
-"""
-
-import dataclasses
 import functools
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +14,6 @@ from kdprune.report.comparison_records import Comparison
 
 ROOT = Path(__file__).parent.parent
 Section = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One variant at one ratio with one seed: what it gave, or why it failed. run: of which run of the page.
-
-    net_ratio: of the parameters that the ratio is a share of.
-    """
-
-    model: str
-    variant: str
-    ratio: float
-    seed: int
-    run: str = ""
-    net_ratio: float | None = None
-    blocks: list[list[int]] = field(default_factory=list)
-    tokens: int | None = None
-    seconds: float | None = None
-    dense: float | None = None
-    perplexity: float | None = None
-    excess_loss: float | None = None
-    window: int | None = None
-    stride: int | None = None
-    scored: int | None = None
-    state_error: list[float | None] = field(default_factory=list)
-    failure: str = ""
-
-    @property
-    def key(self) -> tuple[str, str, str, float, int]:
-        """What makes a unit."""
-        return self.model, self.run, self.variant, self.ratio, self.seed
-
-
-def units_of(found: Comparison, model: str, run: str = "") -> list[Unit]:
-    """The units of a comparison, those that failed too."""
-    made = [Unit(
-        model, unit.variant, found.ratio, unit.seed, run,
-        unit.parameters.net_ratio if found.of == "all" else unit.parameters.net_ratio_layers,
-        [list(block) for block in unit.blocks], unit.tokens, unit.seconds, unit.perplexity.dense,
-        unit.perplexity.pruned, unit.perplexity.excess_loss, unit.perplexity.window, unit.perplexity.stride,
-        unit.perplexity.tokens, list(unit.state_error)) for unit in found.units]
-    return made + [Unit(model, failed.variant, found.ratio, failed.seed, run, failure=failed.reason)
-                   for failed in found.failures]
 
 
 @dataclass(frozen=True)
@@ -96,28 +47,17 @@ class Page:
         return self.spec.get("models") or {"bundled": None}
 
     def comparisons(self, record: str | None = None) -> dict[str, Comparison]:
-        """Model → its comparison, of those that have been run; none where the page keeps units.
+        """Model → its comparison, of those that have been run.
 
         Args:
             record: name of other files than the page's.
         """
-        pattern = record or self.spec.get("record")
-        files = {model: self.results / pattern.format(model=model) for model in self.models} if pattern else {}
+        pattern = record or self.spec["record"]
+        files = {model: self.results / pattern.format(model=model) for model in self.models}
         return {model: _loaded(file, file.stat().st_mtime_ns) for model, file in files.items() if file.is_file()}
-
-    def units(self, record: str | None = None) -> list[Unit]:
-        """All units on record."""
-        if "record" in self.spec:
-            return [unit for model, found in self.comparisons(record).items() for unit in units_of(found, model)]
-        file = self.results / self.spec["units"]
-        return [Unit(**unit) for unit in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
 
     def keep(self, found: Comparison, model: str, run: Mapping[str, Any]) -> None:
         """Puts what a run gave into the page's record, or the run's own."""
-        if "record" not in self.spec:
-            units = units_of(found, model, run.get("name", ""))
-            write_units([*self.units(), *units], self.results / self.spec["units"])
-            return
         record = run.get("record", self.spec["record"])
         known = self.comparisons(record).get(model)
         merged([known, found] if known else [found], self.root).save(self.results / record.format(model=model))
@@ -132,16 +72,6 @@ def _loaded(file: Path, written: int) -> Comparison:
 def names(root: Path = ROOT) -> list[str]:
     """Names of all pages."""
     return sorted(file.stem for file in (root / "benchmarks" / "pages").glob("*.yaml"))
-
-
-def write_units(units: Iterable[Unit], file: Path) -> None:
-    """Units as JSON, a later one in the place of an earlier one of the same key; fields that say nothing left out."""
-    known = {unit.key: unit for unit in units}
-    plain = [{name: value for name, value in dataclasses.asdict(unit).items() if value not in (None, "", [])}
-             for unit in known.values()]
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def merged(found: Sequence[Comparison], root: Path = ROOT) -> Comparison:
@@ -159,13 +89,12 @@ def merged(found: Sequence[Comparison], root: Path = ROOT) -> Comparison:
     variants = {variant.name: variant for one in found for variant in one.variants}
     failures = {(failed.variant, failed.seed): failed for one in found for failed in one.failures}
     seeds = sorted({seed for one in found for seed in one.seeds})
-    named = {} if first.kind == "ablation" else {"methods": list(variants)}  # an ablation's base and parts name them
     # Rows and signal are made anew from the units.
     return Comparison.model_validate(first.model_dump(exclude={"rows", "signal", "left_out"}) | {
         "seeds": seeds, "variants": [variant.model_dump() for variant in variants.values()],
         "units": [unit.model_dump() for unit in units.values()],
         "failures": [failed.model_dump() for key, failed in failures.items() if key not in units],
-        "recipe": first.recipe | named | {"seeds": seeds}})
+        "recipe": first.recipe | {"methods": list(variants), "seeds": seeds}})
 
 
 def _with_tasks(found: Sequence[Comparison]) -> Comparison:
@@ -193,8 +122,7 @@ def _same(first: Comparison, other: Comparison) -> bool:
 
 
 def _protocol(found: Comparison) -> tuple[Any, ...]:
-    parts = (found.recipe.get("base"), found.recipe.get("only")) if found.kind == "ablation" else ()
-    return (found.kind, parts, found.model, found.ratio, found.of, found.calibration.source, found.calibration.tokens,
+    return (found.model, found.ratio, found.of, found.calibration.source, found.calibration.tokens,
             found.dense.tokens, found.dense.parameters)
 
 

@@ -1,4 +1,4 @@
-"""The page of a reference model, ``docs/results/model-NAME.md``, and its pictures, from ``model-NAME.json`` alone."""
+"""The page of a reference model, ``reference/pages/model-NAME.md``, and its pictures, from ``model-NAME.json``."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 """Take a finished training run into the repository, measure the model, and write its page.
 
     python reference/publish.py RUN NAME               # RUN as train.py left it: RUN/model, RUN/run.json, …
-    python reference/publish.py --render NAME          # the page again, from docs/results/model-NAME.json
+    python reference/publish.py --render NAME          # the page again, from reference/pages/model-NAME.json
     python reference/publish.py src/kdprune/bundled bundled --records reference/records --in-place
 
 Weights and tokenizer go to reference/models/NAME, records to reference/records/NAME, measurements and page to
-docs/results/model-NAME.*; with --in-place nothing is copied.
+reference/pages/model-NAME.*; with --in-place nothing is copied.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--render", action="store_true", help="only write the page again")
     options = parser.parse_args(arguments)
-    file = ROOT / "docs" / "results" / f"model-{options.name}.json"
+    file = ROOT / "reference" / "pages" / f"model-{options.name}.json"
     try:
         if not options.render:
             if options.run is None:

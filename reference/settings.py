@@ -12,7 +12,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {      # cpu: 3.5 M parameters, 7 MB 
             "num_key_value_heads": 2, "vocab_size": 4096},
     "gpu": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 18, "num_attention_heads": 6,
             "num_key_value_heads": 2, "vocab_size": 4096},
-    # The three families of docs/results: 4 M parameters, and 28–32 M.
+    # The three families of research/small-models: 4 M parameters, and 28–32 M.
     "suite": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 16, "num_attention_heads": 4,
               "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8192},
     "suite-gpu": {"hidden_size": 320, "intermediate_size": 864, "num_hidden_layers": 24, "num_attention_heads": 10,

@@ -2,7 +2,6 @@
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from kdprune.report.comparison_records import Comparison
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import book
-import book_leads
+import book_plots
 import book_records
 import book_tables
+import real_premise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
-SLOW = ("leads", "size", "cost", "excess", "parts")  # a bootstrap, and pictures tested where they are made
+SLOW = ("tasks", "writing")  # a bootstrap
 CHEAP = ["shortgpt:protect=0", "uidl:blocks=0-3"]
 BLOCK = "<!-- table: tiny -->\nold\n<!-- end -->\n"
 
@@ -57,27 +57,36 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_every_page_is_what_its_records_give() -> None:
-    assert book.names() == ["ablation", "better", "main", "peers", "real", "stand-ins", "sweep"]
+    assert book.names() == ["real", "real-calibration", "real-parts"]
     assert book.check(leave_out=SLOW) == []
 
 
 @pytest.mark.slow
-def test_so_are_leads_and_the_pictures_of_the_report() -> None:
+def test_so_are_tables_with_a_bootstrap() -> None:
     assert book.check() == []
+
+
+def test_the_page_on_the_premise_is_what_its_records_give() -> None:
+    found = real_premise.records()
+    assert len(found) == 3
+    assert (real_premise.RESULTS / "real-premise.md").read_text(encoding="utf-8") == real_premise.page(found)
 
 
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     for folder in ("benchmarks/pages", "docs/results"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("benchmarks/pages/stand-ins.yaml", *(f"docs/results/stand-ins{end}" for end in (
-            ".json", ".md", ".svg", "-notes.md"))):
+    kept = [file.relative_to(ROOT) for file in (ROOT / "docs" / "results").glob("real*") if "premise" not in file.name]
+    files = [Path("benchmarks/pages/real.yaml"), *kept]
+    for file in files:
         (tmp_path / file).write_bytes((ROOT / file).read_bytes())
     assert book.main(["check"], tmp_path) == 0
-    record = tmp_path / "docs" / "results" / "stand-ins.json"
-    units = json.loads(record.read_text())
-    units[0]["excess_loss"] += 0.1
-    record.write_text(json.dumps(units))
-    assert book.check(tmp_path, leave_out=SLOW) == ["docs/results/stand-ins.md"]
+    record = tmp_path / "docs" / "results" / "real-qwen25-coder-05b.json"
+    found = json.loads(record.read_text())
+    found["units"][0]["texts"][0]["excess_loss"] += 0.1
+    found["units"][0]["texts"][0]["pruned"] *= 1.1
+    del found["rows"]
+    record.write_text(json.dumps(found))
+    assert book.check(tmp_path, leave_out=SLOW) == ["docs/results/real.md"]
     assert book.main(["check"], tmp_path) == 1
     assert book.main(["page", "--all"], tmp_path) == 0
     assert book.check(tmp_path) == []
@@ -88,10 +97,8 @@ def test_every_variant_of_a_page_that_runs_exists() -> None:
         for one in page.spec["runs"]:
             for variant in one.get("methods", []):
                 assert parse_variant(variant, 0.25).name == variant
-        rows = [row for section in page.spec["shows"] for row in section.get("rows", []) if "variant" in row]
-        run = {variant for one in page.spec["runs"] for variant in one.get("methods", [])}
-        assert {row["variant"] for row in rows if not row.get("gone")} <= run
-        assert {row["against"] for row in rows if "against" in row} <= {row["variant"] for row in rows}
+        shown = {name for section in page.spec["shows"] for name in section.get("titles", {})}
+        assert shown <= {variant for one in page.spec["runs"] for variant in one["methods"]}
 
 
 def test_research_is_imported_by_nothing() -> None:
@@ -108,8 +115,7 @@ def test_research_is_imported_by_nothing() -> None:
 
 
 def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
-    shows = [{"table": "models"}, {"table": "by-model", "column": "excess loss", "readme": True},
-             {"plot": "marks", "name": "excess", "says": "excess loss"}, {"table": "failures", "heading": "Failed"}]
+    shows = [{"table": "cost"}, {"table": "texts", "readme": 9}, {"table": "failures", "heading": "Failed"}]
     spec = {"record": "tiny-{model}.json", "runs": [{"methods": [*CHEAP, "uidl:blocks=0-99"]}], "shows": shows}
     repository(bench, tmp_path, "tiny", **spec)
     arguments = ["run", "tiny", "--work", str(tmp_path / "work")]
@@ -119,13 +125,11 @@ def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, 
     page = (results / "tiny.md").read_text(encoding="utf-8")
     assert len(found.units) == 2
     for row in found.rows[:2]:
-        assert f"`{row.variant.name}` | " in page
+        assert page.count(f"`{row.variant.name}` | ") == 2
         assert f"{row.excess_loss.mean:.3f}" in page
-    assert "## Failed" in page
-    assert "| failed |" in page
-    assert (results / "tiny-excess.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert "## Failed\n\n- tiny, `uidl:blocks=0-99` at 0.25: got block" in page
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("before\n<!-- table: tiny -->\n|")
+    assert readme.startswith("before\n<!-- table: tiny -->\n### tiny\n\n|")
     assert readme.endswith("<!-- end -->\nafter\n")
     assert "old" not in readme
     assert len(calls) == 1
@@ -140,33 +144,40 @@ def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, 
     assert again.units[0] == found.units[0]
 
 
-def test_units_over_ratios_are_kept_one_by_one(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peers, calls = Comparison.load(ROOT / "docs" / "results" / "peers.json"), []
-
-    def compare(model: str, *, methods: list[str], ratio: float, seeds: list[int], **options: Any) -> Comparison:
-        calls.append((methods, ratio, seeds))
-        return peers.model_copy(update={"ratio": ratio, "units": [
-            unit for unit in peers.units if unit.variant in methods and unit.seed in seeds]})
-
-    monkeypatch.setattr(kdprune, "compare", compare)
-    titles = {"shortgpt": "ShortGPT", "uidl": "UIDL"}
-    runs = [{"ratios": [0.1, 0.3], "methods": ["shortgpt"]}]
-    page = repository(bench, tmp_path, "grid", units="grid.json", runs=runs,
-                      shows=[{"table": "by-ratio", "titles": titles}])
-    for _ in range(2):
-        book.run(page, tmp_path / "work")
-    assert calls == [(["shortgpt"], 0.1, [0]), (["shortgpt"], 0.3, [0])]
-    units, row = page.units(), peers.row("shortgpt")
-    assert [(unit.ratio, unit.seed, unit.excess_loss) for unit in units] == [
-        (ratio, 0, pytest.approx(row.excess_loss.mean)) for ratio in (0.1, 0.3)]
-    text = book.files(page)[tmp_path / "docs" / "results" / "grid.md"]
-    cell = f"{row.excess_loss.mean:.3f} ({row.net_ratio.mean:.1%})"
-    assert f"| ShortGPT | {cell} | {cell} |" in text
-    assert "| UIDL | — | — |" in text
+def test_sizes_of_several_records_make_curves(tmp_path: Path) -> None:
+    page = book_records.Page("grid", {"models": {"coder": None}, "record": "b-{model}.json"}, tmp_path)
+    page.results.mkdir(parents=True)
+    found = Comparison.load(ROOT / "docs" / "results" / "real-qwen25-coder-05b.json")
+    ours, peer = "kdp:refine=no", "linear"
+    sizes = {"a": (0.10, 0.1), "b": (0.25, 0.2), "c": (0.40, 0.8)}
+    for name, (net, loss) in sizes.items():
+        units = []
+        for unit in found.units:
+            further = {ours: 0.0, peer: 0.05}.get(unit.variant, 0.0)
+            one = unit.model_copy(deep=True)
+            one.parameters.net_ratio_layers = net + further
+            for text in (one.perplexity, *one.texts):
+                text.excess_loss = loss
+            units.append(one)
+        found.model_copy(update={"units": units}).model_validate(
+            found.model_dump(exclude={"rows", "signal", "left_out"}) | {"units": [one.model_dump() for one in units]}
+        ).save(page.results / f"{name}-coder.json")
+    section = {"records": [f"{name}-{{model}}.json" for name in "cab"], "ours": ours, "says": "sizes",
+               "titles": {ours: "KDP", peer: "map"}}
+    points = book_tables.curve_points(page, section)["coder"]
+    assert [(point.net, point.excess_loss) for point in points[ours]] == [pytest.approx(at) for at in sizes.values()]
+    lines = book_tables.at_size(page, section).splitlines()
+    assert lines[2] == "|  | 10.0 % | 25.0 % | 40.0 % |"
+    assert f"| `{ours}` | 0.100 | 0.200 | 0.800 |" in lines
+    # Two thirds of the way from .15 to .30 and from .30 to .45, in the logarithm; nothing is known below .15.
+    assert f"| `{peer}` | — | {0.1 ** (1 / 3) * 0.2 ** (2 / 3):.3f} | {0.2 ** (1 / 3) * 0.8 ** (2 / 3):.3f} |" in lines
+    assert ">KDP</t" in book_plots.curves(page, section)
+    one = {**section, "records": ["a-{model}.json"]}
+    assert book_plots.curves(page, one) == ""
 
 
 def test_another_protocol_does_not_go_into_a_record() -> None:
-    found = Comparison.load(ROOT / "docs" / "results" / "better-opt.json")
+    found = Comparison.load(ROOT / "research" / "small-models" / "better-opt.json")
     other = found.model_copy(update={"dense": found.dense.model_copy(update={"perplexity": 1.0})})
     with pytest.raises(SystemExit, match="different protocols"):
         book_records.merged([found, other])
@@ -176,30 +187,3 @@ def test_another_protocol_does_not_go_into_a_record() -> None:
     assert {row.variant.name: row.excess_loss for row in whole.rows} == {
         row.variant.name: row.excess_loss for row in found.rows}
     assert whole.seeds == [0, 1]
-
-
-# ------------------------------------------------------------------------------------------ figures
-
-
-def test_gains_are_differences_seed_by_seed() -> None:
-    units = [book_records.Unit("m", name, 0.25, seed, excess_loss=loss, net_ratio=0.25) for name, seed, loss in (
-        ("kdp", 0, 0.1), ("kdp", 1, 0.3), ("kdp:rank=2", 0, 0.05), ("kdp:rank=2", 1, 0.27), ("kdp:rank=2", 2, 9.0))]
-    row = {"variant": "kdp:rank=2", "against": "kdp"}
-    assert book_tables.gains(units, row) == pytest.approx([-0.05, -0.03])
-    assert book_tables.gains(units, row | {"against": "sleb"}) == []
-    assert book_tables.spread([-0.05, -0.03], 4, "+") == "-0.0400 ± 0.0141"
-
-
-def test_a_lead_is_the_difference_of_what_the_rows_say() -> None:
-    found = Comparison.load(ROOT / "docs" / "results" / "main-llama.json")
-    mine, peer = "kdp:preset=fourier", "linearpatch"
-    said, kept, above = book_leads._compared(found, mine, peer)
-    ours, other = found.row(mine), found.row(peer)
-    assert kept.difference == pytest.approx(ours.retained.mean - other.retained.mean, abs=1e-4)
-    assert above.difference == pytest.approx(ours.above_chance.mean - other.above_chance.mean, abs=1e-4)
-    assert kept.low < kept.difference < kept.high
-    losses = [{unit.seed: unit.perplexity.excess_loss for unit in found.units if unit.variant == name}
-              for name in (mine, peer)]
-    gaps = [losses[0][seed] - losses[1][seed] for seed in (0, 1, 2)]
-    assert said.startswith(f"{statistics.fmean(gaps):+.3f}")
-    assert f"less for {sum(gap < 0 for gap in gaps)} of 3 seeds" in said

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdprune.errors import KDPruneError
-from kdprune.report.bootstrap import lead, loss_lead, paired_bootstrap, without_items
+from kdprune.report.bootstrap import lead, paired_bootstrap
 from kdprune.report.retention import retention
 from kdprune.report.task_records import TaskScore
 
@@ -83,26 +83,10 @@ def test_the_lead_is_the_difference_of_retained_performance(above_chance: bool) 
     assert found.items == (11 if above_chance else 15)
 
 
-def test_the_lead_in_excess_loss_is_over_windows() -> None:
-    draw = np.random.default_rng(2)
-    one, other = draw.normal(900, 30, (2, 40)), draw.normal(905, 30, (3, 40))
-    found = loss_lead(one.tolist(), other.tolist(), tokens=10_000)
-    assert found is not None
-    assert found.difference == pytest.approx(one.mean(0).sum() / 10_000 - other.mean(0).sum() / 10_000)
-    error = (one.mean(0) - other.mean(0)).std() * math.sqrt(40) / 10_000
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
-    assert found.items == 40
-    assert loss_lead(one.tolist(), [[]], 10_000) is None
-    with pytest.raises(KDPruneError, match="got 40 and 39 windows"):
-        loss_lead(one.tolist(), other[:, 1:].tolist(), 10_000)
-
-
 def test_records_without_items_and_other_items() -> None:
     old = [[entry.model_copy(update={"right": []}) for entry in scores] for scores in SECOND]
     assert lead(DENSE, FIRST, old, above_chance=True) is None
     assert lead(DENSE, FIRST, [], above_chance=True) is None
-    assert without_items(DENSE, old[0]) == ["t: a", "t: b", "t: noise"]
-    assert without_items(DENSE, SECOND[0]) == []
     fewer = seeds((["010", "11"], "10010", "1110"))
     with pytest.raises(KDPruneError, match="got 6 and 5 items of a, expected the same items"):
         lead(DENSE, FIRST, fewer, above_chance=True)

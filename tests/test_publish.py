@@ -43,7 +43,7 @@ def publish() -> Iterator[ModuleType]:
 def repository(publish: ModuleType, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty repository, a finished run and BLiMP of two pairs a paradigm beside it."""
     root = tmp_path / "repository"
-    (root / "docs" / "results").mkdir(parents=True)
+    (root / "reference" / "pages").mkdir(parents=True)
     monkeypatch.setattr(publish, "ROOT", root)
     shutil.copytree(bench.model, tmp_path / "run" / "model")
     for name in publish.RECORDS:
@@ -97,7 +97,7 @@ def test_a_run_becomes_a_page(publish: ModuleType, repository: Path, bench: Benc
     assert (model / "model.safetensors").read_bytes() == (bench.model / "model.safetensors").read_bytes()
     assert (model / "tokenizer.json").is_file()
     assert (repository / "reference" / "records" / "tiny" / "run.json").is_file()
-    results = repository / "docs" / "results"
+    results = repository / "reference" / "pages"
     record = json.loads((results / "model-tiny.json").read_text())
     page = (results / "model-tiny.md").read_text(encoding="utf-8")
     mean = sum(score["value"] for score in record["blimp"]["scores"]) / 12
@@ -117,4 +117,4 @@ def test_an_unfinished_run_is_refused(
     (tmp_path / "run" / "perplexity.json").unlink()
     assert publish.main([str(tmp_path / "run"), "tiny", "--data", str(tmp_path / "bench")]) == 2
     assert "perplexity.json, expected a finished run" in capsys.readouterr().err
-    assert not (repository / "reference").exists()
+    assert [path.name for path in (repository / "reference").iterdir()] == ["pages"]

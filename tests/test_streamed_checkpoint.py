@@ -279,7 +279,7 @@ def test_speed_and_samples_of_a_streamed_model_are_not_measured(both: Both, benc
 
 
 def test_a_comparison_without_speeds_says_so() -> None:
-    whole = Comparison.load(ROOT / "docs" / "results" / "peers.json")
+    whole = Comparison.load(ROOT / "research" / "small-models" / "peers.json")
     units = [unit.model_copy(update={"speed": None}) for unit in whole.units]
     found = Comparison.model_validate({**dict(whole), "units": units})
     assert {row.decode for row in found.rows} == {None}

@@ -5,9 +5,8 @@ With a_ij and b_ij whether item j of task row i was right, averaged over the see
     D = Σ_i w_i · mean over the row's tasks of mean over j of (a_ij − b_ij),
 
 w_i = 1 / Σ d for the retained mean, 1 / (|S| (d_i − c_i)) over S for the one above chance, d and c the dense model's
-scores and chance as in :mod:`kdprune.report.retention`; for the excess loss items are the windows of the held-out text,
-weighed by what they hold of its tokens. Resampled are the items of each task, with replacement and
-both methods' together; the dense model is the yardstick and is held fixed. Source: Efron & Tibshirani 1993, section 13.
+scores and chance as in :mod:`kdprune.report.retention`. Resampled are the items of each task, with replacement and both
+methods' together; the dense model is the yardstick and is held fixed. Source: Efron & Tibshirani 1993, section 13.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdprune.errors import KDPruneError
-from kdprune.report.retention import carries_signal, row_name
+from kdprune.report.retention import carries_signal
 from kdprune.report.task_records import TaskScore
 
 RESAMPLES = 10_000
@@ -25,7 +24,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Lead:
-    """A difference of two methods: of shares of the dense model's performance, or of excess losses in nats per token.
+    """A difference of two methods, of shares of the dense model's performance.
 
     low, high: the middle 95 % of the resamples; p: two-sided, twice the smaller share of resamples on one side of 0,
     (1 + count) / (1 + resamples); items: how many the difference is over.
@@ -94,26 +93,6 @@ def lead(
     return paired_bootstrap(differences, strata, seed=seed, resamples=resamples)
 
 
-def loss_lead(
-    first: Sequence[Sequence[float | None]], second: Sequence[Sequence[float | None]], tokens: int, *, seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> Lead | None:
-    """Excess loss of the first method less the second's, each given by its seeds' summed losses of every window.
-
-    Args:
-        tokens: scored in all windows together.
-
-    Returns None where a record does not have the windows. Raises KDPruneError where the two differ in them.
-    """
-    if not first or not second or any(not sums or None in sums for sums in (*first, *second)):
-        return None
-    if sizes := {len(sums) for sums in (*first, *second)} - {len(first[0])}:
-        raise KDPruneError(f"got {len(first[0])} and {sizes.pop()} windows of the held-out text, expected the same; "
-                           "evaluate both on the same text")
-    one, other = (np.mean(np.array(sums, dtype=np.float64), axis=0) for sums in (first, second))
-    return paired_bootstrap([one - other], [len(one) / tokens], seed=seed, resamples=resamples)
-
-
 def _weights(dense: Sequence[TaskScore], above_chance: bool) -> dict[Key, float]:
     """What a row's score counts in the share retained."""
     rows = [score for score in dense if score.higher_is_better and "perplexity" not in score.metric]
@@ -148,9 +127,3 @@ def _check(key: Key, one: Sequence[int], other: Sequence[int]) -> None:
 
 def _key(score: TaskScore) -> Key:
     return score.task, score.group, score.metric
-
-
-def without_items(dense: Sequence[TaskScore], scores: Sequence[TaskScore]) -> list[str]:
-    """Rows that enter retained performance and of which a record does not say which items were right."""
-    wanted = _weights(dense, above_chance=False)
-    return [row_name(score) for score in scores if _key(score) in wanted and not score.right]

@@ -93,7 +93,7 @@ def select_blocks(
     """The blocks whose net removal meets ``target`` as closely as possible from above, with greatest Σ log similarity.
 
     With ``slack``, of all sets that remove at most so much more than ``target``, one of the most blocks: several short
-    ones, each with a stand-in of its own, lose less than one long one (docs/results/better.md).
+    ones, each with a stand-in of its own, lose less than one long one (research/small-models/better.md).
 
     Args:
         similarity: score of a block [s, e) at entry [s, e], shape (L+1, L+1), in (0, 1].

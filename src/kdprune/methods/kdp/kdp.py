@@ -31,7 +31,7 @@ Kernel: TypeAlias = Literal[
 # What a preset fills into fields left at None. "paper" is the method as printed; "default" is the form of it that
 # measurement preferred at equal net parameters, trained for as long as a first try may take; "thorough" is the same,
 # trained for longer; "fourier" has random Fourier features alone and blocks chosen by similarity, trained as long: the
-# form of the results book (docs/results/README.md).
+# form that the small models of research/small-models were pruned in.
 _BEST: Mapping[str, Any] = {
     "kernel": "linear+data", "inverse": "residual", "context": "attention", "refine": True, "hidden": 0,
     "fill": True, "endpoints": "input", "sequential": True, "slack": 0.5,
@@ -50,7 +50,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Where no preset says it, step 3 lasts so many epochs: the least, or where rows are few as many as make LEAST_STEPS, up
-# to the most (docs/results/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
+# to the most (research/small-models/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
 REFINE_EPOCHS = (15, 60)
 LEAST_PATIENCE = 5  # epochs without gain on held-out rows; more where there are many, as the rate ends small
 LEAST_STEPS = 1200

@@ -1,7 +1,7 @@
 """KDP's premise on really trained models: what similarity says of blocks, and what removing them costs.
 
-    python benchmarks/premise.py run NAME MODEL TEXTS      measures what docs/results/real-premise-NAME.json lacks
-    python benchmarks/premise.py page                      writes docs/results/real-premise.md and its picture
+    python benchmarks/real_premise.py run NAME MODEL TEXTS      measures what docs/results/real-premise-NAME.json lacks
+    python benchmarks/real_premise.py page                      writes docs/results/real-premise.md and its picture
 
 KL(dense‖pruned) and excess loss on held-out text of every block of 2, 4 and 6 layers dropped, of 2 and 4 behind a
 linear map, of 4 behind KDP's closed form; beside cosine, linear and RBF CKA between its ends, each over all tokens and
@@ -187,7 +187,7 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
         "# Premise: does similarity say which blocks can go?",
         "What do cosine, linear and RBF CKA between a block's ends say of what removing it costs, with massive tokens "
         "and without, and is it another thing behind a stand-in?",
-        "    python benchmarks/premise.py run NAME MODEL TEXTS\n    python benchmarks/premise.py page",
+        "    python benchmarks/real_premise.py run NAME MODEL TEXTS\n    python benchmarks/real_premise.py page",
         f"One seed, {one['tokens']:,} calibration tokens in rows of {one['rows']}, {one['scored']:,} held-out tokens "
         "of each of four texts at that window.",
         "## Do scores rank blocks?",
