@@ -19,6 +19,7 @@ import cost  # noqa: E402
 import memory  # noqa: E402
 import pruning_run  # noqa: E402
 import random_checkpoint  # noqa: E402
+import served_speed  # noqa: E402
 import speed  # noqa: E402
 import speed_page  # noqa: E402
 
@@ -118,3 +119,25 @@ def test_a_page_shows_what_was_measured(measured: dict[str, Any]) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| 0.1b"))
     assert f"| {cost.by_step(found)['analyse']:.2f} |" in row
     assert "| 3 GiB |" in row
+
+
+def test_what_is_served_is_measured_against_the_ideal(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("PROMPT", 12), ("WRITTEN", 3), ("ROUNDS", 1)):
+        monkeypatch.setattr(served_speed, name, value)
+    config = AutoModelForCausalLM.from_pretrained(tiny).config
+    config.num_hidden_layers = 3
+    half = AutoModelForCausalLM.from_config(config)
+    half.save_pretrained(tmp_path / "half")
+    served_speed.run(str(tiny), str(tmp_path / "half"), ["transformers"], [2], tmp_path / "served.json")
+    record = json.loads((tmp_path / "served.json").read_text())
+    whole = AutoModelForCausalLM.from_pretrained(tiny)
+    table = 0 if whole.config.tie_word_embeddings else whole.get_input_embeddings().weight.numel()
+    assert record["ideal"]["decode"] == pytest.approx(
+        (whole.num_parameters() - table) / (half.num_parameters() - table))
+    assert 1 < record["ideal"]["prefill"] < 2
+    [row] = record["rows"]
+    text = served_speed.page(record)
+    for kind in ("prefill", "decode"):
+        assert f"| **{row['pruned'][kind] / row['dense'][kind]:.2f}×** | {record['ideal'][kind]:.2f}× |" in text
