@@ -172,6 +172,16 @@ def test_an_interrupted_comparison_continues(
     assert measured[7:] == [(LINEAR, 0)]
 
 
+def test_the_passes_of_a_search_are_told() -> None:
+    found = kdprune.compare(tiny_llama(), ["evopress:passes=20", "shortgpt"], seeds=1, calibration=random_ids(),
+                            heldout=random_ids(3, 20, seed=3))
+    searched, plain = found.units
+    assert 0 < searched.passes <= 20
+    assert plain.passes is None
+    assert "| search, passes |" in render_markdown(found)
+    assert f"| {searched.passes:.1f} |" in render_markdown(found)
+
+
 def test_the_cost_and_the_ends_of_every_method_are_told() -> None:
     model, rows, blocks = tiny_llama(), random_ids(), "blocks=1-3"
     names = [f"streamline:{blocks}:epochs=2:rate=0.001", f"streamline:{blocks}:epochs=1", "shortgpt", "sleb",

@@ -185,6 +185,7 @@ class Bench:
             resumed=bool(set(run.stages.reused) - {"analyse"}),
             tokens=seen + int(healed.get("tokens", 0)), heal=Heal(**healed) if healed else None,
             trained=outcome.training + int(healed.get("parameters", 0)) * int(healed.get("tokens", 0)),
+            passes=None if outcome.search is None else outcome.search["passes"],
             rates=list(outcome.rates), **self._measured(run, made, dense), stages=dict(run.stages.seconds),
         )
         self.cache.clean(*PARTS)

@@ -111,6 +111,9 @@ class Unit(Record):
     trained: int | None = Field(
         None, description="parameters trained × tokens seen in training, all fits and healing; closed forms and rates "
         "on trial count nothing; null in older records")
+    passes: Number = Field(
+        None, description="forward passes of the calibration rows that a search over pruned models took, whatever "
+        "their depth; null for methods without one")
     rates: list[Number] = Field(
         default_factory=list, description="learning rates found on trial, one a block; empty where they were given")
     state_error: list[Number] = Field(default_factory=list, description="of each stand-in, on held-out rows")
@@ -176,6 +179,7 @@ class Row(Record):
     peak_memory_bytes: Stat | None = Field(None, description="while pruning")
     tokens: Stat | None = Field(None, description="calibration tokens looked at")
     trained: Stat | None = Field(None, description="parameters trained × tokens seen in training")
+    passes: Stat | None = Field(None, description="forward passes of the calibration rows that a search took")
     tasks: dict[str, Stat] = Field(default_factory=dict, description="score of each task")
     task_retained: dict[str, Stat] = Field(default_factory=dict, description="score / dense score of each task")
 
@@ -241,7 +245,7 @@ class Comparison(Record):
             seconds=Stat.of(unit.seconds for unit in units),
             peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in units),
             tokens=Stat.of(unit.tokens for unit in units),
-            trained=Stat.of(unit.trained for unit in units),
+            trained=Stat.of(unit.trained for unit in units), passes=Stat.of(unit.passes for unit in units),
             tasks=_by_task(units),
             task_retained=_by_task(units, {task_name(score): score for score in self.dense.tasks}),
         )

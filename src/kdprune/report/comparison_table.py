@@ -32,6 +32,7 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "peak memory": ("peak_memory_bytes", lambda x: summary.size(x), False),
     "tokens used": ("tokens", lambda x: summary.count(x), False),
     "trained × tokens": ("trained", lambda x: summary.count(x), False),
+    "search, passes": ("passes", lambda x: f"{x:.1f}", False),
 }
 UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": f"{SPACE}%",
          "agreement": f"{SPACE}%", "same_beginning": f"{SPACE}%", "same_tokens": f"{SPACE}%",
