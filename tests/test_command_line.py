@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from faults import largest_file
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import Bench, Outcome, command, no_drawing, tiny_llama, tree
+from tiny_checkpoint import DAMAGE, Bench, Outcome, command, no_drawing, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from kdprune.cli.options_page import markdown
@@ -40,7 +40,7 @@ def out(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pruned(bench: Bench, out: Path) -> Outcome:
     """What that run printed."""
-    return command("prune", bench.model, "-o", out, *bench.flags, "--ratio", 0.25)
+    return command("prune", bench.model, "-o", out, *bench.flags, *DAMAGE, "--ratio", 0.25)
 
 
 def refused(message: str, *arguments: object, folder: Path) -> None:

@@ -46,6 +46,6 @@ class TestMethods(MethodContract):
         return [case for case in super().cases()
                 if case.family in _tried(case.method) or cls.reason(case.method, case.family)]
 
-    def test_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
-        super().test_it_is_finite_and_smaller_by_the_ratio(case)
+    def check_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
+        super().check_it_is_finite_and_smaller_by_the_ratio(case)
         assert (type(case.pruned.model) is type(case.pruned.dense)) == (case.method in STOCK)

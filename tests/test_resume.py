@@ -22,7 +22,7 @@ from accelerate import PartialState
 from faults import forked, killed_with
 from safetensors.torch import load_file
 from test_comparison import KDP_FAST, LINEAR, figures, options
-from tiny_checkpoint import Bench, command, prune, pruned_well, same_bits, tree
+from tiny_checkpoint import DAMAGE, Bench, command, prune, pruned_well, same_bits, tree
 
 import kdprune
 from kdprune.cli import main
@@ -146,23 +146,23 @@ def killed(run: Callable[[], Any], after: float) -> bool:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_prune_survives_kill_9(bench: Bench, alone: Path, tmp_path: Path, kills: int) -> None:
+def test_prune_survives_kill_9(bench: Bench, tmp_path: Path, kills: int) -> None:
     draw = random.Random(kills)
     start = time.monotonic()
-    pruned_well(bench, tmp_path / "measured", tmp_path / "whole")
+    pruned_well(bench, tmp_path / "measured", tmp_path / "whole", *DAMAGE)
     whole = time.monotonic() - start
     count, rounds = 0, 0
     while count < kills:
         rounds += 1
         work, out = tmp_path / f"work{rounds}", tmp_path / f"out{rounds}"
-        run = functools.partial(pruned_well, bench, work, out)
+        run = functools.partial(pruned_well, bench, work, out, *DAMAGE)
         while count < kills and killed(run, draw.uniform(.05, 1) * whole):
             count += 1
             if out.exists():  # killed after the last rename: it is whole, and not written over unasked
                 break
         if not out.exists():
-            pruned_well(bench, work, out)
-        assert same_bits(out, alone)
+            pruned_well(bench, work, out, *DAMAGE)
+        assert same_bits(out, tmp_path / "whole")
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -196,7 +196,8 @@ def ports() -> int:
 def arguments(bench: Bench, out: Path, work: Path, *flags: object) -> list[str]:
     """What ``kdprune`` is asked for; batches hold 16 rows: with 40 rows both processes have some."""
     return [str(argument) for argument in (
-        "prune", bench.model, "-o", out, "--work-dir", work, "--device", "cpu", *bench.flags, "--samples", 40, *flags)]
+        "prune", bench.model, "-o", out, "--work-dir", work, "--device", "cpu", *bench.flags, *DAMAGE,
+        "--samples", 40, *flags)]
 
 
 Start = Callable[[list[str], dict[str, str], Any, Any], int]  # arguments, variables, two files; the process's number

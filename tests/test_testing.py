@@ -1,5 +1,6 @@
 """The shipped contract is used as its docstring says, and fails where a family or a method breaks it."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,18 +45,19 @@ class Other(FamilyCase):
 
 def test_one_model_is_edited_in_every_way() -> None:
     cases = Llama.cases()
-    assert [case.kind for case in cases] == [*(k for k in KINDS if not KINDS[k].stock), "drop", "rewrite", "whole"]
-    Llama().test_it_computes_what_its_edits_say(cases[0])
+    assert [case.kind for case in cases] == list(KINDS)
+    Llama().check_it_computes_what_its_edits_say(cases[0])
     for contract in (FamilyContract, MethodContract):
         with pytest.raises(NotImplementedError, match="give "):
             [case.edited if isinstance(case, FamilyCase) else case for case in contract.cases()]
 
 
 @pytest.mark.parametrize(("kind", "check"), [
-    *((kind, "test_it_computes_what_its_edits_say") for kind in KINDS if kind != "stream"),
-    ("drop", "test_its_class_and_its_depth_are_in_step"), ("mixed", "test_its_class_and_its_depth_are_in_step"),
-    ("mlp", "test_it_shares_the_dense_models_weights"), ("after", "test_static_cache"), ("last", "test_left_padding"),
-    ("heads", "test_prefill_in_two_chunks"), ("stream", "test_copies_and_pickles_compute_the_same"),
+    *((kind, "check_it_computes_what_its_edits_say") for kind in KINDS if kind != "stream"),
+    ("drop", "check_its_class_and_its_depth_are_in_step"), ("mixed", "check_its_class_and_its_depth_are_in_step"),
+    ("mlp", "check_it_shares_the_dense_models_weights"), ("after", "check_static_cache"),
+    ("last", "check_left_padding"),
+    ("heads", "check_prefill_in_two_chunks"), ("stream", "check_copies_and_pickles_compute_the_same"),
 ])
 def test_a_model_that_is_not_what_its_edits_say_fails(kind: str, check: str) -> None:
     case = FamilyCase("llama2", kind, partial(build, "llama2"))
@@ -69,19 +71,39 @@ def test_a_model_that_is_not_what_its_edits_say_fails(kind: str, check: str) -> 
         getattr(Llama(), check)(Other("llama2", kind, case.build, off))
 
 
-def cases_of(contract: Any, check: str, argument: str = "case") -> list[Any]:
-    """The cases that pytest makes a check of."""
+def test_generation_that_leaves_out_what_is_cached_fails() -> None:
+    case = FamilyCase("llama2", "sublayers", partial(build, "llama2"))
+    Llama().check_generation_with_cache(case)
+
+    def forgetful(edited: Edited) -> Edited:
+        model = copy.deepcopy(edited.model)
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "past_key_values": None}), with_kwargs=True)
+        return dataclasses.replace(edited, model=model)
+
+    with pytest.raises(AssertionError):
+        Llama().check_generation_with_cache(Other("llama2", "sublayers", case.build, forgetful))
+
+
+def cases_of(contract: Any, argument: str) -> list[Any]:
+    """The cases that pytest makes a test with this argument of."""
     found: list[Any] = []
     contract().pytest_generate_tests(SimpleNamespace(
-        fixturenames=[argument], function=getattr(contract, check),
-        parametrize=lambda _, cases, **__: found.extend(cases)))
+        fixturenames=[argument], parametrize=lambda _, cases, **__: found.extend(cases)))
     return found
 
 
-def test_checks_that_take_long_are_of_the_first_cases() -> None:
-    """pytest orders by their numbers: all checks of a case follow each other, and it is edited or pruned once."""
+def checks_of(contract: Any) -> set[str]:
+    """The names of all that it checks."""
+    return {name for name in dir(contract) if name.startswith("check_")}
+
+
+def test_every_check_is_made_but_those_that_are_not_about_the_case() -> None:
     class Some(Llama):
         kinds_in_full: ClassVar = ("mixed", "stream")
+
+        def check_more(self, case: FamilyCase) -> None:
+            """One of its own."""
 
     class SomeMethods(MethodContract):
         methods: ClassVar = {"bad": Bad, "refused": Bad}
@@ -89,20 +111,43 @@ def test_checks_that_take_long_are_of_the_first_cases() -> None:
         refused: ClassVar = {"refused": {"gpt2": "no"}}
         repeated: ClassVar = ("gpt2",)
 
-    every, pruned, full = (cases_of(Some, f"test_{name}") for name in (
-        "it_computes_what_its_edits_say", "left_padding", "generation_with_and_without_cache"))
-    assert [case.kind for case in full] == ["mixed", "stream"]
-    assert (len(pruned), len(every)) == (len(KINDS) - 3, len(KINDS))
-    assert every[:len(pruned)] == pruned
-    assert pruned[:len(full)] == full
-    every, twice, refused = (cases_of(SomeMethods, f"test_{name}", argument) for name, argument in (
-        ("saving_and_loading", "case"), ("the_same_seed_gives_the_same_bits", "case"),
-        ("what_it_cannot_prune_is_refused_in_one_line", "refusal")))
-    assert [(case.method, case.family) for case in twice] == [("bad", "gpt2")]
-    assert [(case.method, case.family) for case in every] == [("bad", "gpt2"), ("bad", "llama2"), ("refused", "llama2")]
+    every = checks_of(Some)
+    full = {f"check_{name}" for name in (
+        "generation_with_cache", "copies_and_pickles_compute_the_same", "gradients_with_and_without_checkpointing")}
+    pruned = {f"check_{name}" for name in (
+        "its_config_says_what_heads_its_layers_have", "left_padding", "prefill_in_two_chunks", "static_cache",
+        "hidden_states_are_the_embeddings_and_one_more_a_layer")}
+    assert len(every - full - pruned) == 6
+    cases = cases_of(Some, "case")
+    assert [case.kind for case in cases] == list(KINDS)
+    for case in cases:
+        made = Some.checks(case)
+        left_out = pruned | full if case.what.stock else set() if case.kind in Some.kinds_in_full else full
+        assert (len(made), set(made)) == (len(set(made)), every - left_out)
+    made, refused = cases_of(SomeMethods, "case"), cases_of(SomeMethods, "refusal")
+    assert [(case.method, case.family) for case in made] == [("bad", "llama2"), ("refused", "llama2"), ("bad", "gpt2")]
     assert [(case.method, case.family) for case in refused] == [("refused", "gpt2")]
+    again = {"check_the_same_seed_gives_the_same_bits"}
+    every = checks_of(SomeMethods)
+    assert len(every) == 4
+    assert [set(SomeMethods.checks(case)) for case in made] == [every - again, every - again, every]
     SomeMethods.repeated = None
-    assert len(cases_of(SomeMethods, "test_the_same_seed_gives_the_same_bits")) == 3
+    assert all(set(SomeMethods.checks(case)) == every for case in made)
+
+
+def test_all_checks_that_fail_are_named(tmp_path: Path) -> None:
+    """Those behind a failure are made too; nothing but what is wrong fails."""
+    right = FamilyCase("llama2", "heads", partial(build, "llama2"))
+    Llama().test_it_keeps_the_contract(right, tmp_path / "right")
+    wrong = Other("llama2", "heads", right.build, lambda edited: dataclasses.replace(
+        edited, logits=edited.logits.flip(0)))
+    with pytest.raises(ExceptionGroup) as failed:
+        Llama().test_it_keeps_the_contract(wrong, tmp_path / "wrong")
+    names = [f"check_{name}" for name in (
+        "it_computes_what_its_edits_say", "saving_and_loading", "left_padding", "prefill_in_two_chunks", "static_cache",
+        "copies_and_pickles_compute_the_same")]
+    assert [note for error in failed.value.exceptions for note in error.__notes__] == names
+    assert f"6 of {len(Llama.checks(wrong))} checks: {', '.join(names)}" in str(failed.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +170,9 @@ class Methods(MethodContract):
 
 
 @pytest.mark.parametrize(("fault", "check"), [
-    ("too little", "test_it_is_finite_and_smaller_by_the_ratio"),
-    ("too much", "test_it_is_finite_and_smaller_by_the_ratio"),
-    ("changes", "test_the_dense_model_is_as_it_was"), ("draws", "test_the_same_seed_gives_the_same_bits"),
+    ("too little", "check_it_is_finite_and_smaller_by_the_ratio"),
+    ("too much", "check_it_is_finite_and_smaller_by_the_ratio"),
+    ("changes", "check_the_dense_model_is_as_it_was"), ("draws", "check_the_same_seed_gives_the_same_bits"),
     ("refuses nothing", "test_what_it_cannot_prune_is_refused_in_one_line"),
 ])
 def test_a_method_that_breaks_the_contract_fails(fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:

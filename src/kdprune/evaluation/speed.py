@@ -19,6 +19,7 @@ from kdprune.model.surgery import sharing_copy
 
 PROMPT = 128  # tokens read, and tokens written, unless told otherwise; less where the context is shorter
 NEW_TOKENS = 32
+REPEATS = 3  # that count, behind one that warms up
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ def speed(
     prompt: int | None = None,
     new_tokens: int | None = None,
     *,
-    repeats: int = 3,
+    repeats: int | None = None,
     seed: int = 0,
 ) -> Speed:
-    """Median speed of one model over `repeats` runs after a warm-up, on random token ids.
+    """Median speed of one model over `repeats` runs (3) after a warm-up, on random token ids.
 
     batch: sequences at once; prompt, new_tokens: tokens per sequence (128 and 32, or what the context allows).
     Raises KDPruneError for counts below 1 and for more tokens than the model's context.
@@ -79,7 +80,7 @@ def compare_speed(
     prompt: int | None = None,
     new_tokens: int | None = None,
     *,
-    repeats: int = 3,
+    repeats: int | None = None,
     seed: int = 0,
 ) -> SpeedComparison:
     """Median speeds of two models that take turns: the ratio compares runs of the same minute.
@@ -126,8 +127,9 @@ def _counts(model: PreTrainedModel, prompt: int | None, new_tokens: int | None) 
 
 @torch.no_grad()
 def _measure(
-    models: list[PreTrainedModel], batch: int, prompt: int, new_tokens: int, repeats: int, seed: int
+    models: list[PreTrainedModel], batch: int, prompt: int, new_tokens: int, repeats: int | None, seed: int
 ) -> list[Speed]:
+    repeats = REPEATS if repeats is None else repeats
     for name, value in (
         ("batch", batch),
         ("prompt", prompt),

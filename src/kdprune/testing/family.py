@@ -19,7 +19,16 @@ from kdprune.model.modeling_kdp import StandIn, generated, lacking, lacks_attent
 from kdprune.model.surgery import apply_edits
 from kdprune.testing.elsewhere import load_elsewhere
 from kdprune.testing.kinds import KINDS, Kind, edits_of
-from kdprune.testing.models import IDS, Dense, close, dense_of, hidden_states, logits_of, saved_and_loaded
+from kdprune.testing.models import (
+    IDS,
+    Dense,
+    close,
+    dense_of,
+    hidden_states,
+    logits_of,
+    run_checks,
+    saved_and_loaded,
+)
 from kdprune.testing.reference import reference_logits
 
 Build = Callable[[], PreTrainedModel]
@@ -36,7 +45,7 @@ class Edited:
     logits: Tensor
 
 
-@lru_cache(maxsize=1)  # a case's checks follow each other
+@lru_cache(maxsize=1)
 def _edited(build: Build, kind: str) -> Edited:
     made = dense_of(build)
     edits = edits_of(made.model, kind)
@@ -85,7 +94,9 @@ def _padded(pad: int) -> dict[str, Tensor]:
 
 
 class FamilyContract:
-    """Subclasses give ``model``, or several ``models`` by name; pytest collects each check for each kind of edit.
+    """Subclasses give ``model``, or several ``models`` by name; pytest collects one test for each kind of edit.
+
+    That test makes every check of the case, the methods ``check_…``, and names all that fail.
 
     Kinds that follow each other share a model; every call must give one of its own, with the same weights, which make
     every layer count
@@ -113,23 +124,32 @@ class FamilyContract:
 
     @classmethod
     def cases(cls) -> list[FamilyCase]:
-        """Every model under every kind, those that all checks are about first."""
+        """Every model under every kind."""
         models = cls.models or {cls.__name__: cls.model}
-        cases = [FamilyCase(name, kind, build) for name, build in models.items() for kind in cls.kinds]
-        # pytest orders checks by the number of their case; a check of some has to number them as one of all does.
-        return sorted(cases, key=lambda case: (case.what.stock, case.kind not in cls.kinds_in_full))
+        return [FamilyCase(name, kind, build) for name, build in models.items() for kind in cls.kinds]
+
+    @classmethod
+    def checks(cls, case: FamilyCase) -> list[str]:
+        """The checks that are made of a case, methods ``check_…``, in the order in which they stand."""
+        names = [name for owner in reversed(cls.__mro__) for name in vars(owner) if name.startswith("check_")]
+        marks = {name: vars(getattr(cls, name)) for name in dict.fromkeys(names)}
+        return [name for name, mark in marks.items()
+                if not ("pruned_class" in mark and case.what.stock)
+                and not ("in_full" in mark and case.kind not in cls.kinds_in_full)]
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """pytest's hook: a check with the argument ``case`` runs for each of them that it is about."""
+        """pytest's hook: a test with the argument ``case`` runs for each of them."""
         if "case" in metafunc.fixturenames:
-            alone, in_full = (getattr(metafunc.function, mark, False) for mark in ("pruned_class", "in_full"))
-            cases = [case for case in self.cases()
-                     if not (alone and case.what.stock) and not (in_full and case.kind not in self.kinds_in_full)]
-            metafunc.parametrize("case", cases, ids=[f"{case.name}-{case.kind}" for case in cases], scope="class")
+            cases = self.cases()
+            metafunc.parametrize("case", cases, ids=[f"{case.name}-{case.kind}" for case in cases])
+
+    def test_it_keeps_the_contract(self, case: FamilyCase, tmp_path: Path) -> None:
+        """Every check of a model that is edited once; what fails is told by the names of the checks."""
+        run_checks(self, self.checks(case), case, tmp_path)
 
     # ------------------------------------------------------------------------------------------ what the edits say
 
-    def test_it_computes_what_its_edits_say(self, case: FamilyCase) -> None:
+    def check_it_computes_what_its_edits_say(self, case: FamilyCase) -> None:
         """Against the dense model with hooks and zeros in the places of what is gone."""
         logits, before = case.edited.logits, case.edited.made.logits
         assert torch.isfinite(logits).all()
@@ -139,7 +159,7 @@ class FamilyContract:
         elif case.kind != "stream":
             assert torch.equal(logits, reference_logits(case.edited.dense, case.edited.edits))
 
-    def test_its_class_and_its_depth_are_in_step(self, case: FamilyCase) -> None:
+    def check_its_class_and_its_depth_are_in_step(self, case: FamilyCase) -> None:
         """Class, architectures, layers, attention types; a stock result has no trace of the package."""
         model, dense = case.edited.model, case.edited.dense
         config = model.config
@@ -155,7 +175,7 @@ class FamilyContract:
             assert type(model) is generated(family_of(dense), "ForCausalLM")
 
     @_pruned_class
-    def test_its_config_says_what_heads_its_layers_have(self, case: FamilyCase) -> None:
+    def check_its_config_says_what_heads_its_layers_have(self, case: FamilyCase) -> None:
         """transformers' form for layers that differ, which a server lays out its cache by: what the layers cache."""
         model, family = case.edited.model, family_of(case.edited.dense)
         config: Any = model.config
@@ -174,14 +194,14 @@ class FamilyContract:
             out: Any = layer.get_submodule(family.attention_out)
             assert own.num_attention_heads * own.head_dim == out.weight.shape[1]
 
-    def test_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
+    def check_the_dense_model_is_as_it_was(self, case: FamilyCase) -> None:
         """Its logits to the bit, its depth and its config."""
         dense = case.edited.dense
         assert torch.equal(logits_of(dense), case.edited.made.logits)
         assert len(decoder_layers(dense)) == dense.config.num_hidden_layers
         assert case.edited.made.has_its_config()
 
-    def test_it_shares_the_dense_models_weights(self, case: FamilyCase) -> None:
+    def check_it_shares_the_dense_models_weights(self, case: FamilyCase) -> None:
         """All but stand-ins and what the edits bring."""
         model, prefix = case.edited.model, f"{family_of(case.edited.dense).layers}."
         known = {id(p) for m in model.modules() if isinstance(m, StandIn) for p in m.parameters()}
@@ -193,15 +213,15 @@ class FamilyContract:
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
-    def test_saving_and_loading(self, case: FamilyCase, tmp_path: Path) -> None:
+    def check_saving_and_loading(self, case: FamilyCase, directory: Path) -> None:
         """The same bits, by AutoModelForCausalLM and AutoModel; code lies beside pruned classes only."""
-        loaded = saved_and_loaded(case.edited.model, tmp_path)
-        files = {path.name for path in tmp_path.iterdir()}
+        loaded = saved_and_loaded(case.edited.model, directory, case.edited.logits)
+        files = {path.name for path in directory.iterdir()}
         assert {"config.json", "generation_config.json", "model.safetensors"} <= files
         assert ("modeling_kdp.py" in files) is not case.what.stock
         assert getattr(loaded.config, "layer_types", None) == getattr(case.edited.model.config, "layer_types", None)
         if not case.what.stock and case.kind in self.kinds_in_full:
-            parts: list[Any] = [AutoModel.from_pretrained(tmp_path), case.edited.model.base_model]
+            parts: list[Any] = [AutoModel.from_pretrained(directory), case.edited.model.base_model]
             assert type(parts[0]) is generated(family_of(case.edited.dense), "Model")
             with torch.no_grad():
                 assert torch.equal(*(part(IDS).last_hidden_state for part in parts))
@@ -234,7 +254,7 @@ class FamilyContract:
     # ------------------------------------------------------------------------------------------ the model at work
 
     @_pruned_class
-    def test_left_padding(self, case: FamilyCase) -> None:
+    def check_left_padding(self, case: FamilyCase) -> None:
         """Padding on the left changes nothing for real tokens."""
         batch = _padded(5)
         positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -242,7 +262,7 @@ class FamilyContract:
               case.edited.logits[0])
 
     @_pruned_class
-    def test_prefill_in_two_chunks(self, case: FamilyCase) -> None:
+    def check_prefill_in_two_chunks(self, case: FamilyCase) -> None:
         """With a cache between them."""
         model = case.edited.model
         with torch.no_grad():
@@ -251,7 +271,7 @@ class FamilyContract:
         close(torch.cat([first.logits, second.logits], dim=1), case.edited.logits)
 
     @_pruned_class
-    def test_static_cache(self, case: FamilyCase) -> None:
+    def check_static_cache(self, case: FamilyCase) -> None:
         """A cache of fixed size, filled by a prefill and token by token."""
         model = case.edited.model
         cache = StaticCache(config=model.config, max_cache_len=16)
@@ -260,28 +280,33 @@ class FamilyContract:
         close(torch.cat(found, dim=1), case.edited.logits)
 
     @_in_full
-    def test_generation_with_and_without_cache(self, case: FamilyCase) -> None:
-        """The same tokens, of a batch with padding."""
-        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-        model: Any = case.edited.model
-        cached, uncached = (model.generate(**_padded(3), **options, use_cache=use) for use in (True, False))
-        assert torch.equal(cached, uncached)
+    def check_generation_with_cache(self, case: FamilyCase) -> None:
+        """Of a batch with padding the tokens that one pass without a cache finds the most probable."""
+        batch, model, new = _padded(3), case.edited.model, 3
+        generate: Any = model.generate
+        options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+        found = generate(**batch, **options, use_cache=True)[:, -new:]
+        ids = torch.cat([batch["input_ids"], found[:, :-1]], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(found[:, :-1])], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = logits_of(model, ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        assert torch.equal(found, logits[:, -new:].argmax(-1))
 
     @_pruned_class
-    def test_hidden_states_are_the_embeddings_and_one_more_a_layer(self, case: FamilyCase) -> None:
+    def check_hidden_states_are_the_embeddings_and_one_more_a_layer(self, case: FamilyCase) -> None:
         """As many as transformers promises, beginning with what enters layer 0."""
         found = hidden_states(case.edited.model)
         assert len(found) == case.edited.model.config.num_hidden_layers + 1
         assert case.kind == "stream" or torch.equal(found[0], case.edited.made.embedded)
 
     @_in_full
-    def test_copies_and_pickles_compute_the_same(self, case: FamilyCase) -> None:
+    def check_copies_and_pickles_compute_the_same(self, case: FamilyCase) -> None:
         """Bit for bit."""
         assert torch.equal(logits_of(copy.deepcopy(case.edited.model)), case.edited.logits)
         assert torch.equal(logits_of(pickle.loads(pickle.dumps(case.edited.model))), case.edited.logits)
 
     @_in_full
-    def test_gradients_with_and_without_checkpointing(self, case: FamilyCase) -> None:
+    def check_gradients_with_and_without_checkpointing(self, case: FamilyCase) -> None:
         """The same, and in every stand-in; with checkpointing it runs again on the way back."""
         model = copy.deepcopy(case.edited.model).train()
         plain, calls = _gradients(model)

@@ -19,7 +19,7 @@ from kdprune.methods.common.target import counted
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
-from kdprune.testing.models import CALIBRATION, Dense, dense_of, logits_of, saved_and_loaded
+from kdprune.testing.models import CALIBRATION, Dense, dense_of, logits_of, run_checks, saved_and_loaded
 
 Build = Callable[[], PreTrainedModel]
 Make = Callable[[], Method]
@@ -43,7 +43,7 @@ class Pruned:
     logits: Tensor
 
 
-@lru_cache(maxsize=1)  # a case's checks follow each other
+@lru_cache(maxsize=1)
 def _pruned(make: Make, build: Build) -> Pruned:
     made = dense_of(build)
     model = apply_edits(made.model, run_method(make(), made.model).edits)
@@ -74,7 +74,8 @@ def _prunes_again(check: Callable[..., None]) -> Callable[..., None]:
 class MethodContract:
     """Subclasses give ``method``, or several ``methods`` by name, and the dense ``models`` they are tried on.
 
-    A method is made at settings that take no time, for a ratio that tiny models can reach. Calibration rows hold
+    pytest collects one test for each pair, which makes every check of it, the methods ``check_…``, and names all that
+    fail. A method is made at settings that take no time, for a ratio that tiny models can reach. Calibration rows hold
     24 ids below 64, the last row with padding.
 
     Attributes:
@@ -102,31 +103,38 @@ class MethodContract:
 
     @classmethod
     def cases(cls) -> list[MethodCase]:
-        """Every method on every model, the refused ones too; those that are repeated first."""
+        """Every method on every model, the refused ones too."""
         methods = cls.methods or {cls.__name__: cls.method}
         if not cls.models:
             raise NotImplementedError("give models, functions that make dense models, by name")
-        cases = [MethodCase(method, family, make, build)
-                 for family, build in cls.models.items() for method, make in methods.items()]
-        # pytest orders checks by the number of their case; a check of some has to number them as one of all does.
-        return sorted(cases, key=lambda case: not cls.is_repeated(case))
+        return [MethodCase(method, family, make, build)
+                for family, build in cls.models.items() for method, make in methods.items()]
 
     @classmethod
     def is_repeated(cls, case: MethodCase) -> bool:
         """Whether the method prunes the model a second time."""
         return cls.repeated is None or case.family in cls.repeated
 
+    @classmethod
+    def checks(cls, case: MethodCase) -> list[str]:
+        """The checks that are made of a case, methods ``check_…``, in the order in which they stand."""
+        names = dict.fromkeys(
+            name for owner in reversed(cls.__mro__) for name in vars(owner) if name.startswith("check_"))
+        return [name for name in names
+                if cls.is_repeated(case) or not getattr(getattr(cls, name), "prunes_again", False)]
+
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """pytest's hook: the argument ``case`` is a pair that is pruned, ``refusal`` one that is not."""
         for name, refused in (("case", False), ("refusal", True)):
             if name in metafunc.fixturenames:
                 cases = [c for c in self.cases() if (self.reason(c.method, c.family) is not None) == refused]
-                if getattr(metafunc.function, "prunes_again", False):
-                    cases = [case for case in cases if self.is_repeated(case)]
-                ids = [f"{case.family}-{case.method}" for case in cases]
-                metafunc.parametrize(name, cases, ids=ids, scope="class")
+                metafunc.parametrize(name, cases, ids=[f"{case.family}-{case.method}" for case in cases])
 
-    def test_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
+    def test_it_keeps_the_contract(self, case: MethodCase, tmp_path: Path) -> None:
+        """Every check of a model that is pruned once, or twice; what fails is told by the names of the checks."""
+        run_checks(self, self.checks(case), case, tmp_path)
+
+    def check_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
         """At least the ratio, what is put in counted; at most a layer more, or ``width_slack``."""
         pruned, method = case.pruned, case.make()
         assert torch.isfinite(pruned.logits).all()
@@ -137,17 +145,17 @@ class MethodContract:
         slack = layer / total if isinstance(method, DepthMethod) else self.width_slack
         assert method.ratio <= removed < method.ratio + slack
 
-    def test_the_dense_model_is_as_it_was(self, case: MethodCase) -> None:
+    def check_the_dense_model_is_as_it_was(self, case: MethodCase) -> None:
         """Weights to the bit, config, gradients."""
         assert case.pruned.made.has_its_weights()
         assert case.pruned.made.has_its_config()
 
-    def test_saving_and_loading(self, case: MethodCase, tmp_path: Path) -> None:
+    def check_saving_and_loading(self, case: MethodCase, directory: Path) -> None:
         """The same class, record and bits."""
-        saved_and_loaded(case.pruned.model, tmp_path)
+        saved_and_loaded(case.pruned.model, directory, case.pruned.logits)
 
     @_prunes_again
-    def test_the_same_seed_gives_the_same_bits(self, case: MethodCase) -> None:
+    def check_the_same_seed_gives_the_same_bits(self, case: MethodCase) -> None:
         """From a dense model made anew."""
         dense = case.build()
         again = apply_edits(dense, run_method(case.make(), dense).edits).state_dict()

@@ -1,7 +1,8 @@
 """What both contracts ask of a model: logits of fixed ids, and that a checkpoint of it computes the same bits."""
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def saved_and_loaded(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """What the Auto class makes of the checkpoint of ``model``.
+def saved_and_loaded(model: PreTrainedModel, directory: Path, logits: Tensor | None = None) -> PreTrainedModel:
+    """What the Auto class makes of the checkpoint of ``model``, whose ``logits`` of ``IDS`` are computed if not given.
 
     Fails unless it is of the same class and record, no weight is missing, left over or of another shape, and its
     logits are the same bits.
@@ -102,5 +103,33 @@ def saved_and_loaded(model: PreTrainedModel, directory: Path) -> PreTrainedModel
     assert type(loaded) is type(model)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert getattr(loaded.config, "kdp", None) == getattr(model.config, "kdp", None)
-    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert torch.equal(logits_of(loaded), logits_of(model) if logits is None else logits)
     return loaded
+
+
+def run_checks(contract: object, names: Sequence[str], case: object, directory: Path) -> None:
+    """Makes every check of a case, also behind one that fails.
+
+    Args:
+        contract: has the checks, methods of the case, or of the case and a directory.
+        names: of the checks.
+        case: what they are about.
+        directory: empty; each check that writes gets one of its own below it.
+
+    Raises:
+        ExceptionGroup: of all that failed, each with the name of its check; its message has them too.
+    """
+    failed: dict[str, Exception] = {}
+    for name in names:
+        check = getattr(contract, name)
+        try:
+            if "directory" in inspect.signature(check).parameters:
+                (directory / name).mkdir(parents=True)
+                check(case, directory / name)
+            else:
+                check(case)
+        except Exception as error:  # the other checks may say why
+            error.add_note(name)
+            failed[name] = error
+    if failed:
+        raise ExceptionGroup(f"{len(failed)} of {len(names)} checks: {', '.join(failed)}", list(failed.values()))
