@@ -356,7 +356,7 @@ def test_saving_and_verifying_take_less_than_the_model(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_follow_the_held_out_tokens() -> None:
-    """States of 4,000 and 40,000 tokens take 4 and 40 MiB; 1 is allowed."""
+    """States of 4,000 and 40,000 tokens take 4 and 40 MiB; 1 is allowed. Twice each: the allocator's share varies."""
     config = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=2)
     with tempfile.TemporaryDirectory() as folder:
@@ -365,5 +365,6 @@ def test_memory_does_not_follow_the_held_out_tokens() -> None:
         set_scratch(model, Scratch(host_bytes=2**20))
         few, many = (held_out(rows, 100) for rows in (40, 400))
         perplexity(model, few, 100, 100, batch_size=8)
-        peaks = [added(lambda text=text: perplexity(model, text, 100, 100, batch_size=8)) for text in (few, many)]
-    assert peaks[1] < peaks[0] + 6, peaks
+        peaks = [[added(lambda text=text: perplexity(model, text, 100, 100, batch_size=8)) for _ in range(2)]
+                 for text in (few, many)]
+    assert min(peaks[1]) < max(peaks[0]) + 6, peaks
