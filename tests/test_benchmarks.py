@@ -104,7 +104,8 @@ def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
     assert passes["kernel"] == pytest.approx(8 * default["kernel_epochs"] * 16384 / 512 / (2 * 1024))
 
 
-@pytest.mark.parametrize(("stem", "page"), [("cost", cost.page), ("memory", memory.page), ("speed", speed_page.page)])
+@pytest.mark.parametrize(("stem", "page"), [
+    ("cost", cost.page), ("memory", memory.page), ("speed", speed_page.page), ("served", served_speed.page)])
 def test_pages_of_instruments_are_what_their_records_give(stem: str, page: Callable[[Any], str]) -> None:
     found = list(BENCHMARKS.glob(f"{stem}_*.json"))
     assert found
