@@ -11,7 +11,7 @@ from kdprune.methods.common.budget import check_blocks, shortest_blocks
 from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.held_out import held_out
 from kdprune.methods.common.method import ComparingMethod, DepthMethod
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit, average
+from kdprune.methods.common.stand_in_fit import StandInFit, average
 from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.families import decoder_layers
 from kdprune.runtime.run import Run
@@ -78,7 +78,7 @@ def fit_record(fitting: StandInFit, energy: float, curves: dict[str, list[float]
         "kind": stand_in.kind, "features": stand_in.features, "hidden": stand_in.hidden, "context": "none",
         "parameters": sum(parameter.numel() for parameter in stand_in.parameters()), "step2": curves,
         "trained": fitting.trained,
-        **held_out(fitting, energy, PASS_ROWS),
+        **held_out(fitting, energy),
     }
 
 

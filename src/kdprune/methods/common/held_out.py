@@ -14,13 +14,13 @@ _POINTS = 300  # points of the outlier fit, per group
 
 
 @torch.no_grad()
-def held_out(fitting: StandInFit, energy: float, batch: int) -> dict[str, Any]:
+def held_out(fitting: StandInFit, energy: float) -> dict[str, Any]:
     """Held-out error of the finished stand-in, of dropping the block and of a linear map, and the outlier fit.
 
     Errors are Σ‖· − h_e‖² over held-out tokens in units of the fitted tokens' mean ‖h_e − h_s‖².
     """
     linear = Moments(fitting.states.inputs.shape[-1], fitting.states.inputs.shape[-1], fitting.device)
-    for rows in fitting.row_batches(batch):
+    for rows in fitting.passes():
         target, mask = fitting.target(rows)
         inputs = fitting.states.inputs[rows].to(fitting.device).float()[mask]
         linear.update(inputs, target[mask] - inputs)
@@ -28,7 +28,7 @@ def held_out(fitting: StandInFit, energy: float, batch: int) -> dict[str, Any]:
     shown = _shown_tokens(fitting)
     sums, squares = torch.zeros(4, dtype=torch.float64), torch.zeros(len(offset), dtype=torch.float64)
     seen: list[tuple[int, Tensor, Tensor]] = []
-    for rows in fitting.row_batches(batch, held=True):
+    for rows in fitting.passes(held=True):
         target, mask = fitting.target(rows)
         inputs = fitting.states.inputs[rows].to(fitting.device).float()[mask]
         target, predicted = target[mask], fitting.predict(rows)[mask]

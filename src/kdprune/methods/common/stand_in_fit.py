@@ -27,7 +27,7 @@ from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
 from kdprune.train.trial import rate_on_trial
 
-PASS_ROWS = 8  # rows a pass when nothing is trained: regressors of so many tokens, in float64, are held at once
+PASS_TOKENS = 4096  # a pass when nothing is trained, at least one row: regressors of all of them, float64, are held
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class StandInFit:
             return
         scale, _ = norm_affine(self._behind, self.stand_in.width)
         products, squares = torch.zeros(2, len(scale), dtype=torch.float64, device=self.device)
-        for rows in self.row_batches(PASS_ROWS):
+        for rows in self.passes():
             probe = self.probe(rows)
             _, mask = self.target(rows)
             given = (self.predict(rows)[mask] - probe.base).double() * reciprocal(scale)
@@ -173,17 +173,18 @@ class StandInFit:
         stored = self._behind.weight - scale  # 0, or −1 where a family stores γ − 1
         self._behind.weight.copy_(products / squares.clamp_min(1e-30) + stored)
 
-    def row_batches(self, size: int, held: bool = False) -> Iterator[Tensor]:
-        """This process's row numbers in order, in batches: of the rows to fit on, or of the held-out ones."""
+    def passes(self, held: bool = False) -> Iterator[Tensor]:
+        """This process's row numbers in order, in batches of about ``PASS_TOKENS`` tokens: of the rows to fit on, or of
+        the held-out ones."""
         first, last = (self.fit_rows, self.fit_rows + self.states.held) if held else (0, self.fit_rows)
         rows = self.states.local_rows(torch.arange(first, last))
-        return iter(rows.split(size)) if len(rows) else iter(())
+        return iter(rows.split(max(1, PASS_TOKENS // self.states.tokens.ids.shape[1]))) if len(rows) else iter(())
 
     @torch.no_grad()
-    def update_energy(self, size: int) -> float:
+    def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""
         total, count = 0.0, 0
-        for rows in self.row_batches(size):
+        for rows in self.passes():
             target, mask = self.target(rows)
             update = (target - self.states.inputs[rows].to(self.device).float())[mask]
             total, count = total + float(update.double().square().sum()), count + len(update)
@@ -302,7 +303,7 @@ def average(loss_function: LossFunction, fitting: StandInFit, held: bool = False
     """A measure over all fitted (or held-out) rows, as a curve of one value: what a closed form reaches at once."""
     sums: dict[str, float] = {}
     count = 0
-    for rows in fitting.row_batches(PASS_ROWS, held):
+    for rows in fitting.passes(held):
         seen = loss_function(rows)
         for key, value in seen.values.items():
             sums[key] = sums.get(key, 0.0) + float(value)

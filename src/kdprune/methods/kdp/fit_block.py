@@ -12,7 +12,7 @@ from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.methods.common.held_out import held_out
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, Probe, StandInFit, average, state_errors
+from kdprune.methods.common.stand_in_fit import Probe, StandInFit, average, state_errors
 from kdprune.methods.kdp.diagnostics import norm_decay, theory
 from kdprune.methods.kdp.landmarks import place_landmarks
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
@@ -99,7 +99,7 @@ def fit_block(
     """
     this = Fit.of(model, states, shape, settings, number, run, follows_from)
     fitting, block = this.fitting, states.block
-    energy = fitting.update_energy(PASS_ROWS)
+    energy = fitting.update_energy()
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     if "data" in shape.parts:
         place_landmarks(model, fitting, settings.ridge)
@@ -116,7 +116,7 @@ def fit_block(
         record["step2"] = average(fitting.state_loss(energy), fitting)
     if settings.refine and (shape.kind != "linear" or shape.context):
         record["step3"], record["refined"] = _step3(this, energy)
-    record |= held_out(fitting, energy, PASS_ROWS)
+    record |= held_out(fitting, energy)
     edit = fitting.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
     added: Any = edit.context if edit.context is not None else edit.stand_in
@@ -237,7 +237,7 @@ def _solve_inverse(
 ) -> None:
     """The inverse network's read-out by ridge regression of what is lacking on ``mapped`` features (n, 2m)."""
     moments = Moments(inverse.readout.in_features, inverse.readout.out_features, fitting.device)
-    for rows in fitting.row_batches(PASS_ROWS):
+    for rows in fitting.passes():
         probe = fitting.probe(rows)
         moments.update(inverse.hidden(mapped(probe)), (probe.target - probe.base) / fitting.multiplier)
     solve_readout(inverse, moments.add_processes(), ridge)
@@ -307,7 +307,7 @@ def _solve_plain(fitting: StandInFit, ridge: float) -> None:
     its MLP has no biases, and then the scale of the norm behind that, where there is one."""
     stand_in = fitting.stand_in
     moments = Moments(stand_in.readout.in_features, stand_in.readout.out_features, fitting.device)
-    for rows in fitting.row_batches(PASS_ROWS):
+    for rows in fitting.passes():
         probe = fitting.probe(rows)
         moments.update(probe.readout_input, fitting.wanted(probe))
     if fitting.intercept:

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.model.families import decoder_layers, norm_before_mlp
 from kdprune.model.structures import Channels, mlp_channels, norm_affine
 from kdprune.model.surgery import plain_copy
@@ -45,7 +45,7 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
     linear = stand_in.width if "linear" in stand_in.parts else 0
     if len(pool.lines) > stand_in.channels:
         moments = Moments(linear + len(pool.lines), stand_in.width, fitting.device)
-        for rows in fitting.row_batches(PASS_ROWS):
+        for rows in fitting.passes():
             probe = fitting.probe(rows)
             x = probe.kernel_input
             z = pool.of(x, stand_in.act)
@@ -69,7 +69,7 @@ def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
     if not fitting.intercept:  # an MLP without biases cannot hold the shifts of its block's norms
         every.biases.zero_()
     squares = torch.zeros(len(every.lines), dtype=torch.float64, device=fitting.device)
-    for rows in fitting.row_batches(PASS_ROWS):
+    for rows in fitting.passes():
         for x in fitting.probe(rows).kernel_input.split(CHUNK):
             squares += every.of(x, stand_in.act).square().sum(0, dtype=torch.float64)
     world().sum(squares)

@@ -1,6 +1,6 @@
 """How FlattenGPT makes one layer of several: a wide parallel one, of which heads and channels are chosen."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -28,7 +28,6 @@ from kdprune.runtime.run import Run
 
 Towards: TypeAlias = Literal["sum", "states"]
 Refit: TypeAlias = Literal["mlp", "both"]
-TOKENS = 4096  # a pass, at least one row: a wide layer's channels of all of them are held
 
 
 @dataclass(frozen=True)
@@ -176,10 +175,6 @@ class FlattenFit(StandInFit):
             norm = pool.norm_behind(0)
             moments.update(z, wanted if norm is None else direction_before(norm, wanted))
         return moments.add_processes()
-
-    def passes(self) -> Iterator[Tensor]:
-        """This process's rows to fit on, in batches of about ``TOKENS`` tokens."""
-        return self.row_batches(max(1, TOKENS // self.states.tokens.ids.shape[1]))
 
     @torch.no_grad()
     def seen(self, pool: Pool, rows: Tensor, towards: Towards) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from kdprune.methods.common.budget import Budget, check_budget, choose_blocks
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.model.block_states import BlockStates
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
@@ -67,7 +67,7 @@ class Linear(RankedMethod):
         for states in block_states(model, tokens, blocks, self.held, run):
             with run.stage("least squares", 1) as progress:
                 fitting = fit_affine(model, states, self.ridge, run)
-                energy = fitting.update_energy(PASS_ROWS)
+                energy = fitting.update_energy()
                 records.append(fit_record(fitting, energy, fitted_error(fitting, energy)))
                 progress(1)
             edits.append(fitting.edit())
@@ -81,7 +81,7 @@ def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, run: R
     stand_in = StandIn(width, kind="linear", features=0, residual=True, normalize=False)
     fitting = StandInFit(model, states, stand_in, None, run)
     moments = Moments(width, width, fitting.device)
-    for rows in fitting.row_batches(PASS_ROWS):
+    for rows in fitting.passes():
         target, mask = fitting.target(rows)
         inputs = states.inputs[rows].to(fitting.device).float()[mask]
         moments.update(inputs, target[mask] - inputs)

@@ -21,7 +21,7 @@ from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.distance import measure_channel_cosine, measure_distances
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit
+from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.peers.drop import block_influence, check_reach, runs
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.surgery import Edit, check_model
@@ -93,7 +93,7 @@ class LinearPatch(DepthMethod):
             with torch.no_grad():
                 stand_in.readout.weight.copy_(patch_matrix(channel_scales(fitting)))
                 stand_in.readout.bias.zero_()
-            energy = fitting.update_energy(PASS_ROWS)
+            energy = fitting.update_energy()
             edits.append(fitting.edit())
             records.append(fit_record(fitting, energy, fitted_error(fitting, energy)))
         return MethodResult(edits, records)
@@ -193,7 +193,7 @@ def channel_scales(fitting: StandInFit) -> Tensor:
     """D_i, shape (d,), float64: mean |rotated channel| of h_e over that of h_s, fitted rows, real tokens."""
     rotation = hadamard(fitting.states.inputs.shape[-1]).to(fitting.device)
     before, after = torch.zeros(2, len(rotation), dtype=torch.float64, device=fitting.device)
-    for rows in fitting.row_batches(PASS_ROWS):
+    for rows in fitting.passes():
         target, mask = fitting.target(rows)
         inputs = fitting.states.inputs[rows].to(fitting.device)
         before += (inputs[mask].double() @ rotation).abs().sum(0)

@@ -14,7 +14,7 @@ from kdprune.methods.common.block_data import block_states, candidates, check_ro
 from kdprune.methods.common.method import ComparingMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.common.stand_in_fit import PASS_ROWS, StandInFit, average
+from kdprune.methods.common.stand_in_fit import StandInFit, average
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers
 from kdprune.model.modeling_kdp import StandIn
@@ -115,7 +115,7 @@ class Streamline(ComparingMethod):
                 fitting: StandInFit = StandInFit(model, states, new_ffn(model.config.hidden_size, draw), None, run)
             else:
                 fitting = LayerFit(model, states, run)
-            energy = fitting.update_energy(PASS_ROWS)
+            energy = fitting.update_energy()
             rate, curves = self._train(fitting, energy, draw, run)
             if self.rate is None:
                 rates.append(rate)
