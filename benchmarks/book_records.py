@@ -42,9 +42,10 @@ class Page:
         return self.root / "docs" / "results"
 
     @property
-    def models(self) -> dict[str, str | None]:
-        """Name → directory of the model; None: the bundled one."""
-        return self.spec.get("models") or {"bundled": None}
+    def models(self) -> dict[str, str]:
+        """Name → directory of the model."""
+        found: dict[str, str] = self.spec["models"]
+        return found
 
     def comparisons(self, record: str | None = None) -> dict[str, Comparison]:
         """Model → its comparison, of those that have been run.

@@ -251,6 +251,8 @@ def mlp_source(model: PreTrainedModel, index: int, channels: int) -> int:
     else the widest."""
     own = own_channels(decoder_layers(model)[index], family_of(model))
     return index if own is not None and own >= channels else widest(model)
+
+
 def without_sublayer(model: PreTrainedModel, layer: nn.Module, sublayer: str) -> nn.Module:
     """``layer`` without its "attention" or its "mlp", for :func:`layers_replaced`: a new module that shares what is
     left with ``layer``, which stays as it was. Raises ValueError for another sublayer."""

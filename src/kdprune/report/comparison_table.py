@@ -169,13 +169,9 @@ def _parameters(comparison: Comparison) -> str:
         f"{words}, {summary.count(dense.parameters_layers)} of them outside the embeddings")
 
 
-def render_markdown(comparison: Comparison, titles: Sequence[str] | None = None) -> str:
-    """``table.md``: the table, failures in their rows, tasks, and what the figures are of.
-
-    Args:
-        titles: of the columns, names in ``COLUMNS``; None: all that have something to show.
-    """
-    titles = columns(comparison) if titles is None else titles
+def render_markdown(comparison: Comparison) -> str:
+    """``table.md``: the table, failures in their rows, tasks, and what the figures are of."""
+    titles = columns(comparison)
     lines = [_line(["", *titles]), "|---" + "|---:" * len(titles) + "|",
              _line(["dense", *dense_cells(comparison, titles)])]
     group = ""

@@ -22,6 +22,7 @@ from kdprune.testing.kinds import KINDS, Kind, edits_of
 from kdprune.testing.models import (
     IDS,
     Dense,
+    check_names,
     close,
     dense_of,
     hidden_states,
@@ -131,8 +132,7 @@ class FamilyContract:
     @classmethod
     def checks(cls, case: FamilyCase) -> list[str]:
         """The checks that are made of a case, methods ``check_…``, in the order in which they stand."""
-        names = [name for owner in reversed(cls.__mro__) for name in vars(owner) if name.startswith("check_")]
-        marks = {name: vars(getattr(cls, name)) for name in dict.fromkeys(names)}
+        marks = {name: vars(getattr(cls, name)) for name in check_names(cls)}
         return [name for name, mark in marks.items()
                 if not ("pruned_class" in mark and case.what.stock)
                 and not ("in_full" in mark and case.kind not in cls.kinds_in_full)]

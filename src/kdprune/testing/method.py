@@ -19,7 +19,7 @@ from kdprune.methods.common.target import counted
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
-from kdprune.testing.models import CALIBRATION, Dense, dense_of, logits_of, run_checks, saved_and_loaded
+from kdprune.testing.models import CALIBRATION, Dense, check_names, dense_of, logits_of, run_checks, saved_and_loaded
 
 Build = Callable[[], PreTrainedModel]
 Make = Callable[[], Method]
@@ -118,9 +118,7 @@ class MethodContract:
     @classmethod
     def checks(cls, case: MethodCase) -> list[str]:
         """The checks that are made of a case, methods ``check_…``, in the order in which they stand."""
-        names = dict.fromkeys(
-            name for owner in reversed(cls.__mro__) for name in vars(owner) if name.startswith("check_"))
-        return [name for name in names
+        return [name for name in check_names(cls)
                 if cls.is_repeated(case) or not getattr(getattr(cls, name), "prunes_again", False)]
 
     def pytest_generate_tests(self, metafunc: Any) -> None:

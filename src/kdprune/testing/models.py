@@ -91,6 +91,12 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def check_names(contract: type) -> list[str]:
+    """A contract's methods ``check_…``, those of the class furthest up first, each once."""
+    return list(dict.fromkeys(
+        name for owner in reversed(contract.__mro__) for name in vars(owner) if name.startswith("check_")))
+
+
 def saved_and_loaded(model: PreTrainedModel, directory: Path, logits: Tensor | None = None) -> PreTrainedModel:
     """What the Auto class makes of the checkpoint of ``model``, whose ``logits`` of ``IDS`` are computed if not given.
 

@@ -155,23 +155,17 @@ class StandInFit:
 
     @torch.no_grad()
     def solve_norm_behind(self) -> None:
-        """Gives the norm behind an ordinary layer's MLP, where its family has one, the scale of least squared error:
-
-            γ_j = Σ y_j n_j / Σ n_j²,   y = target − base,   n = n(read-out)
-        """
+        """Gives the norm behind an ordinary layer's MLP, where its family has one, the scale of least squared error
+        (:func:`scale_behind`), y = target − base."""
         if self._behind is None:
             return
-        scale, _ = norm_affine(self._behind, self.stand_in.width)
-        products, squares = torch.zeros(2, len(scale), dtype=torch.float64, device=self.device)
-        for rows in self.passes():
-            probe = self.probe(rows)
-            _, mask = self.target(rows)
-            given = (self.predict(rows)[mask] - probe.base).double() * reciprocal(scale)
-            products += (given * (probe.target - probe.base)).sum(0)
-            squares += given.square().sum(0)
-        world().sum(products, squares)
-        stored = self._behind.weight - scale  # 0, or −1 where a family stores γ − 1
-        self._behind.weight.copy_(products / squares.clamp_min(1e-30) + stored)
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in self.passes():
+                probe = self.probe(rows)
+                yield self.predict(rows)[self.target(rows)[1]] - probe.base, probe.target - probe.base
+
+        self._behind.weight.copy_(scale_behind(self._behind, pairs(), self.stand_in.width, self.device))
 
     def passes(self, held: bool = False) -> Iterator[Tensor]:
         """This process's row numbers in order, in batches of about ``PASS_TOKENS`` tokens: of the rows to fit on, or of
@@ -282,6 +276,31 @@ def direction_before(norm: nn.Module, update: Tensor) -> Tensor:
     """n(update / γ), (n, d): what to give a norm γ ∘ n(·) for it to give ``update``, whose length it takes away."""
     scale, _ = norm_affine(norm, update.shape[-1])
     return rms_normalize(update * reciprocal(scale))
+
+
+@torch.no_grad()
+def scale_behind(
+    norm: nn.Module, pairs: Iterable[tuple[Tensor, Tensor]], width: int, device: torch.device
+) -> Tensor:
+    """The weight, as the norm γ ∘ n(·) stores it, of least Σ ‖γ ∘ n − y‖², (d,), float64; of all processes of the run.
+
+        γ_j = Σ y_j n_j / Σ n_j²
+
+    Args:
+        norm: as it is now.
+        pairs: batches of what it gives, γ ∘ n, and of y, what it should give, (n, d) each.
+        width: d.
+        device: where the sums are kept.
+    """
+    scale, _ = norm_affine(norm, width)
+    products, squares = torch.zeros(2, width, dtype=torch.float64, device=device)
+    for given, wanted in pairs:
+        direction = given.double() * reciprocal(scale)
+        products += (direction * wanted).sum(0)
+        squares += direction.square().sum(0)
+    world().sum(products, squares)
+    stored = norm.get_parameter("weight") - scale  # 0, or −1 where a family stores γ − 1
+    return products / squares.clamp_min(1e-30) + stored
 
 
 def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:

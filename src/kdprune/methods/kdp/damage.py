@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.evaluation.models import vocabulary_size
+from kdprune.evaluation.perplexity import default_batch
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.budget import Budget, filled
 from kdprune.methods.common.selection import reachable
@@ -34,7 +34,6 @@ from kdprune.store.states import States
 FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fitted to, …
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
 DAMAGE_TOKENS = 4_096  # of the held-out rows that its damage is taken over
-LOGITS = 2**26  # held at once: 256 MiB, and as much again of those that are real tokens
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
 PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, half as many more for every
 MOST = 4      # form of stand-in beyond two, and the most blocks of every length that are measured
@@ -305,7 +304,8 @@ class _Measuring:
 
     def _rows_of_logits(self) -> int:
         """Rows whose logits are held at once."""
-        return max(1, LOGITS // (self.rows.ids.shape[1] * vocabulary_size(self.running)))
+        # Half, as those of real tokens are copied.
+        return max(1, default_batch(self.running, self.rows.ids.shape[1]) // 2)
 
     def _together(self, sets: Sequence[Sequence[Candidate]], progress: Advance) -> list[float]:
         """The same of sets whose states are held at once."""

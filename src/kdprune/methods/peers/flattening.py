@@ -1,6 +1,6 @@
 """How FlattenGPT makes one layer of several: a wide parallel one, of which heads and channels are chosen."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.kernel.operators import Moments
-from kdprune.methods.common.stand_in_fit import StandInFit, direction_before, inputs_of
+from kdprune.methods.common.stand_in_fit import StandInFit, direction_before, inputs_of, scale_behind
 from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import SUBLAYERS, StandIn
@@ -23,7 +23,6 @@ from kdprune.model.structures import (
 )
 from kdprune.model.surgery import plain_copy, without_sublayer
 from kdprune.model.widths import set_weights
-from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 
 Towards: TypeAlias = Literal["sum", "states"]
@@ -287,24 +286,18 @@ class FlattenFit(StandInFit):
 
     @torch.no_grad()
     def _scale_behind(self, pool: Pool, towards: Towards) -> None:
-        """Gives the norm behind a sublayer, where there is one, the scale of least squared error,
-
-            γ_j = Σ y_j n_j / Σ n_j²,   y what the sublayer should add, n = n(what it puts out)
-        """
+        """Gives the norm behind a sublayer, where there is one, the scale of least squared error
+        (:func:`kdprune.methods.common.stand_in_fit.scale_behind`), y what the sublayer should add."""
         if pool.behind is None:
             return
         other = next(kind for kind in SUBLAYERS if kind != pool.kind)
         alone, norm = without_sublayer(self._model, self.module, other), self.module.get_submodule(pool.behind)
-        scale, _ = norm_affine(norm, self._model.config.hidden_size)
-        products, squares = torch.zeros(2, len(scale), dtype=torch.float64, device=self.device)
-        for rows in self.passes():
-            _, wanted = self.seen(pool, rows, towards)
-            state, _ = self._entering(pool.kind, rows)
-            given = (self._run(alone, rows, self.source, state) - state)[self.target(rows)[1]]
-            given = given.double() * reciprocal(scale)
-            products += (given * wanted).sum(0)
-            squares += given.square().sum(0)
-        world().sum(products, squares)
-        stored = norm.get_parameter("weight") - scale  # 0, or −1 where a family stores γ − 1
-        weights = {f"{pool.behind}.weight": products / squares.clamp_min(1e-30) + stored}
-        set_weights(self.module, weights, "the flattened layer")
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in self.passes():
+                _, wanted = self.seen(pool, rows, towards)
+                state, _ = self._entering(pool.kind, rows)
+                yield (self._run(alone, rows, self.source, state) - state)[self.target(rows)[1]], wanted
+
+        scale = scale_behind(norm, pairs(), self._model.config.hidden_size, self.device)
+        set_weights(self.module, {f"{pool.behind}.weight": scale}, "the flattened layer")
