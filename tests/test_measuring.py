@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import kdprune.evaluation.perplexity as measured
 from kdprune.data.tokens import TokenSet, load_stream
 from kdprune.errors import KDPruneError
-from kdprune.evaluation.fidelity import fidelity
+from kdprune.evaluation.fidelity import DenseStates, fidelity
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.samples import compare_samples, continuation
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token, speed
@@ -79,6 +79,19 @@ def test_fidelity_is_divergence_and_agreement_at_the_scored_positions(model, bat
     assert found.pruned == perplexity(other, token_set(ids), batch_size=batch_size)
     same = fidelity(model, model, token_set(ids))
     assert (same.divergence, same.agreement) == (pytest.approx(0, abs=1e-7), 1)
+
+
+@pytest.mark.parametrize("room", [2**20, 5000, 0])
+def test_what_is_known_of_the_dense_model_gives_the_same_bits_without_its_layers(model, room) -> None:
+    known, texts, ran = DenseStates(room), [token_set(random_ids(4, 20, seed=seed)) for seed in range(2)], []
+    batches = []
+    for other in (tiny_llama(2), tiny_llama(3)):
+        for text in texts:
+            with model.model.layers[0].mlp.register_forward_hook(lambda *_: ran.append(1)):
+                found = fidelity(model, other, text, 16, batch_size=2, known=known)
+            assert found == fidelity(model, other, text, 16, batch_size=2)
+        batches.append(len(ran))
+    assert batches == [8, 8 + {2**20: 0, 5000: 7, 0: 8}[room]]
 
 
 def test_padding_is_neither_scored_nor_seen(model) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kdprune.comparison.variants import Variant
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.evaluation.fidelity import HeldOut, fidelities
+from kdprune.evaluation.fidelity import DenseStates, HeldOut, fidelities
 from kdprune.evaluation.generation import compared, continuations, prompts_of, sizes
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
@@ -108,6 +108,7 @@ class Bench:
         ])
         self._tokens: dict[Any, TokenSet] = {}
         self._scores: dict[Any, tuple[Scores, Meter]] = {}
+        self._known = DenseStates()
         self._written: Tensor | None = None  # the dense model's continuations
 
     def forget(self) -> None:
@@ -195,7 +196,7 @@ class Bench:
         """The pruned model's part of a unit."""
         pruned, heldout = self.session.rounded(made.pruned), self.protocol.heldout
         with run.stage("evaluate", len(heldout.pairs()) + 1) as progress:
-            first, *others = fidelities(self.session.model, pruned, heldout, progress)
+            first, *others = fidelities(self.session.model, pruned, heldout, progress, self._known)
             pace = measured_speed(self.session.model, pruned)
             progress(1)
         return {

@@ -1,7 +1,7 @@
 """How near a pruned model stays to the dense one: divergence and agreement of their next-token distributions."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.evaluation.perplexity import (
+    Forward,
     Perplexity,
     default_batch,
     default_stride,
@@ -18,7 +19,11 @@ from kdprune.evaluation.perplexity import (
     perplexity_of,
     window_sums,
 )
-from kdprune.model.losses import IGNORED, SLICE
+from kdprune.model.activations import recorded
+from kdprune.model.families import decoder_layers
+from kdprune.model.layerwise import forward_streamed, logits_behind
+from kdprune.model.losses import IGNORED, SLICE, batch_logits
+from kdprune.model.streaming import is_streamed
 from kdprune.runtime.stages import Advance
 
 
@@ -41,6 +46,45 @@ class HeldOut:
     def identity(self) -> list[Any]:
         """What makes two of them the same, as plain data."""
         return [[text.identity() for text in self.texts], list(self.windows)]
+
+
+KEPT = 2**31  # bytes of the dense model's last states that are kept for the next pruned model
+
+
+@dataclass
+class DenseStates:
+    """The dense model's last states on held-out windows, for several pruned models to be held against.
+
+    The first pass of a window leaves h_L (B, T, d) behind the last layer, on the host, while there is room; of those
+    that are there, only the final norm and the head are run, with the same logits to the bit.
+
+    Attributes:
+        room: bytes that may still be kept.
+    """
+
+    room: int = KEPT
+    _states: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def forward(self, *about: Any) -> Forward:
+        """A model's forward pass over batches, those of one text, window and stride."""
+        return lambda model, batches: self._logits(model, batches, about)
+
+    def _logits(self, model: PreTrainedModel, batches: Sequence[TokenSet], about: tuple[Any, ...]) -> Iterator[Tensor]:
+        if is_streamed(model):  # which reads a layer once for all batches
+            yield from forward_streamed(model, batches)
+            return
+        last = len(decoder_layers(model))
+        for number, batch in enumerate(batches):
+            known = self._states.get((*about, number))
+            if known is not None:
+                yield logits_behind(model, batch, known.to(model.device))
+                continue
+            with recorded(model, [last]) as seen:
+                logits = batch_logits(model, batch)
+            if (size := seen[last].nbytes) <= self.room:
+                self.room -= size
+                self._states[*about, number] = seen[last].cpu()
+            yield logits
 
 
 @dataclass(frozen=True)
@@ -66,7 +110,7 @@ class Fidelity:
 @torch.no_grad()
 def fidelity(
     dense: PreTrainedModel, pruned: PreTrainedModel, tokens: TokenSet, window: int | None = None,
-    stride: int | None = None, *, batch_size: int | None = None,
+    stride: int | None = None, *, batch_size: int | None = None, known: DenseStates | None = None,
 ) -> Fidelity:
     """Perplexity of both models, divergence and agreement, from one pass of each; windows as of ``perplexity``.
 
@@ -77,6 +121,7 @@ def fidelity(
         window: tokens a window; None: the dense model's context, at most 2048.
         stride: by which it moves on; None: half the window.
         batch_size: windows a forward pass.
+        known: the dense model's last states, where several models are held against it.
 
     Raises:
         KDPruneError: as of ``perplexity``.
@@ -84,7 +129,8 @@ def fidelity(
     window = default_window(dense) if window is None else window
     stride = default_stride(window) if stride is None else stride
     size = batch_size or max(1, default_batch(dense, window) // 2)
-    count, sums = window_sums([dense, pruned], tokens, window, stride, size, _compared)
+    forward = [known.forward(tokens.identity(), window, stride, size), forward_streamed] if known else []
+    count, sums = window_sums([dense, pruned], tokens, window, stride, size, _compared, forward)
     means = (sums.sum(0) / count).tolist()
     before, after = (
         Perplexity(perplexity_of(means[number]), means[number], count, window, stride, tuple(sums[:, number].tolist()))
@@ -94,11 +140,12 @@ def fidelity(
 
 def fidelities(
     dense: PreTrainedModel, pruned: PreTrainedModel, heldout: HeldOut, progress: Advance,
+    known: DenseStates | None = None,
 ) -> list[Fidelity]:
     """The same on every text at every window, in the order of :meth:`HeldOut.pairs`."""
     found = []
     for text, window in heldout.pairs():
-        found.append(fidelity(dense, pruned, text, window))
+        found.append(fidelity(dense, pruned, text, window, known=known))
         progress(1)
     return found
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from kdprune.model.losses import IGNORED, SLICE
 from kdprune.runtime.distributed import world
 
 LONGEST_WINDOW = 2048
+Forward = Callable[[PreTrainedModel, Sequence[TokenSet]], Iterable[Tensor]]
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
 
 
@@ -81,7 +82,7 @@ def default_batch(model: PreTrainedModel, window: int) -> int:
 
 def window_sums(
     models: Sequence[PreTrainedModel], tokens: TokenSet, window: int, stride: int, batch_size: int,
-    measured: Callable[[Sequence[Tensor], Tensor], Tensor],
+    measured: Callable[[Sequence[Tensor], Tensor], Tensor], forward: Sequence[Forward] = (),
 ) -> tuple[int, Tensor]:
     """Sums over the scored positions of every window, of all processes of the run.
 
@@ -93,6 +94,7 @@ def window_sums(
         batch_size: windows a forward pass.
         measured: of a batch's logits, one (B, W, V) a model, and targets (B, W) → sums (B, K), the first column a
             loss.
+        forward: how each model gives the logits of batches; none: by its forward pass.
 
     Returns:
         How many positions were scored, and the sums (windows, K) in float64, in order.
@@ -110,7 +112,8 @@ def window_sums(
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
-        streams = zip(*(forward_streamed(model, inputs) for model in models), strict=True)
+        passes = forward or [forward_streamed] * len(models)
+        streams = zip(*(one(model, inputs) for one, model in zip(passes, models, strict=True)), strict=True)
         for (number, _, targets), logits in zip(own, streams, strict=True):
             # Plain numbers: small tensors that stay, made between large ones that go, hole the memory.
             sums[number] = measured(logits, targets).tolist()
