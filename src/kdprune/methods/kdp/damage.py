@@ -33,10 +33,13 @@ from kdprune.store.states import States
 
 FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fitted to, …
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
-DAMAGE_TOKENS = 4_096  # of the held-out rows that its damage is taken over
+DAMAGE_TOKENS = 4_096  # of the held-out rows that the damage of sets is taken over, …
+ALONE = 2  # … and one in so many of these rows for a candidate alone
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
-PASSES = 1.5  # passes of the calibration rows through the model that measuring may cost, half as many more for every
-MOST = 4      # form of stand-in beyond two, and the most blocks of every length that are measured
+PASSES = 2.0  # passes of the calibration rows through the model that measuring blocks may cost, half as many more for
+# every form of stand-in beyond two; measuring sets may cost so many more
+SET_PASSES = 1.0
+MOST = 4  # most blocks that are measured for every length, taken over all lengths, and most sets for every price
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
 # do not is found by measuring a set of many short blocks beside one of few long ones.
 PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
@@ -88,15 +91,23 @@ def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
 
 def trials(
     tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
-) -> tuple[int, float]:
-    """How many blocks of every length are measured, and what all of it costs in tokens that pass the whole model."""
+) -> tuple[dict[int, int], int, float]:
+    """How many blocks of every length are measured, at most how many sets, and what all of it costs in tokens that pass
+    the whole model.
+
+    Blocks of length k are 1/k of those of length 1, at least one: there are more places for short ones, and it is these
+    that sets are filled up with.
+    """
     forms = len({candidate.shape for candidate in candidates})
-    lengths = len({len(candidate.block) for candidate in candidates})
+    lengths = sorted({len(candidate.block) for candidate in candidates})
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
-    cost = forms * (scored / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model)))
-    most = min(max(round(max(1, forms / 2) * PASSES * tokens.tokens / cost / lengths), 1), MOST)
-    return most, most * lengths * cost + len(PRICES) * scored + fitted + scored
+    cost = forms * (scored / ALONE / 2 + fitted * (1 + len(lengths) / 2) / len(decoder_layers(model)))
+    count = min(max(1, forms / 2) * PASSES * tokens.tokens / cost, MOST * len(lengths))
+    shares = sum(1 / length for length in lengths)
+    most = {length: max(round(count / length / shares), 1) for length in lengths}
+    sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
+    return most, sets, sum(most.values()) * cost + sets * scored + fitted + scored
 
 
 def choose_by_damage(
@@ -105,16 +116,17 @@ def choose_by_damage(
 ) -> tuple[list[Candidate], Damage]:
     """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
 
-    1. Of every length the blocks, as many as ``PASSES`` allow, that a linear map of the state models best, held out,
+    1. Of every length the blocks, as many as :func:`trials` says, that a linear map of the state models best, held out,
        and which are half a length apart.
     2. Δ of each of these alone, with every form of stand-in:
 
            Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
-       over held-out tokens; of p the ``TOP`` most probable tokens are told apart. A difference of next-token losses
+       over held-out tokens, half of those that sets are measured on; of p the ``TOP`` most probable tokens are told apart. A difference of next-token losses
        would be as much as twenty times noisier, and says little of a model that is unsure of the text.
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``.
-    4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes.
+    4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes. Around the
+       best, the sets of least Σ Δ without one or another of its candidates, until none of these is better.
 
     Args:
         candidates: blocks with forms of stand-ins; none of them over a layer that must stay.
@@ -125,7 +137,7 @@ def choose_by_damage(
     follows_from = [
         dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
         budget.target.parameters, budget.slack, fill,
-        [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, TOP, PASSES, MOST, PRICES]]
+        [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, ALONE, TOP, PASSES, SET_PASSES, MOST, PRICES]]
     measured = run.cached(
         "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
         JsonCodec(dict))
@@ -153,22 +165,41 @@ def _measure(
 ) -> Damage:
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
     measuring = _Measuring.of(model, tokens, blocks, trial, run)
-    most, _ = trials(tokens, candidates, trial.held, model)
+    most, sets, _ = trials(tokens, candidates, trial.held, model)
     promising = set(measuring.promising(blocks, most))
     tried = [candidate for candidate in candidates if candidate.block in promising]
     if budget.most_removed(tried) < budget.target.parameters:
         tried = list(candidates)  # the ratio is near the largest that any blocks reach
-    alone = dict(zip(tried, measuring.damages([[candidate] for candidate in tried], "damage"), strict=True))
-    sets = proposed(alone, budget)
-    values = measuring.damages([filled(chosen, budget) if fill else chosen for chosen in sets], "damage of sets")
+    values = measuring.damages([[candidate] for candidate in tried], "damage", ALONE)
+    alone = dict(zip(tried, values, strict=True))
+    together: dict[tuple[Candidate, ...], float] = {}
+    new = proposed(alone, budget)
+    while new:
+        values = measuring.damages([filled(chosen, budget) if fill else chosen for chosen in new], "damage of sets")
+        together |= zip(map(tuple, new), values, strict=True)
+        best = min(together, key=together.__getitem__)
+        near = dict.fromkeys(map(tuple, beside(best, alone, budget)))
+        new = [list(chosen) for chosen in near if chosen not in together][: max(sets - len(together), 0)]
     measuring.forget()
-    return Damage(alone, sorted(zip(map(tuple, sets), values, strict=True), key=lambda entry: entry[1]))
+    return Damage(alone, sorted(together.items(), key=lambda entry: entry[1]))
 
 
-def proposed(alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
+def beside(best: Sequence[Candidate], alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
+    """The sets of least Σ Δ that lack one of the best set's candidates, where there are any."""
+    found = []
+    for candidate in best:
+        others = {other: value for other, value in alone.items() if other != candidate}
+        if others and budget.most_removed(list(others)) >= budget.target.parameters:
+            found += proposed(others, budget, (0.0,))
+    return found
+
+
+def proposed(
+    alone: Mapping[Candidate, float], budget: Budget, prices: Sequence[float] = PRICES
+) -> list[list[Candidate]]:
     """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks, by price."""
     found: list[list[Candidate]] = []
-    for price in PRICES:
+    for price in prices:
         cost = {candidate: min(value, 1e3) + price for candidate, value in alone.items()}
         table = reachable(list(cost), lambda candidate, cost=cost: -cost[candidate], budget.removed_by)  # type: ignore[misc]
         enough = [removed for removed in table if removed >= budget.target.parameters]
@@ -225,9 +256,10 @@ class _Measuring:
         for states in self.states.values():
             states.forget()
 
-    def batches(self, scored: bool) -> list[Tensor]:
-        """Numbers of this process's rows of one kind, in batches."""
-        first, last = (len(self.rows) - self.scored, len(self.rows)) if scored else (0, len(self.rows) - self.scored)
+    def batches(self, scored: bool, one_in: int = 1) -> list[Tensor]:
+        """Numbers of this process's rows of one kind, the first of them where not all are wanted, in batches."""
+        behind = len(self.rows) - self.scored
+        first, last = (behind, behind + -(-self.scored // one_in)) if scored else (0, behind)
         numbers = torch.arange(first, last)
         return [part for part in numbers[local_rows(self.rows, self.run)[first:last]].split(self.run.batch_size)
                 if len(part)]
@@ -236,7 +268,7 @@ class _Measuring:
         """States of the real tokens of some rows, (n, d), float32."""
         return self.states[boundary][numbers][self.rows.mask[numbers]].float()
 
-    def promising(self, blocks: Sequence[range], most: int) -> list[range]:
+    def promising(self, blocks: Sequence[range], most: Mapping[int, int]) -> list[range]:
         """The blocks worth a measurement: of every length those of least :meth:`_linear_errors`, half a length apart,
         at most so many."""
         errors: dict[range, float] = {}
@@ -249,7 +281,7 @@ class _Measuring:
         for length in sorted({len(block) for block in blocks}):
             taken: list[range] = []
             for block in sorted((b for b in blocks if len(b) == length), key=lambda b: errors[b]):
-                if len(taken) < most and all(abs(block.start - other.start) * 2 >= length for other in taken):
+                if len(taken) < most[length] and all(abs(block.start - other.start) * 2 >= length for other in taken):
                     taken.append(block)
             found += taken
         return found
@@ -281,8 +313,9 @@ class _Measuring:
         fit_closed_form(self.model, this)
         return this.fitting.edit()
 
-    def damages(self, sets: Sequence[Sequence[Candidate]], stage: str) -> list[float]:
-        """Mean KL(dense‖pruned) of each set of candidates, all of it in place; infinite where it is not a number.
+    def damages(self, sets: Sequence[Sequence[Candidate]], stage: str, one_in: int = 1) -> list[float]:
+        """Mean KL(dense‖pruned) of each set of candidates, all of it in place, over one in so many of the scored rows;
+        infinite where it is not a number.
 
         What enters a set's first block is known, so that only what is behind that is run.
         """
@@ -290,7 +323,7 @@ class _Measuring:
         abreast = self._abreast()
         with self.run.stage(stage, len(sets)) as progress:
             for first in range(0, len(sets), abreast):
-                found += self._together(sets[first : first + abreast], progress)
+                found += self._together(sets[first : first + abreast], one_in, progress)
         return found
 
     def _abreast(self) -> int:
@@ -307,9 +340,9 @@ class _Measuring:
         # Half, as those of real tokens are copied.
         return max(1, default_batch(self.running, self.rows.ids.shape[1]) // 2)
 
-    def _together(self, sets: Sequence[Sequence[Candidate]], progress: Advance) -> list[float]:
+    def _together(self, sets: Sequence[Sequence[Candidate]], one_in: int, progress: Advance) -> list[float]:
         """The same of sets whose states are held at once."""
-        numbers = self.batches(scored=True)
+        numbers = self.batches(True, one_in)
         batches = [self.rows.select(part) for part in numbers]
         ways = [{c.start: functools.partial(self.fitted, c) for c in chosen} for chosen in sets]
         finals = states_by_ways(self.running, batches, ways, lambda index, batch: self.states[index][numbers[batch]])

@@ -66,9 +66,9 @@ _ONE_SIZE: Mapping[str, Any] = {"channels": None, "fill": False}
 class KDP(RankedMethod):
     """Replaces blocks of layers by folded kernel stand-ins. Source: KDP, sections 2 to 6.
 
-    Fields left at None are filled from the preset. Sizes left at None follow the model's width d: ``features`` m = d/2
-    with a hidden layer, 5d/6 without (2.5 d² parameters either way), ``channels`` c = d/2; d/4 of both where the kernel
-    has both; all rounded down to multiples of 64 (16 in models narrower than 512), and widened by as many.
+    Fields left at None are filled from the preset. Sizes left at None follow the model's width d: ``channels`` c = d/4,
+    ``features`` m = d/4 beside channels, else d/2 with a hidden layer and 5d/6 without (2.5 d² parameters either way);
+    all rounded down to multiples of 64 (16 in models narrower than 512), and widened by as many.
 
     Raises:
         KDPruneError: a value is outside its range (says which and what is expected).
@@ -96,8 +96,8 @@ class KDP(RankedMethod):
     features: int | None = option(
         None, "m, number of random frequencies (the feature vector has 2m entries)", least=1, group="size", rare=True)
     channels: int | None = option(
-        None, "c, number of the block's own MLP channels (half the width, which fill adds to; form stock: those of a "
-        "layer)", least=1, group="size", rare=True)
+        None, "c, number of the block's own MLP channels (a quarter of the width, which fill adds to; form stock: "
+        "those of a layer)", least=1, group="size", rare=True)
     rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic (chosen for every block by held-out "
@@ -197,7 +197,7 @@ class KDP(RankedMethod):
             context=self.context in ("attention", "either"), unit=unit)
         if "data" not in parts:
             return shape
-        channels = self.channels or whole_units(width // 4 if both else width // 2, unit)
+        channels = self.channels or whole_units(width // 4, unit)
         shape = replace(shape, channels=channels, gated=is_gated(model), activation=activation_of(model))
         if self.form == "folded":
             return shape
