@@ -122,8 +122,9 @@ def choose_by_damage(
 
            Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
-       over held-out tokens, half of those that sets are measured on; of p the ``TOP`` most probable tokens are told apart. A difference of next-token losses
-       would be as much as twenty times noisier, and says little of a model that is unsure of the text.
+       over held-out tokens, half of those that sets are measured on; of p the ``TOP`` most probable tokens are told
+       apart. A difference of next-token losses would be as much as twenty times noisier, and says little of a model
+       that is unsure of the text.
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``.
     4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes. Around the
        best, the sets of least Σ Δ without one or another of its candidates, until none of these is better.
