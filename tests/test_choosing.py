@@ -19,7 +19,7 @@ from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
 from kdprune.methods.common.selection import candidate_blocks
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
-from kdprune.methods.kdp.damage import Trial, beside, choose_by_damage, proposed
+from kdprune.methods.kdp.damage import Trial, beside, choose_by_damage, guessed, proposed
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.loading import load_model
 from kdprune.model.streaming import Scratch, load_streamed, set_scratch
@@ -88,16 +88,13 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel, held: TokenSet) 
 
 
 def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **options) -> dict[range, float]:
-    """Of these blocks, all of them, as the choice would measure them for a ratio that each of them meets."""
+    """Of these blocks as the choice would measure them alone."""
     method = KDP(**{**SOLVED, **options, "ratio": 0.001})
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, method.path_rows(tokens, budget.shape).fit)
     found = [Candidate(block, budget.shape) for block in blocks]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(damage_module, "PASSES", 1e9)
-        patch.setattr(damage_module, "ALONE", 1)
-        _, damage = choose_by_damage(model, tokens, found, budget, trial, Run(3, batch_size=4), fill=False)
-    return {candidate.block: value for candidate, value in damage.alone.items()}
+    measuring = damage_module._Measuring.of(model, tokens, blocks, trial, Run(3, batch_size=4))
+    return dict(zip(blocks, measuring.damages([[candidate] for candidate in found], "damage"), strict=True))
 
 
 def padded_tokens() -> TokenSet:
@@ -190,6 +187,39 @@ def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedMo
     assert len({len(taken) for taken in within}) > 1
 
 
+def test_what_is_not_known_is_guessed_from_the_line_through_what_is(tiny_model) -> None:
+    shapes = [KDP(refine=False, context=context).shape(tiny_model("llama3")) for context in ("attention", "none")]
+    blocks = [range(start, start + 2) for start in range(4)]
+    candidates = [Candidate(block, shape) for shape in shapes for block in blocks]
+    errors = {block: 0.1 * 2.0**number for number, block in enumerate(blocks)}
+    alone = {candidates[0]: 0.3, candidates[3]: 0.3 * 8**0.5, candidates[4]: 1.0}
+    found = guessed(candidates, alone, errors)
+    assert {c: found[c] for c in alone} == alone
+    assert list(found) == [*alone, *(c for c in candidates if c not in alone)]
+    # One pair at a distance of log 8 and a slope of 1/2, and the measurement of slope 1 that counts .1.
+    squares = math.log(8) ** 2 / 2
+    slope = (squares / 2 + 0.1) / (squares + 0.1)
+    middle = 0.3 * 8**0.25
+    assert found[candidates[1]] == pytest.approx(middle * (errors[blocks[1]] / (0.1 * 8**0.5)) ** slope)
+    assert found[candidates[7]] == pytest.approx(8.0)  # of one measurement alone: as the error goes
+
+
+def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
+    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
+    budget = method.budget(model)
+    candidates = method.candidates(candidate_blocks(range(6), 1, 3), budget.shape)
+    trial, errors = Trial(method.settings(budget.shape, tokens), method.held, 0), {}
+    linear_errors = damage_module._Measuring.linear_errors
+    monkeypatch.setattr(damage_module._Measuring, "linear_errors",
+                        lambda *about: errors.update(linear_errors(*about)) or errors)
+    monkeypatch.setattr(damage_module, "PASSES", 1e9)
+    _, damage = choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), fill=False)
+    assert len(damage.alone) < len(candidates)
+    for taken in proposed(guessed(candidates, damage.alone, errors), budget):
+        assert set(taken) <= set(damage.alone)  # whatever else was not measured
+
+
 def test_sets_beside_the_best_lack_one_of_its_candidates_and_cost_least_of_those(bundled: PreTrainedModel) -> None:
     method = KDP(ratio=0.25, protect=0.25, refine=False)
     budget = method.budget(bundled)
@@ -272,8 +302,8 @@ def test_the_record_holds_the_damages_and_a_second_run_finds_them(bench: Bench, 
 def test_a_streamed_model_is_measured_to_the_same_bits(
     room: str, tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last layer, behind all blocks, is read once for the states, once for all candidates, once for all sets of a
-    round."""
+    """The last layer, behind all blocks, is read once for the states and once for every round of candidates and of
+    sets."""
     tiny_model("qwen3", seed=5).save_pretrained(tmp_path / "model")
     whole, streamed = load_model(tmp_path / "model", device="cpu"), load_streamed(tmp_path / "model", device="cpu")
     tokens = padded_tokens()
@@ -287,8 +317,8 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
         return read(source)
 
     monkeypatch.setattr(Source, "read", counted)
-    rounds: list[object] = []
-    monkeypatch.setattr(damage_module, "beside", lambda *about: rounds.append(about) or beside(*about))
+    rounds, damages = [], damage_module._Measuring.damages
+    monkeypatch.setattr(damage_module._Measuring, "damages", lambda *about: rounds.append(about) or damages(*about))
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.1, "max_block": 3, "protect": 0.1})
     budget = method.budget(whole)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
@@ -298,7 +328,7 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
         for model in (whole, streamed))
     assert (chosen, damage) == (again, found)
     last = [count for key, count in reads.items() if key.startswith("model.layers.5.")]
-    passes = 2 + len(rounds) // 2 if room != "one by one" else 1 + len(damage.alone) + len(damage.together)
+    passes = 1 + len(rounds) // 2 if room != "one by one" else 1 + len(damage.alone) + len(damage.together)
     if room == "one by one":
         passes += len(list(streamed_batches(tokens))) - 1  # the states' pass takes one batch at a time as well
     assert set(last) == {passes}

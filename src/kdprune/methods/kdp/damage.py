@@ -36,10 +36,9 @@ PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
 DAMAGE_TOKENS = 4_096  # of the held-out rows that the damage of sets is taken over, …
 ALONE = 2  # … and one in so many of these rows for a candidate alone
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
-PASSES = 2.0  # passes of the calibration rows through the model that measuring blocks may cost, half as many more for
-# every form of stand-in beyond two; measuring sets may cost so many more
-SET_PASSES = 1.0
-MOST = 4  # most blocks that are measured for every length, taken over all lengths, and most sets for every price
+PASSES = 2.0  # passes of the calibration rows through the model that measuring candidates alone may cost, …
+SET_PASSES = 1.0  # … and measuring sets
+MOST = 4  # most candidates alone for every length and form of stand-in, and most sets for every price
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
 # do not is found by measuring a set of many short blocks beside one of few long ones.
 PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
@@ -91,23 +90,17 @@ def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
 
 def trials(
     tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
-) -> tuple[dict[int, int], int, float]:
-    """How many blocks of every length are measured, at most how many sets, and what all of it costs in tokens that pass
-    the whole model.
-
-    Blocks of length k are 1/k of those of length 1, at least one: there are more places for short ones, and it is these
-    that sets are filled up with.
-    """
+) -> tuple[int, int, float]:
+    """At most how many candidates are measured alone, and how many sets, and what that costs in tokens that pass the
+    whole model."""
     forms = len({candidate.shape for candidate in candidates})
-    lengths = sorted({len(candidate.block) for candidate in candidates})
+    lengths = len({len(candidate.block) for candidate in candidates})
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
-    cost = forms * (scored / ALONE / 2 + fitted * (1 + len(lengths) / 2) / len(decoder_layers(model)))
-    count = min(max(1, forms / 2) * PASSES * tokens.tokens / cost, MOST * len(lengths))
-    shares = sum(1 / length for length in lengths)
-    most = {length: max(round(count / length / shares), 1) for length in lengths}
+    cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
+    most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), lengths)
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
-    return most, sets, sum(most.values()) * cost + sets * scored + fitted + scored
+    return most, sets, most * cost + sets * scored + fitted + scored
 
 
 def choose_by_damage(
@@ -116,16 +109,17 @@ def choose_by_damage(
 ) -> tuple[list[Candidate], Damage]:
     """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
 
-    1. Of every length the blocks, as many as :func:`trials` says, that a linear map of the state models best, held out,
-       and which are half a length apart.
-    2. Δ of each of these alone, with every form of stand-in:
+    1. The relative error of a linear map of the state, held out, for every block.
+    2. Δ alone of the blocks of least error of some lengths, with every form of stand-in:
 
            Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
        over held-out tokens, half of those that sets are measured on; of p the ``TOP`` most probable tokens are told
        apart. A difference of next-token losses would be as much as twenty times noisier, and says little of a model
        that is unsure of the text.
-    3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``.
+    3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``, Δ as :func:`guessed` where it
+       is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
+       as :func:`trials` allows.
     4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes. Around the
        best, the sets of least Σ Δ without one or another of its candidates, until none of these is better.
 
@@ -167,22 +161,68 @@ def _measure(
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
     measuring = _Measuring.of(model, tokens, blocks, trial, run)
     most, sets, _ = trials(tokens, candidates, trial.held, model)
-    promising = set(measuring.promising(blocks, most))
-    tried = [candidate for candidate in candidates if candidate.block in promising]
-    if budget.most_removed(tried) < budget.target.parameters:
-        tried = list(candidates)  # the ratio is near the largest that any blocks reach
-    values = measuring.damages([[candidate] for candidate in tried], "damage", ALONE)
-    alone = dict(zip(tried, values, strict=True))
+    errors = measuring.linear_errors(blocks)
+
+    def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
+        return dict(zip(new, measuring.damages([[one] for one in new], "damage", ALONE), strict=True))
+
+    alone = damages(_first(candidates, errors))
+    chosen = proposed(guessed(candidates, alone, errors), budget)
+    while len(alone) < most and (new := _unknown(chosen, alone)):
+        alone |= damages(new[: most - len(alone)])
+        chosen = proposed(guessed(candidates, alone, errors), budget)
+    if budget.most_removed(list(alone)) < budget.target.parameters:
+        alone |= damages(_unknown(chosen[:1], alone))
     together: dict[tuple[Candidate, ...], float] = {}
-    new = proposed(alone, budget)
-    while new:
-        values = measuring.damages([filled(chosen, budget) if fill else chosen for chosen in new], "damage of sets")
-        together |= zip(map(tuple, new), values, strict=True)
+    chosen = proposed(alone, budget)
+    while chosen:
+        values = measuring.damages([filled(one, budget) if fill else one for one in chosen], "damage of sets")
+        together |= zip(map(tuple, chosen), values, strict=True)
         best = min(together, key=together.__getitem__)
-        near = dict.fromkeys(map(tuple, beside(best, alone, budget)))
-        new = [list(chosen) for chosen in near if chosen not in together][: max(sets - len(together), 0)]
+        near = dict.fromkeys(tuple(one) for one in beside(best, alone, budget))
+        chosen = [list(one) for one in near if one not in together][: max(sets - len(together), 0)]
     measuring.forget()
     return Damage(alone, sorted(together.items(), key=lambda entry: entry[1]))
+
+
+def _unknown(sets: Sequence[Sequence[Candidate]], known: Mapping[Candidate, float]) -> list[Candidate]:
+    """The candidates of these sets whose Δ is not known, each once."""
+    return list(dict.fromkeys(candidate for chosen in sets for candidate in chosen if candidate not in known))
+
+
+def _first(candidates: Sequence[Candidate], errors: Mapping[range, float]) -> list[Candidate]:
+    """The block of least error of the lengths 1, 2, 4, …, or of the shortest, behind all its forms of stand-in."""
+    lengths = sorted({len(block) for block in errors})
+    wanted = [length for length in lengths if length & (length - 1) == 0] or lengths[:1]
+    blocks = [min((block for block in errors if len(block) == length), key=errors.__getitem__) for length in wanted]
+    return [candidate for block in blocks for candidate in candidates if candidate.block == block]
+
+
+def guessed(
+    candidates: Sequence[Candidate], alone: Mapping[Candidate, float], errors: Mapping[range, float]
+) -> dict[Candidate, float]:
+    """Δ of every candidate: as measured, or of what has been measured of its form, or of all forms,
+
+        log Δ = a + b log error,   b = (Σ xy + ε) / (Σ x² + ε)
+
+    with x and y the logarithms less their means, and ε = .1 for one measurement in which Δ goes with the error.
+    """
+    def logarithm(value: float) -> float:
+        return math.log(min(max(value, 1e-12), 1e3))
+
+    lines = {}
+    for shape in {candidate.shape for candidate in candidates}:
+        own = [candidate for candidate in alone if candidate.shape == shape] or list(alone)
+        x, y = ([logarithm(value) for value in values] for values in (
+            [errors[candidate.block] for candidate in own], [alone[candidate] for candidate in own]))
+        middle, height = sum(x) / len(x), sum(y) / len(y)
+        products = sum((one - middle) * (other - height) for one, other in zip(x, y, strict=True))
+        lines[shape] = middle, height, (products + 0.1) / (sum((one - middle) ** 2 for one in x) + 0.1)
+    found = dict(alone)
+    for candidate in candidates:
+        middle, height, slope = lines[candidate.shape]
+        found.setdefault(candidate, math.exp(height + slope * (logarithm(errors[candidate.block]) - middle)))
+    return found
 
 
 def beside(best: Sequence[Candidate], alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
@@ -269,23 +309,15 @@ class _Measuring:
         """States of the real tokens of some rows, (n, d), float32."""
         return self.states[boundary][numbers][self.rows.mask[numbers]].float()
 
-    def promising(self, blocks: Sequence[range], most: Mapping[int, int]) -> list[range]:
-        """The blocks worth a measurement: of every length those of least :meth:`_linear_errors`, half a length apart,
-        at most so many."""
+    def linear_errors(self, blocks: Sequence[range]) -> dict[range, float]:
+        """:meth:`_linear_errors` of all blocks."""
         errors: dict[range, float] = {}
         starts = sorted({block.start for block in blocks})
         with self.run.stage("linear maps", len(starts)) as progress:
             for start in starts:
                 errors |= self._linear_errors([block for block in blocks if block.start == start])
                 progress(1)
-        found: list[range] = []
-        for length in sorted({len(block) for block in blocks}):
-            taken: list[range] = []
-            for block in sorted((b for b in blocks if len(b) == length), key=lambda b: errors[b]):
-                if len(taken) < most[length] and all(abs(block.start - other.start) * 2 >= length for other in taken):
-                    taken.append(block)
-            found += taken
-        return found
+        return errors
 
     def _linear_errors(self, blocks: Sequence[range]) -> dict[range, float]:
         """Of blocks with one start the mean of ‖h_s + M h_s + c − h_e‖² / ‖h_e‖² over the scored tokens, with M and c
