@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
-from kdprune.methods.common.budget import WIDEST, filled, select_by_similarity
+from kdprune.methods.common.budget import WIDEST, Budget, filled, select_by_similarity
 from kdprune.methods.common.selection import candidate_blocks
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
@@ -168,13 +168,18 @@ def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(cont
     assert method(model, tokens, run).blocks == [candidate.block for candidate in chosen]
 
 
-def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
+def drawn_damage(model: PreTrainedModel) -> tuple[Budget, dict[Candidate, float]]:
+    """A budget, and candidates with a damage that was drawn."""
     method = KDP(ratio=0.25, protect=0.25, refine=False)
-    budget = method.budget(bundled)
+    budget = method.budget(model)
     candidates = method.candidates(candidate_blocks(range(4, 12), 1, 4), budget.shape)
     draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    damage = dict(zip(candidates, draw.tolist(), strict=True))
-    sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(candidates, count)
+    return budget, dict(zip(candidates, draw.tolist(), strict=True))
+
+
+def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
+    budget, damage = drawn_damage(bundled)
+    sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(damage, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(taken))]
     removed = [sum(budget.removal(c.block, c.shape) for c in taken) for taken in sets]
     least = min(value for value in removed if value >= budget.target.parameters)
@@ -221,11 +226,7 @@ def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pyt
 
 
 def test_sets_beside_the_best_lack_one_of_its_candidates_and_cost_least_of_those(bundled: PreTrainedModel) -> None:
-    method = KDP(ratio=0.25, protect=0.25, refine=False)
-    budget = method.budget(bundled)
-    candidates = method.candidates(candidate_blocks(range(4, 12), 1, 4), budget.shape)
-    draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    damage = dict(zip(candidates, draw.tolist(), strict=True))
+    budget, damage = drawn_damage(bundled)
     [best] = proposed(damage, budget, (0.0,))
     found = beside(best, damage, budget)
     assert len(found) == len(best)

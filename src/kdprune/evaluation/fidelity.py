@@ -19,12 +19,13 @@ from kdprune.evaluation.perplexity import (
     perplexity_of,
     window_sums,
 )
-from kdprune.model.activations import recorded
-from kdprune.model.families import decoder_layers
+from kdprune.model.activations import logits_and_final
 from kdprune.model.layerwise import forward_streamed, logits_behind
-from kdprune.model.losses import IGNORED, SLICE, batch_logits
+from kdprune.model.losses import IGNORED, SLICE
 from kdprune.model.streaming import is_streamed
 from kdprune.runtime.stages import Advance
+
+KEPT = 2**31  # bytes of the dense model's last states that are kept for the next pruned model
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,6 @@ class HeldOut:
     def identity(self) -> list[Any]:
         """What makes two of them the same, as plain data."""
         return [[text.identity() for text in self.texts], list(self.windows)]
-
-
-KEPT = 2**31  # bytes of the dense model's last states that are kept for the next pruned model
 
 
 @dataclass
@@ -73,17 +71,15 @@ class DenseStates:
         if is_streamed(model):  # which reads a layer once for all batches
             yield from forward_streamed(model, batches)
             return
-        last = len(decoder_layers(model))
         for number, batch in enumerate(batches):
-            known = self._states.get((*about, number))
-            if known is not None:
-                yield logits_behind(model, batch, known.to(model.device))
+            key = (*about, number)
+            if key in self._states:
+                yield logits_behind(model, batch, self._states[key])
                 continue
-            with recorded(model, [last]) as seen:
-                logits = batch_logits(model, batch)
-            if (size := seen[last].nbytes) <= self.room:
-                self.room -= size
-                self._states[*about, number] = seen[last].cpu()
+            logits, final = logits_and_final(model, batch)
+            if final.nbytes <= self.room:
+                self.room -= final.nbytes
+                self._states[key] = final.cpu()
             yield logits
 
 

@@ -16,6 +16,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of, final_norm
 from kdprune.model.layerwise import streamed_states
+from kdprune.model.losses import batch_logits
 from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run_layers, standing_in
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed
@@ -51,6 +52,15 @@ def recorded(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[dict[in
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def logits_and_final(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, V) of a batch, and h_L (B, T, d), from which ``logits_behind`` gives the same logits again."""
+    last = len(decoder_layers(model))
+    with recorded(model, [last]) as seen:
+        logits = batch_logits(model, batch)
+    return logits, seen[last]
 
 
 @torch.no_grad()

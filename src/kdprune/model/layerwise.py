@@ -69,9 +69,10 @@ def forward_streamed(
 
 @torch.no_grad()
 def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor) -> Tensor:
-    """Logits (B, T, V) of a batch from its h_L (B, T, d): the model's own forward pass, in which no layer is run."""
+    """Logits (B, T, V) of a batch from its h_L (B, T, d), on whatever device: the model's own forward pass, in which no
+    layer is run."""
     layers = list(decoder_layers(model))
-    with standing_in(layers, _ending_in(final, len(layers))):
+    with standing_in(layers, _ending_in(final.to(input_device(model)), len(layers))):
         return batch_logits(model, batch)
 
 

@@ -10,8 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.model.activations import recorded
-from kdprune.model.families import decoder_layers
+from kdprune.model.activations import logits_and_final
 from kdprune.model.layerwise import logits_behind
 from kdprune.model.losses import SLICE, batch_logits
 from kdprune.model.placement import input_device
@@ -123,12 +122,10 @@ class Teacher:
         if self.final is None:
             return batch_logits(self.dense, batch)
         if torch.isin(numbers, self.final.missing).any():
-            last = len(decoder_layers(self.dense))
-            with recorded(self.dense, [last]) as seen:
-                logits = batch_logits(self.dense, batch)
-            self.final.put(numbers, seen[last])
+            logits, final = logits_and_final(self.dense, batch)
+            self.final.put(numbers, final)
             return logits
-        return logits_behind(self.dense, batch, self.final[numbers].to(input_device(self.dense)))
+        return logits_behind(self.dense, batch, self.final[numbers])
 
     @torch.no_grad()
     def _compute(self, numbers: Tensor, mask: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def job_of(
     measured = 0.0
     if method.measures:
         tried = method.candidates(possible_blocks(method, method.budget(dense)), shape)
-        measured = trials(tokens, tried, method.held, dense)[-1]
+        _, _, measured = trials(tokens, tried, method.held, dense)
     return Job(
         width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
         held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),

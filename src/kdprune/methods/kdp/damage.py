@@ -22,7 +22,6 @@ from kdprune.model.block_states import boundary_states, local_rows, states_betwe
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.layerwise import logits_behind, states_by_ways
-from kdprune.model.placement import input_device
 from kdprune.model.streaming import is_streamed, scratch_of
 from kdprune.model.teacher import Teacher
 from kdprune.runtime.distributed import world
@@ -386,8 +385,7 @@ class _Measuring:
                 for rows in torch.arange(len(batch)).split(self._rows_of_logits()):
                     few = batch.select(rows)
                     targets = self.teacher(part[rows], few.mask)
-                    final = state[rows.to(state.device)].to(input_device(self.running))
-                    logits = logits_behind(self.running, few, final)
+                    logits = logits_behind(self.running, few, state[rows.to(state.device)])
                     total += float(targets.divergence(logits[few.mask.to(logits.device)]))
                 count += batch.tokens
             total, tokens = world().total([total, count])
