@@ -28,11 +28,11 @@ from kdprune.methods.peers.sublayers import (
     sublayer_changes,
     sublayer_edits,
 )
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, widest
 from kdprune.model.llama_cpp import check_export
 from kdprune.model.losses import mean_loss
 from kdprune.model.modeling_kdp import FoldedLayer
-from kdprune.model.surgery import Drop, Resize, Substitute, apply_edits, ordinary_layer, widest
+from kdprune.model.surgery import Drop, Resize, Substitute, apply_edits, ordinary_layer
 from kdprune.report.results import Layers, LayerWidth, Parameters, Results
 from kdprune.report.summary import headline
 from kdprune.runtime.run import Run

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError, one_line
 from ..runtime.machine import quiet_libraries
-from .modeling_kdp import FAMILIES, PREFIX, Family
+from .modeling_kdp import FAMILIES, PREFIX, Family, NoMLP, StandIn, columns_of
 
 GUIDE = "docs/add-a-family.md in the sources"
 TABLE = "python -m kdprune.cli.families_page"  # prints what works for which family
@@ -263,6 +263,34 @@ def experts_of(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module, float
 def norms_behind_mlp(family: Family) -> list[str]:
     """The attributes of a layer's MLP path that are norms between its output and the residual sum (Gemma)."""
     return [name for name in family.mlp if name in family.post_norms]
+
+
+def own_channels(layer: nn.Module, family: Family) -> int | None:
+    """The channels of a layer's own MLP; None where a stand-in has its place, or experts, or nothing."""
+    if isinstance(getattr(layer, family.mlp[0]), StandIn | NoMLP) or not family.mlp_out:
+        return None
+    return columns_of(layer.get_submodule(family.mlp_out))
+
+
+def widest(model: PreTrainedModel) -> int:
+    """The layer with the most MLP channels, the first of equals.
+
+    Raises KDPruneError where every layer has a stand-in in the place of its MLP.
+    """
+    family = family_of(model)
+    found = [(own_channels(layer, family) or 0, -index) for index, layer in enumerate(decoder_layers(model))]
+    channels, index = max(found)
+    if not channels:
+        raise KDPruneError("got a model whose MLPs are all stand-ins, expected one with a layer of its own left: prune "
+                           "it with a method that takes layers whole, such as shortgpt, or prune the dense model anew")
+    return -index
+
+
+def mlp_source(model: PreTrainedModel, index: int, channels: int) -> int:
+    """The layer whose MLP an ordinary layer made from layer ``index`` has, of so many channels: itself if it has them,
+    else the widest."""
+    own = own_channels(decoder_layers(model)[index], family_of(model))
+    return index if own is not None and own >= channels else widest(model)
 
 
 def layer_widths(model: PreTrainedModel) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers, family_of, has_experts, norm_before_mlp
+from kdprune.model.families import decoder_layers, family_of, has_experts, norm_before_mlp, own_channels, widest
 from kdprune.model.modeling_kdp import FoldedLayer, StandIn, groups_of, key_value_heads
-from kdprune.model.surgery import own_channels, plain_copy, widest
+from kdprune.model.surgery import plain_copy
 
 
 @dataclass(frozen=True)

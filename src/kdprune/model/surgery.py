@@ -27,8 +27,10 @@ from .families import (
     is_sliced,
     layer_types_of,
     layer_widths,
+    mlp_source,
     number_layers,
     numbered_modules,
+    own_channels,
     restore_rotations,
     set_depth,
 )
@@ -39,7 +41,6 @@ from .modeling_kdp import (
     VERSION,
     Family,
     FoldedLayer,
-    NoMLP,
     OwnConfig,
     StandIn,
     auto_map,
@@ -62,8 +63,7 @@ from .widths import joined_widths, resize_layers, rewrite
 
 __all__ = [
     "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
-    "earlier_blocks", "layers_replaced", "mlp_source", "ordinary_layer", "own_channels", "plain_copy", "running_from",
-    "widest", "without_sublayer",
+    "earlier_blocks", "layers_replaced", "ordinary_layer", "plain_copy", "running_from", "without_sublayer",
 ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def ordinary_layer(
     queries, and the first ``channels`` MLP channels are left; None: all. Others' weights can be put there.
 
     What an earlier pruning folded into the layer is left out; where the layer has fewer channels than asked for, or a
-    stand-in in the place of its MLP, it gets a copy of that of :func:`widest`. It is the ``context`` of a
+    stand-in in the place of its MLP, it gets a copy of that of :func:`mlp_source`. It is the ``context`` of a
     :class:`Substitute` without stand-in. Raises KDPruneError for an index, heads or channels that the model does not
     have.
     """
@@ -223,34 +223,6 @@ def _unfolded_copy(model: PreTrainedModel, index: int) -> nn.Module:
     layer = plain_copy(decoder_layers(model)[index], {id(model.config): model.config})
     unfold(layer)
     return layer
-
-
-def own_channels(layer: nn.Module, family: Family) -> int | None:
-    """The channels of a layer's own MLP; None where a stand-in has its place, or experts, or nothing."""
-    if isinstance(getattr(layer, family.mlp[0]), StandIn | NoMLP) or not family.mlp_out:
-        return None
-    return columns_of(layer.get_submodule(family.mlp_out))
-
-
-def widest(model: PreTrainedModel) -> int:
-    """The layer with the most MLP channels, the first of equals.
-
-    Raises KDPruneError where every layer has a stand-in in the place of its MLP.
-    """
-    family = family_of(model)
-    found = [(own_channels(layer, family) or 0, -index) for index, layer in enumerate(decoder_layers(model))]
-    channels, index = max(found)
-    if not channels:
-        raise KDPruneError("got a model whose MLPs are all stand-ins, expected one with a layer of its own left: prune "
-                           "it with a method that takes layers whole, such as shortgpt, or prune the dense model anew")
-    return -index
-
-
-def mlp_source(model: PreTrainedModel, index: int, channels: int) -> int:
-    """The layer whose MLP an ordinary layer made from layer ``index`` has, of so many channels: itself if it has them,
-    else the widest."""
-    own = own_channels(decoder_layers(model)[index], family_of(model))
-    return index if own is not None and own >= channels else widest(model)
 
 
 def without_sublayer(model: PreTrainedModel, layer: nn.Module, sublayer: str) -> nn.Module:

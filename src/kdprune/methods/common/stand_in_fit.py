@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from kdprune.kernel.features import rms_normalize
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of, norm_of_mlp, norms_behind_mlp
+from kdprune.model.families import decoder_layers, family_of, mlp_source, norm_of_mlp, norms_behind_mlp
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
 from kdprune.model.structures import has_mlp_biases, mlp_weights, norm_affine, reciprocal
-from kdprune.model.surgery import Substitute, context_layer, mlp_source, ordinary_layer, plain_copy
+from kdprune.model.surgery import Substitute, context_layer, ordinary_layer, plain_copy
 from kdprune.model.widths import set_weights
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run

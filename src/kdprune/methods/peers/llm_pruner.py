@@ -16,9 +16,9 @@ from kdprune.methods.common.method import Method
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.units import unit_of
 from kdprune.methods.peers.saliency import loss_gradients, random_slices, weight_saliency
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, own_channels
 from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts, refuse_experts
-from kdprune.model.surgery import Resize, check_model, own_channels
+from kdprune.model.surgery import Resize, check_model
 from kdprune.options import option
 from kdprune.runtime.run import Run
 
