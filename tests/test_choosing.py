@@ -1,9 +1,10 @@
 """How many layers the chosen blocks have, and by what they are ranked, against brute force and slow ways."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.methods.common.budget import WIDEST, Budget, filled, select_by_similarity
-from kdprune.methods.common.selection import candidate_blocks
+from kdprune.methods.common.selection import candidate_blocks, reachable
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
 from kdprune.methods.kdp.damage import Trial, beside, choose_by_damage, guessed, proposed
@@ -28,6 +29,7 @@ from kdprune.model.weights import Source
 from kdprune.planning.plan import plan
 from kdprune.report.results import Results
 from kdprune.runtime.run import Run
+from kdprune.store.cache import Cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,9 +157,11 @@ def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(cont
     chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, fill=False)
     assert chosen == list(min(damage.together, key=lambda entry: entry[1])[0])
     assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
-    near = beside(chosen, damage.alone, budget)
+    tried, first = {taken for taken, _ in damage.together}, proposed(damage.alone, budget)
+    assert first.keys() < tried
+    near = [one for price in set(first.values()) for one in beside(chosen, damage.alone, budget, price)]
+    assert any(set(beside(chosen, damage.alone, budget, price)) <= tried for price in set(first.values()))
     assert near
-    assert {tuple(one) for one in near} <= {taken for taken, _ in damage.together}
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     for taken, value in damage.together:
         assert sum(budget.removal(c.block, c.shape) for c in taken) >= budget.target.parameters
@@ -177,18 +181,26 @@ def drawn_damage(model: PreTrainedModel) -> tuple[Budget, dict[Candidate, float]
     return budget, dict(zip(candidates, draw.tolist(), strict=True))
 
 
-def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
-    budget, damage = drawn_damage(bundled)
-    sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(damage, count)
+def within_slack(budget: Budget, candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
+    """By brute force the sets of separated candidates that meet the target and stay within the slack."""
+    sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(candidates, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(taken))]
     removed = [sum(budget.removal(c.block, c.shape) for c in taken) for taken in sets]
     least = min(value for value in removed if value >= budget.target.parameters)
     most = max(least, budget.target.parameters + budget.slack)
-    within = [taken for taken, value in zip(sets, removed, strict=True) if budget.target.parameters <= value <= most]
+    return [taken for taken, value in zip(sets, removed, strict=True) if budget.target.parameters <= value <= most]
+
+
+def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedModel) -> None:
+    budget, damage = drawn_damage(bundled)
+    within = within_slack(budget, damage)
     expected = [min(sum(damage[c] + price for c in taken) for taken in within) for price in damage_module.PRICES]
     found = proposed(damage, budget)
     costs = [[sum(damage[c] + price for c in taken) for taken in found] for price in damage_module.PRICES]
     assert [min(values) for values in costs] == pytest.approx(expected)
+    for taken, price in found.items():
+        place = damage_module.PRICES.index(price)
+        assert sum(damage[c] + price for c in taken) == pytest.approx(expected[place])
     assert len({len(taken) for taken in within}) > 1
 
 
@@ -227,21 +239,25 @@ def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pyt
 
 def test_sets_beside_the_best_lack_one_of_its_candidates_and_cost_least_of_those(bundled: PreTrainedModel) -> None:
     budget, damage = drawn_damage(bundled)
-    [best] = proposed(damage, budget, (0.0,))
-    found = beside(best, damage, budget)
-    assert len(found) == len(best)
-    for missing, one in zip(best, found, strict=True):
-        assert missing not in one
-        assert [one] == proposed({c: value for c, value in damage.items() if c != missing}, budget, (0.0,))
-        assert sum(map(damage.__getitem__, one)) >= sum(map(damage.__getitem__, best))
-    assert beside(best, {c: damage[c] for c in best}, budget) == []  # without any of them the target is out of reach
+    damage = {candidate: 0.2 * value for candidate, value in damage.items()}  # of the prices' size
+    sets = within_slack(budget, damage)
+    assert len(proposed(damage, budget)) > 1
+    for best, price in proposed(damage, budget).items():
+        costs = {taken: sum(damage[c] + price for c in taken) for taken in sets}
+        found = beside(best, damage, budget, price)
+        assert set(found.values()) == {price}
+        assert sorted(costs[one] for one in found) == pytest.approx(
+            sorted({min(cost for taken, cost in costs.items() if missing not in taken) for missing in best}))
+        assert best not in found
+        # Without any of them the target is out of reach.
+        assert beside(best, {c: damage[c] for c in best}, budget, price) == {}
 
 
 def test_a_loss_that_is_no_number_is_never_chosen() -> None:
     model = build("llama3")
     budget = KDP(ratio=0.1).budget(model)
     damage = {Candidate(range(1, 3), budget.shape): math.inf, Candidate(range(2, 4), budget.shape): 3.0}
-    assert proposed(damage, budget) == [[Candidate(range(2, 4), budget.shape)]]
+    assert list(proposed(damage, budget)) == [(Candidate(range(2, 4), budget.shape),)]
 
 
 def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) -> None:
@@ -258,6 +274,53 @@ def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) 
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key])
         assert torch.equal(value, states[2][key])
+
+
+def test_a_run_that_finds_what_no_number_was_takes_the_same(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
+    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
+    budget, damages, seen = method.budget(model), damage_module._Measuring.damages, []
+
+    def overflowing(measuring, sets, *about) -> list[float]:
+        found = damages(measuring, sets, *about)
+        seen.extend(sets)
+        return [math.inf if len(seen) == len(sets) and place == 0 else value for place, value in enumerate(found)]
+
+    monkeypatch.setattr(damage_module._Measuring, "damages", overflowing)
+    cache = Cache(tmp_path)
+    first, second = (choose_by_damage(
+        model, tokens, method.candidates(candidate_blocks(range(6), 1, 3), budget.shape), budget,
+        Trial(method.settings(budget.shape, tokens), method.held, 0),
+        Run(3, batch_size=4, cache=cache, about="this"), fill=False) for _ in range(2))
+    assert math.inf in first[1].alone.values()
+    assert (first[0], dict(first[1].alone), list(first[1].together)) == (
+        second[0], dict(second[1].alone), list(second[1].together))
+    assert first[1].by_block == second[1].by_block
+
+
+def test_linear_errors_are_means(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, method = tiny_model("llama3"), random_tokens(rows=24), KDP(**{**SOLVED, "ratio": 0.1})
+    trial = Trial(method.settings(method.budget(model).shape, tokens), 0.25, 0)
+    twice = tokens.select(torch.cat([torch.arange(24), torch.arange(18, 24)]))  # six rows that no fit sees, and twelve
+    one, other = (
+        damage_module._Measuring.of(
+            model, rows, [range(1, 3), range(1, 4)], dataclasses.replace(trial, held=held), Run(3, batch_size=4)
+        ).linear_errors([range(1, 3), range(1, 4)]) for rows, held in ((tokens, 6 / 24), (twice, 12 / 30)))
+    assert one == pytest.approx(other, rel=1e-5)
+    assert 0 < one[range(1, 3)] < one[range(1, 4)] < 2
+
+
+@pytest.mark.parametrize("most", [0, 3, 40])
+def test_totals_beyond_a_bound_are_left_out_and_nothing_else(most: int) -> None:
+    blocks = candidate_blocks(range(8), 1, 3)
+
+    def score(block: range) -> float:
+        return math.sin(7 * block.start + len(block))
+
+    whole = reachable(blocks, score, len)
+    assert reachable(blocks, score, len, most) == {size: entry for size, entry in whole.items() if size <= most}
 
 
 @pytest.mark.parametrize("context", ["attention", "none"])
@@ -329,6 +392,7 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
         for model in (whole, streamed))
     assert (chosen, damage) == (again, found)
     last = [count for key, count in reads.items() if key.startswith("model.layers.5.")]
+    assert len(rounds) // 2 < len(damage.alone) + len(damage.together)
     passes = 1 + len(rounds) // 2 if room != "one by one" else 1 + len(damage.alone) + len(damage.together)
     if room == "one by one":
         passes += len(list(streamed_batches(tokens))) - 1  # the states' pass takes one batch at a time as well

@@ -174,7 +174,7 @@ class Bench:
         run = dataclasses.replace(run, scores=scores)
         rows = None if variant.heal is None else self.session.again(run.seed, run.stages).healing_rows(
             self.texts.source, tokens, variant.method.held, variant.heal.tokens)
-        with metered() as cost:
+        with metered(self._known.nbytes) as cost:
             made = run_method(self.session.model, variant.method, tokens, run, variant.heal, rows)
         outcome, healed = made.outcome, made.healed or {}
         seen = tokens.tokens if outcome.tokens is None else outcome.tokens
@@ -218,7 +218,7 @@ class Bench:
             return None, Meter()
         key = self._rows(run.seed, variant)
         if key not in self._scores:
-            with metered() as cost:
+            with metered(self._known.nbytes) as cost:
                 scores = score_layers(
                     self.session.model, self.tokens(run.seed, variant), run, protect=method.protect)
             # Of an analysis that an interrupted run made, the cost it had then.

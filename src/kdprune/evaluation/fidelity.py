@@ -63,6 +63,11 @@ class DenseStates:
     room: int = KEPT
     _states: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """What is kept."""
+        return sum(states.nbytes for states in self._states.values())
+
     def forward(self, *about: Any) -> Forward:
         """A model's forward pass over batches, those of one text, window and stride."""
         return lambda model, batches: self._logits(model, batches, about)

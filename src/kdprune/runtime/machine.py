@@ -114,15 +114,18 @@ class Meter:
 
 
 @contextlib.contextmanager
-def metered() -> Iterator[Meter]:
-    """``with metered() as cost: …``; the work queued on an accelerator is waited for. Stretches do not nest."""
+def metered(beside: int = 0) -> Iterator[Meter]:
+    """``with metered() as cost: …``; the work queued on an accelerator is waited for. Stretches do not nest.
+
+    beside: bytes on the host that are there for other work, and do not count.
+    """
     meter = Meter(own_peak=reset_peak_memory())
     start = time.perf_counter()
     yield meter
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     meter.seconds = time.perf_counter() - start
-    meter.peak_memory_bytes = peak_memory_bytes()
+    meter.peak_memory_bytes = peak_memory_bytes() - beside
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ def candidate_blocks(layers: range, shortest: int, longest: int) -> list[range]:
 
 
 def reachable(
-    candidates: Sequence[Taken], score: Callable[[Taken], float], removal: Callable[[Taken], int]
+    candidates: Sequence[Taken], score: Callable[[Taken], float], removal: Callable[[Taken], int],
+    most: float = math.inf,
 ) -> _Table[Taken]:
     """For every total removal that some set of separated blocks reaches, the set of greatest total score.
 
@@ -58,6 +59,7 @@ def reachable(
         candidates: blocks to choose from.
         score: value of a block.
         removal: net parameters it removes.
+        most: totals beyond this are not looked at, nor what they could lead to.
     """
     last = max((block.stop for block in candidates), default=0)
     kept: list[_Table[Taken]] = [{} for _ in range(last + 1)]
@@ -72,7 +74,7 @@ def reachable(
                 gain, size = score(block), removal(block)
                 extended = {
                     removed + size: (total + gain, (*blocks, block))
-                    for removed, (total, blocks) in kept[position].items()
+                    for removed, (total, blocks) in kept[position].items() if removed + size <= most
                 }
                 _merge(cut[block.stop], extended)
     result: _Table[Taken] = {}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,14 +90,15 @@ def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
 def trials(
     tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
 ) -> tuple[int, int, float]:
-    """At most how many candidates are measured alone, and how many sets, and what that costs in tokens that pass the
-    whole model."""
+    """From how many candidates alone on no more are measured, but those that a set still lacks; how many sets at most;
+    and what that costs in tokens that pass the whole model, the sets' own fits not counted."""
     forms = len({candidate.shape for candidate in candidates})
-    lengths = len({len(candidate.block) for candidate in candidates})
+    blocks = {candidate.block for candidate in candidates}
+    lengths = len({len(block) for block in blocks})
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
     cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
-    most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), lengths)
+    most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), len(_first_lengths(blocks)) * forms)
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
     return most, sets, most * cost + sets * scored + fitted + scored
 
@@ -118,9 +119,10 @@ def choose_by_damage(
        that is unsure of the text.
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``, Δ as :func:`guessed` where it
        is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
-       as :func:`trials` allows.
+       as :func:`trials` allows; of one set at least everything is.
     4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes. Around the
-       best, the sets of least Σ Δ without one or another of its candidates, until none of these is better.
+       best, what the price that proposed it gives without one or another of its candidates, until none of these is
+       better.
 
     Args:
         candidates: blocks with forms of stand-ins; none of them over a layer that must stay.
@@ -135,8 +137,8 @@ def choose_by_damage(
     measured = run.cached(
         "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
         JsonCodec(dict))
-    alone = {_candidate(item): value for item, value in measured["alone"]}
-    together = [(tuple(map(_candidate, items)), value) for items, value in measured["together"]]
+    alone = {_candidate(item): _value(value) for item, value in measured["alone"]}
+    together = [(tuple(map(_candidate, items)), _value(value)) for items, value in measured["together"]]
     return list(together[0][0]), Damage(alone, together)
 
 
@@ -151,6 +153,11 @@ def _plain(damage: Damage) -> dict[str, Any]:
 def _candidate(item: Sequence[Any]) -> Candidate:
     start, stop, shape = item
     return Candidate(range(start, stop), Shape(**shape))
+
+
+def _value(value: float | None) -> float:
+    """A Δ that was kept: what is no number has no place in JSON."""
+    return math.inf if value is None else value
 
 
 def _measure(
@@ -170,31 +177,36 @@ def _measure(
     while len(alone) < most and (new := _unknown(chosen, alone)):
         alone |= damages(new[: most - len(alone)])
         chosen = proposed(guessed(candidates, alone, errors), budget)
-    if budget.most_removed(list(alone)) < budget.target.parameters:
-        alone |= damages(_unknown(chosen[:1], alone))
+    # Else what is known might meet the target with one long block alone, far beyond it.
+    if lacking := min((_unknown([one], alone) for one in chosen), key=len):
+        alone |= damages(lacking)
     together: dict[tuple[Candidate, ...], float] = {}
-    chosen = proposed(alone, budget)
-    while chosen:
-        values = measuring.damages([filled(one, budget) if fill else one for one in chosen], "damage of sets")
-        together |= zip(map(tuple, chosen), values, strict=True)
+    prices = proposed(alone, budget)
+    while new_sets := [one for one in prices if one not in together][: max(sets - len(together), 0)]:
+        values = measuring.damages([filled(one, budget) if fill else one for one in new_sets], "damage of sets")
+        together |= zip(new_sets, values, strict=True)
         best = min(together, key=together.__getitem__)
-        near = dict.fromkeys(tuple(one) for one in beside(best, alone, budget))
-        chosen = [list(one) for one in near if one not in together][: max(sets - len(together), 0)]
+        prices = beside(best, alone, budget, prices[best]) | prices
     measuring.forget()
     return Damage(alone, sorted(together.items(), key=lambda entry: entry[1]))
 
 
-def _unknown(sets: Sequence[Sequence[Candidate]], known: Mapping[Candidate, float]) -> list[Candidate]:
+def _unknown(sets: Iterable[Sequence[Candidate]], known: Mapping[Candidate, float]) -> list[Candidate]:
     """The candidates of these sets whose Δ is not known, each once."""
     return list(dict.fromkeys(candidate for chosen in sets for candidate in chosen if candidate not in known))
 
 
 def _first(candidates: Sequence[Candidate], errors: Mapping[range, float]) -> list[Candidate]:
-    """The block of least error of the lengths 1, 2, 4, …, or of the shortest, behind all its forms of stand-in."""
-    lengths = sorted({len(block) for block in errors})
-    wanted = [length for length in lengths if length & (length - 1) == 0] or lengths[:1]
-    blocks = [min((block for block in errors if len(block) == length), key=errors.__getitem__) for length in wanted]
+    """The block of least error of some lengths, behind all its forms of stand-in."""
+    blocks = [min((block for block in errors if len(block) == length), key=errors.__getitem__)
+              for length in _first_lengths(errors)]
     return [candidate for block in blocks for candidate in candidates if candidate.block == block]
+
+
+def _first_lengths(blocks: Iterable[range]) -> list[int]:
+    """1, 2, 4, …, those of them that there are; or the shortest."""
+    lengths = sorted(set(map(len, blocks)))
+    return [length for length in lengths if length & (length - 1) == 0] or lengths[:1]
 
 
 def guessed(
@@ -204,14 +216,19 @@ def guessed(
 
         log Δ = a + b log error,   b = (Σ xy + ε) / (Σ x² + ε)
 
-    with x and y the logarithms less their means, and ε = .1 for one measurement in which Δ goes with the error.
+    with x and y the logarithms less their means, and ε = .1 for one measurement in which Δ goes with the error. Where
+    nothing has a finite Δ, the error itself.
     """
     def logarithm(value: float) -> float:
         return math.log(min(max(value, 1e-12), 1e3))
 
     lines = {}
     for shape in {candidate.shape for candidate in candidates}:
-        own = [candidate for candidate in alone if candidate.shape == shape] or list(alone)
+        finite = [candidate for candidate in alone if math.isfinite(alone[candidate])]
+        own = [candidate for candidate in finite if candidate.shape == shape] or finite
+        if not own:
+            lines[shape] = 0.0, 0.0, 1.0
+            continue
         x, y = ([logarithm(value) for value in values] for values in (
             [errors[candidate.block] for candidate in own], [alone[candidate] for candidate in own]))
         middle, height = sum(x) / len(x), sum(y) / len(y)
@@ -224,29 +241,33 @@ def guessed(
     return found
 
 
-def beside(best: Sequence[Candidate], alone: Mapping[Candidate, float], budget: Budget) -> list[list[Candidate]]:
-    """The sets of least Σ Δ that lack one of the best set's candidates, where there are any."""
-    found = []
+def beside(
+    best: Sequence[Candidate], alone: Mapping[Candidate, float], budget: Budget, price: float
+) -> dict[tuple[Candidate, ...], float]:
+    """The sets that this price proposes without one of the best set's candidates, where there are any, → the price."""
+    found: dict[tuple[Candidate, ...], float] = {}
     for candidate in best:
         others = {other: value for other, value in alone.items() if other != candidate}
         if others and budget.most_removed(list(others)) >= budget.target.parameters:
-            found += proposed(others, budget, (0.0,))
+            found |= proposed(others, budget, (price,))
     return found
 
 
 def proposed(
     alone: Mapping[Candidate, float], budget: Budget, prices: Sequence[float] = PRICES
-) -> list[list[Candidate]]:
-    """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks, by price."""
-    found: list[list[Candidate]] = []
-    for price in prices:
+) -> dict[tuple[Candidate, ...], float]:
+    """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks → the price, that
+    nearest to none of those that propose it."""
+    found: dict[tuple[Candidate, ...], float] = {}
+    target, sizes = budget.target.parameters, [budget.removed_by(candidate) for candidate in alone]
+    # A set beyond this still meets the target when it lacks any one of its blocks.
+    most = target + budget.slack + max(sizes) - sum(min(size, 0) for size in sizes)
+    for price in sorted(prices, key=abs):
         cost = {candidate: min(value, 1e3) + price for candidate, value in alone.items()}
-        table = reachable(list(cost), lambda candidate, cost=cost: -cost[candidate], budget.removed_by)  # type: ignore[misc]
-        enough = [removed for removed in table if removed >= budget.target.parameters]
-        near = [removed for removed in enough if removed <= max(min(enough), budget.target.parameters + budget.slack)]
-        chosen = list(table[max(near, key=lambda removed: table[removed][0])][1])
-        if chosen not in found:
-            found.append(chosen)
+        table = reachable(list(cost), lambda one, cost=cost: -cost[one], budget.removed_by, most)  # type: ignore[misc]
+        enough = [removed for removed in table if removed >= target]
+        near = [removed for removed in enough if removed <= max(min(enough), target + budget.slack)]
+        found.setdefault(table[max(near, key=lambda removed: table[removed][0])][1], price)
     return found
 
 
@@ -260,7 +281,7 @@ class _Measuring:
         rows: both kinds of rows.
         scored: how many at the end damage is measured on.
         trial: how stand-ins are fitted.
-        run: with batches so small that every process has rows to measure on, where these suffice.
+        run: with batches so small that of several processes each has rows to measure on, where these suffice.
         states: by boundary; this process's share of the rows.
         teacher: the dense model's distributions, by number among ``rows``.
     """
@@ -283,9 +304,10 @@ class _Measuring:
         fitted = len(fit_rows(tokens, trial.held, model.config.hidden_size))
         scored, behind = len(damage_rows(tokens, trial.held)), len(tokens.fitted(trial.held))
         rows = tokens.select(torch.cat([torch.arange(fitted), torch.arange(behind, behind + scored)]))
-        run = dataclasses.replace(run, batch_size=min(run.batch_size, -(-scored // world().size)))
+        share = scored if world().size == 1 else -(-scored // (ALONE * world().size))
+        run = dataclasses.replace(run, batch_size=min(run.batch_size, share))
         needed = sorted({index for block in blocks for index in range(block.start, block.stop + 1)} | {last})
-        follows_from = ["damage", fitted, scored, run.batch_size]
+        follows_from = ["damage", fitted, behind, scored, run.batch_size]
         spill = (lambda index: run.spill_directory(index, follows_from)) if is_streamed(running) else lambda _: None
         states = boundary_states(running, rows, needed, run, stage="damage states", spill=spill)
         teacher = Teacher(running, rows, TOP, keep=torch.arange(fitted, fitted + scored), final=states[last])
@@ -328,14 +350,16 @@ class _Measuring:
             moments.update(inputs, torch.cat([self.real(b.stop, numbers) - inputs for b in blocks], dim=1))
         solved = moments.add_processes().solve_affine(self.trial.settings.ridge)
         matrix, offset = (value.float() for value in solved)
-        sums = [0.0] * len(blocks)
+        sums, count = [0.0] * len(blocks), 0
         for numbers in self.batches(scored=True):
             tested = self.real(start, numbers)
+            count += len(tested)
             predicted = (tested @ matrix.T + offset).split(width, dim=1)
             for place, (block, update) in enumerate(zip(blocks, predicted, strict=True)):
                 true = self.real(block.stop, numbers)
                 sums[place] += float(((tested + update - true).square().sum(-1) / true.square().sum(-1)).sum())
-        return dict(zip(blocks, world().total(sums), strict=True))
+        *sums, tokens = world().total([*sums, count])
+        return {block: total / tokens for block, total in zip(blocks, sums, strict=True)}
 
     def fitted(self, candidate: Candidate) -> Substitute:
         """The candidate's stand-in, solved for, with the draws that a fit of it alone would start from."""
@@ -352,18 +376,18 @@ class _Measuring:
         What enters a set's first block is known, so that only what is behind that is run.
         """
         found: list[float] = []
-        abreast = self._abreast()
+        abreast = self._abreast(one_in)
         with self.run.stage(stage, len(sets)) as progress:
             for first in range(0, len(sets), abreast):
                 found += self._together(sets[first : first + abreast], one_in, progress)
         return found
 
-    def _abreast(self) -> int:
+    def _abreast(self, one_in: int) -> int:
         """How many ways pass the layers side by side, the same in all processes: of a streamed model, to read them
         once for all, as many as there is room for; else one."""
         if not is_streamed(self.running):
             return 1
-        tokens = max(sum(map(len, self.batches(scored=True))), 1) * self.rows.ids.shape[1]
+        tokens = max(sum(map(len, self.batches(True, one_in))), 1) * self.rows.ids.shape[1]
         one = tokens * self.model.config.hidden_size * self.running.dtype.itemsize
         return max(min(world().gather(scratch_of(self.running).host_bytes // one)), 1)
 
