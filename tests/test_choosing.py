@@ -159,9 +159,8 @@ def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(cont
     assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
     tried, first = {taken for taken, _ in damage.together}, proposed(damage.alone, budget)
     assert first.keys() < tried
-    near = [one for price in set(first.values()) for one in beside(chosen, damage.alone, budget, price)]
-    assert any(set(beside(chosen, damage.alone, budget, price)) <= tried for price in set(first.values()))
-    assert near
+    near = [set(beside(chosen, damage.alone, budget, price)) for price in set(first.values())]
+    assert any(sets and sets <= tried for sets in near)  # at the price that proposed it
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     for taken, value in damage.together:
         assert sum(budget.removal(c.block, c.shape) for c in taken) >= budget.target.parameters
@@ -300,7 +299,7 @@ def test_a_run_that_finds_what_no_number_was_takes_the_same(
     assert first[1].by_block == second[1].by_block
 
 
-def test_linear_errors_are_means(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_errors_are_means(tiny_model) -> None:
     model, tokens, method = tiny_model("llama3"), random_tokens(rows=24), KDP(**{**SOLVED, "ratio": 0.1})
     trial = Trial(method.settings(method.budget(model).shape, tokens), 0.25, 0)
     twice = tokens.select(torch.cat([torch.arange(24), torch.arange(18, 24)]))  # six rows that no fit sees, and twelve

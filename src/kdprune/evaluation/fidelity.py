@@ -57,7 +57,7 @@ class DenseStates:
     that are there, only the final norm and the head are run, with the same logits to the bit.
 
     Attributes:
-        room: bytes that may still be kept.
+        room: bytes that may be kept.
     """
 
     room: int = KEPT
@@ -82,8 +82,7 @@ class DenseStates:
                 yield logits_behind(model, batch, self._states[key])
                 continue
             logits, final = logits_and_final(model, batch)
-            if final.nbytes <= self.room:
-                self.room -= final.nbytes
+            if self.nbytes + final.nbytes <= self.room:
                 self._states[key] = final.cpu()
             yield logits
 

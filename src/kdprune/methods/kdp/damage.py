@@ -181,12 +181,12 @@ def _measure(
     if lacking := min((_unknown([one], alone) for one in chosen), key=len):
         alone |= damages(lacking)
     together: dict[tuple[Candidate, ...], float] = {}
-    prices = proposed(alone, budget)
-    while new_sets := [one for one in prices if one not in together][: max(sets - len(together), 0)]:
+    price_of = proposed(alone, budget)
+    while new_sets := [one for one in price_of if one not in together][: max(sets - len(together), 0)]:
         values = measuring.damages([filled(one, budget) if fill else one for one in new_sets], "damage of sets")
         together |= zip(new_sets, values, strict=True)
         best = min(together, key=together.__getitem__)
-        prices = beside(best, alone, budget, prices[best]) | prices
+        price_of = beside(best, alone, budget, price_of[best]) | price_of
     measuring.forget()
     return Damage(alone, sorted(together.items(), key=lambda entry: entry[1]))
 
@@ -222,9 +222,8 @@ def guessed(
     def logarithm(value: float) -> float:
         return math.log(min(max(value, 1e-12), 1e3))
 
-    lines = {}
+    lines, finite = {}, [candidate for candidate in alone if math.isfinite(alone[candidate])]
     for shape in {candidate.shape for candidate in candidates}:
-        finite = [candidate for candidate in alone if math.isfinite(alone[candidate])]
         own = [candidate for candidate in finite if candidate.shape == shape] or finite
         if not own:
             lines[shape] = 0.0, 0.0, 1.0
