@@ -29,7 +29,7 @@ from speed import SHAPES
 
 from kdprune.data.sources import BUNDLED_MODEL
 from kdprune.methods.common.analysis import ENOUGH
-from kdprune.methods.kdp.kdp import PRESETS
+from kdprune.methods.kdp.kdp import PRESETS, SHORT
 from kdprune.runtime.machine import resolve_device
 from kdprune.store.files import readable_bytes
 
@@ -82,6 +82,7 @@ def by_step(found: dict[str, Any]) -> dict[str, float]:
     """Seconds by step, blocks added up."""
     sums: dict[str, float] = {}
     for stage, cost in found["stages"].items():
+        stage = stage.replace("rate ", "refine ")  # on trial, which plan counts to the training that it is for
         step = next((step for step in STEPS if stage.startswith(step)), None)
         if step is not None:
             sums[step] = sums.get(step, 0.0) + cost["seconds"]
@@ -105,7 +106,7 @@ def projected(found: dict[str, Any]) -> dict[str, float]:
         scale = default["kernel_epochs"] / ran["kernel_epochs"] * wanted / had
         passes["kernel"] = seconds["kernel"] * scale / (forward * MILLION)
     if "refine" in seconds:
-        passes["refine"] = seconds["refine"] / each * default["refine_epochs"] / ran["refine_epochs"]
+        passes["refine"] = seconds["refine"] / each * SHORT[0] / ran["refine_epochs"]
     return passes
 
 

@@ -26,6 +26,7 @@ from kdprune.planning.plan import PruningPlan, plan
 HERE = Path(__file__).parent
 HARDWARE = "cpu1-amd-epyc_202611"
 SCORED = 131_072  # tokens that the analysis took, at most, when the records were made
+RATE = 1e-3  # any: of step 3, whose rate was not on trial then
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
 
 def planned_run(shape: str, found: dict[str, Any]) -> PruningPlan:
     """The plan of a run of cost.py: its tokens and options, its blocks if it got so far. Later blocks were not
-    corrected when it was made, few rows not refined on for longer, and the default was what `fourier` is."""
+    corrected when it was made, few rows not refined on for longer, no rate was on trial, and the default was what
+    `fourier` is."""
     job = found["job"]
     options = {"preset": "fourier", **job["options"], "sequential": False,
-               "refine_epochs": found["method"]["refine_epochs"]}
+               "refine_epochs": found["method"]["refine_epochs"], "rate": RATE}
     if found["blocks"]:
         options |= {"blocks": found["blocks"]}
     return plan_of(shape, found["dtype"], samples=found["tokens"] // job["length"], length=job["length"],
@@ -99,7 +101,8 @@ def of_cost(shape: str, found: dict[str, Any]) -> Iterator[Check]:
 
 def of_memory(shape: str, row: dict[str, Any]) -> Iterator[Check]:
     """Peak and stages of one run of memory.py that pruned."""
-    options = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512, "sequential": False}
+    options = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512, "sequential": False,
+               "rate": RATE}
     made = plan_of(shape, row["dtype"], samples=row["tokens"] // 128, length=128, blocks=row["blocks"], **options)
     run = f"{shape}, {row['tokens']:,} tokens, {'states on disk' if row['work_dir'] else 'states in memory'}"
     yield Check(run, "parameters left", made.pruned.parameters, row["parameters"][1], exact=True)

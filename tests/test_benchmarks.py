@@ -24,7 +24,7 @@ import speed  # noqa: E402
 import speed_page  # noqa: E402
 
 from kdprune.methods.common.analysis import ENOUGH  # noqa: E402
-from kdprune.methods.kdp.kdp import PRESETS  # noqa: E402
+from kdprune.methods.kdp.kdp import PRESETS, SHORT  # noqa: E402
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -99,7 +99,7 @@ def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
     assert passes["analyse"] == pytest.approx(2 * ENOUGH / 2**20)
     assert passes["layer states"] == pytest.approx(2)
     default = PRESETS["default"]
-    assert passes["refine"] == pytest.approx(2 * default["refine_epochs"])
+    assert passes["refine"] == pytest.approx(2 * SHORT[0])
     # 8 s for one epoch over 512 tokens; the default's over 8 · 2048, against 2 s a 1024 tokens.
     assert passes["kernel"] == pytest.approx(8 * default["kernel_epochs"] * 16384 / 512 / (2 * 1024))
 

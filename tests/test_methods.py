@@ -3,12 +3,11 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from families import TRIED
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
@@ -279,21 +278,6 @@ def test_every_option_by_name(options: dict, tiny_model) -> None:
         assert result.fit[0]["hidden"] == 32
         assert result.fit[0]["features"] == 6
         assert result.fit[0]["step3"] is None
-
-
-@pytest.mark.parametrize(("rows", "options", "epochs"), [
-    (4, {}, 60),                          # 1 step an epoch: 1,200 epochs would make 1,200 steps
-    (200, {"held": 0.2}, 60),             # 160 rows, 20 steps
-    (400, {"held": 0.1}, 27),             # 360 rows, 45 steps: 26.7 epochs
-    (400, {"held": 0.1, "batch": 2}, 15), # 180 steps: 6.7 epochs
-    (4000, {}, 15),
-    (4, {"refine_epochs": 3}, 3),
-])
-def test_few_rows_are_refined_on_for_longer(
-    rows: int, options: dict[str, float], epochs: int, tiny_model: Callable[..., PreTrainedModel]
-) -> None:
-    method = KDP(preset="thorough", **options)  # type: ignore[arg-type]
-    assert method.settings(method.shape(tiny_model("llama3")), random_tokens(rows)).step3.epochs == epochs
 
 
 def test_paper_preset_has_the_papers_sizes() -> None:

@@ -232,6 +232,15 @@ def norm_of_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     return _norm(layer, family, family.mlp_norm)
 
 
+def norms_from(model: PreTrainedModel, boundary: int) -> list[nn.Module]:
+    """The norms through which the sublayers of layer ``boundary`` and of those behind it read the stream, or the final
+    one where there are none; Identity where one reads the stream itself."""
+    family, layers = family_of(model), list(decoder_layers(model))[boundary:]
+    found = [norm for layer in layers
+             for norm in (_norm(layer, family, family.attention_norm), norm_before_mlp(model, layer))]
+    return found or [final_norm(model)]
+
+
 def _norm(layer: nn.Module, family: Family, names: str | tuple[str, ...]) -> nn.Module:
     name = family.norm_in(layer, names)
     return nn.Identity() if name is None else layer.get_submodule(name)

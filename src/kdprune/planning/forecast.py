@@ -13,10 +13,11 @@ from typing import NamedTuple
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.analysis import CHUNK, ENOUGH, STATES
 from kdprune.methods.common.shape import Shape
-from kdprune.methods.kdp.fit_block import FitSettings
+from kdprune.methods.kdp.fit_block import REFINE_RATES, FitSettings
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
+from kdprune.train.trial import SHARE as TRIAL_SHARE
 
 # Of operations counted: what a stage takes on one CPU thread over what its count says.
 ANALYSE = 1.13    # scores of all pairs beside the pass that gives the states (1.02 to 1.28 measured)
@@ -227,6 +228,8 @@ class Job:
                     * (size + self.width))
         if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
             trained = REFINE * 3 * self.settings.step3.epochs * fitted * self.replacement
+            if self.settings.on_trial:  # every rate for one part in so many of the steps, at most
+                trained *= 1 + len(REFINE_RATES) / TRIAL_SHARE
             found["refine"] = Work(single=trained) if "fourier" in self.shape.parts else Work(half=trained)
         return found
 

@@ -50,9 +50,9 @@ def best_rate(
 def rate_on_trial(
     parameters: Iterable[torch.nn.Parameter], train: Callable[[int, Schedule, torch.Generator], Any],
     look: Callable[[], float], rows: int, schedule: Schedule, draw: torch.Generator,
-    say: Callable[[float, float], None] = lambda rate, value: None,
+    say: Callable[[float, float], None] = lambda rate, value: None, rates: Sequence[float] = RATES,
 ) -> float:
-    """The rate of ``RATES`` that serves best in trainings of a tenth of the steps, one pass at most.
+    """The rate, of several, that serves best in trainings of a tenth of the steps, one pass at most.
 
     A trial is a whole training, warm-up and annealing and all, over the first rows.
 
@@ -64,6 +64,7 @@ def rate_on_trial(
         schedule: of the training that the rate is for; its own rate is not looked at.
         draw: its generator, which is left as it is.
         say: as of :func:`best_rate`.
+        rates: those tried, highest first.
     """
     steps = max(-(-rows // schedule.batch) * schedule.epochs // SHARE, LEAST_STEPS)
 
@@ -73,4 +74,4 @@ def rate_on_trial(
         train(min(rows, steps * schedule.batch), replace(schedule, epochs=1, rate=rate, patience=None), twin)
         return look()
 
-    return best_rate(parameters, RATES, trial, say)
+    return best_rate(parameters, rates, trial, say)

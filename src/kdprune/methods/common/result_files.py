@@ -55,7 +55,8 @@ def joined(parts: Iterable[MethodResult]) -> MethodResult:
     """The results of several blocks as one."""
     parts = list(parts)
     return MethodResult(
-        [edit for part in parts for edit in part.edits], [entry for part in parts for entry in part.fit])
+        [edit for part in parts for edit in part.edits], [entry for part in parts for entry in part.fit],
+        rates=[rate for part in parts for rate in part.rates])
 
 
 def _pack_edit(edit: Edit) -> tuple[Plain, Mapping[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kdprune.model.block_states import BlockStates
 from kdprune.model.families import decoder_layers, family_of, mlp_source, norm_of_mlp, norms_behind_mlp
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
-from kdprune.model.structures import has_mlp_biases, mlp_weights, norm_affine, reciprocal
+from kdprune.model.structures import gains_from, has_mlp_biases, mlp_weights, norm_affine, reciprocal
 from kdprune.model.surgery import Substitute, context_layer, ordinary_layer, plain_copy
 from kdprune.model.widths import set_weights
 from kdprune.runtime.distributed import world
@@ -25,7 +25,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
-from kdprune.train.trial import rate_on_trial
+from kdprune.train.trial import RATES, rate_on_trial
 
 PASS_TOKENS = 4096  # a pass when nothing is trained, at least one row: regressors of all of them, float64, are held
 
@@ -174,27 +174,61 @@ class StandInFit:
         rows = self.states.local_rows(torch.arange(first, last))
         return iter(rows.split(max(1, PASS_TOKENS // self.states.tokens.ids.shape[1]))) if len(rows) else iter(())
 
-    @torch.no_grad()
     def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""
+        return self._update(lambda error, target: error)
+
+    @torch.no_grad()
+    def _update(self, seen: Callable[[Tensor, Tensor], Tensor]) -> float:
+        """Mean ‖seen(h_e − h_s, h_e)‖² over the fitted tokens; ``seen`` takes and gives shapes (n, d)."""
         total, count = 0.0, 0
         for rows in self.passes():
             target, mask = self.target(rows)
-            update = (target - self.states.inputs[rows].to(self.device).float())[mask]
+            update = seen((target - self.states.inputs[rows].to(self.device).float())[mask], target[mask])
             total, count = total + float(update.double().square().sum()), count + len(update)
         total, tokens = world().total([total, count])
         return max(total / tokens, 1e-30)
 
     def state_loss(self, energy: float) -> LossFunction:
-        """Loss of steps 2 and 3: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens only."""
+        """Loss of step 2 and of trained layers: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens
+        only."""
 
         def loss_function(rows: Tensor) -> Sums:
-            predicted = self.predict(rows)
-            target, mask = self.target(rows)
-            predicted, target = predicted[mask], target[mask]
+            predicted, target = self._pairs(rows)
             return state_errors(predicted, target, energy)
 
         return loss_function
+
+    def reading_loss(self) -> LossFunction:
+        """Loss of step 3, the error as the layers behind the block read it: Σ e / E[e of dropping the block], and Σ
+        cosine of the states, real tokens only.
+
+            e = ‖m ∘ (S(h_s) − h_e)‖² / ‖h_e‖²,   m as of :func:`kdprune.model.structures.gains_from`
+
+        What a norm behind it makes of the state, γ ∘ h / rms(h), is off by that. The plain error is ruled by outlier
+        dimensions, which norms read with a small γ, and by tokens with a large state.
+        """
+        gains = gains_from(self._model, self.states.block.stop).to(self.device)
+
+        def seen(error: Tensor, target: Tensor) -> Tensor:
+            return error * gains / target.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+        energy = self._update(seen)
+
+        def loss_function(rows: Tensor) -> Sums:
+            predicted, target = self._pairs(rows)
+            return Sums({
+                "loss": seen(predicted - target, target).square().sum() / energy,
+                "cosine": cosine_similarity(predicted, target, dim=-1).sum(),
+            }, len(target))
+
+        return loss_function
+
+    def _pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """S(h_s) and h_e of the real tokens of some rows, (n, d) each."""
+        predicted = self.predict(rows)
+        target, mask = self.target(rows)
+        return predicted[mask], target[mask]
 
     def train(
         self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
@@ -223,11 +257,12 @@ class StandInFit:
         return curves
 
     def rate(
-        self, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
-        draw: torch.Generator, run: Run,
+        self, parameters: Iterable[nn.Parameter], loss_function: LossFunction, look: Callable[[], float],
+        schedule: Schedule, draw: torch.Generator, run: Run, rates: Sequence[float] = RATES,
     ) -> float:
         """The learning rate for such a training that serves best on the held-out rows, of those tried
-        (:func:`kdprune.train.trial.rate_on_trial`); arguments as of :meth:`train`."""
+        (:func:`kdprune.train.trial.rate_on_trial`); ``look`` is what :meth:`train` would watch, other arguments are as
+        there."""
         parameters, name = list(parameters), self.states.name
 
         def train(rows: int, schedule: Schedule, draw: torch.Generator) -> None:
@@ -236,8 +271,7 @@ class StandInFit:
 
         with run.stage(f"rate {name}"):
             return rate_on_trial(
-                parameters, train, lambda: average(loss_function, self, held=True)["loss"][0], self.fit_rows, schedule,
-                draw, saying(run, name))
+                parameters, train, look, self.fit_rows, schedule, draw, saying(run, name), rates)
 
     def edit(self) -> Substitute:
         """The architecture change this fitting stands for."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.methods.common.held_out import held_out
+from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import Probe, StandInFit, average, state_errors
 from kdprune.methods.kdp.diagnostics import norm_decay, theory
@@ -18,20 +19,25 @@ from kdprune.methods.kdp.landmarks import place_landmarks
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold, solve_readout
 from kdprune.model.block_states import BlockStates
-from kdprune.model.surgery import Edit
 from kdprune.runtime.machine import mixed_precision
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule
+from kdprune.train.trial import RATES
 
 # Of which the frequencies' scale is chosen where none is given: on models of 4 M parameters 2 times the median
 # heuristic serves best, on really trained ones .3, at which states far apart still have features in common.
 BANDWIDTHS = (0.1, 0.3, 0.6, 1.0, 2.0)
 
+# Of which step 3's rate is chosen where none is given. SmolLM2's block is served best by 7e-3, Gemma-3's by 1e-4, and
+# does not come back from 3e-3.
+REFINE_RATES = (1e-2, *RATES)
+
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a block is fitted; names as in ``KDP``. bandwidth None: chosen for every block, of ``BANDWIDTHS``."""
+    """How a block is fitted; names as in ``KDP``. bandwidth None: chosen for every block, of ``BANDWIDTHS``; with
+    ``on_trial`` step 3's rate likewise, of ``REFINE_RATES``."""
 
     kernel: str
     rank: int
@@ -41,6 +47,7 @@ class FitSettings:
     step1: Schedule
     step2: Schedule
     step3: Schedule
+    on_trial: bool = False
     without: tuple[str, ...] = ()
 
 
@@ -82,7 +89,7 @@ class Fit:
 def fit_block(
     model: PreTrainedModel, states: BlockStates, shape: Shape, settings: FitSettings, number: int, run: Run,
     follows_from: Any = None,
-) -> tuple[Edit, dict[str, Any]]:
+) -> MethodResult:
     """Fits the stand-in of one block.
 
     Args:
@@ -95,12 +102,13 @@ def fit_block(
         follows_from: what, with the run, decides the fit.
 
     Returns:
-        The edit, and the block's entry of ``results.json``'s ``fit``.
+        The edit, the block's entry of ``results.json``'s ``fit``, and step 3's rate where it was on trial.
     """
     this = Fit.of(model, states, shape, settings, number, run, follows_from)
     fitting, block = this.fitting, states.block
     energy = fitting.update_energy()
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
+    rates: list[float] = []
     if "data" in shape.parts:
         place_landmarks(model, fitting, settings.ridge)
     if "fourier" in shape.parts:
@@ -115,12 +123,14 @@ def fit_block(
         _solve_plain(fitting, settings.ridge)
         record["step2"] = average(fitting.state_loss(energy), fitting)
     if settings.refine and (shape.kind != "linear" or shape.context):
-        record["step3"], record["refined"] = _step3(this, energy)
+        curves, rate = _step3(this)
+        record |= {"step3": curves, "refined": min(curves["watched"]) < curves["watched"][0]}
+        rates = [rate] if settings.on_trial else []
     record |= held_out(fitting, energy)
     edit = fitting.edit()
     place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
     added: Any = edit.context if edit.context is not None else edit.stand_in
-    return edit, record | {
+    record |= {
         "bandwidth": settings.bandwidth if "fourier" in shape.parts else None,
         "block": (block.start, block.stop), "place": place, "kind": shape.kind, "features": shape.features,
         "channels": shape.channels, "hidden": shape.hidden, "rank": _rank(shape, settings),
@@ -128,6 +138,7 @@ def fit_block(
         "ordinary": shape.ordinary, "trained": fitting.trained,
         "parameters": sum(parameter.numel() for parameter in added.parameters()),
     }
+    return MethodResult([edit], [record], rates=rates)
 
 
 def _rank(shape: Shape, settings: FitSettings) -> int:
@@ -277,16 +288,17 @@ def _step2(this: Fit, step1: Step1, energy: float) -> dict[str, Any]:
     return {"step2": curves, "alpha": float(inverse.alpha.detach()), "norms": norms}
 
 
-def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
-    """Trains stand-in and context together, up to the epoch that held-out rows find best, the start among them.
+def _step3(this: Fit) -> tuple[dict[str, list[float]], float]:
+    """Trains stand-in and context together on the error as the layers behind read it, up to the epoch that held-out
+    rows find best, the start among them.
 
     Weights are float32; matrix products of the gradient steps are bfloat16 where the device computes in it. Held-out
     rows are looked at in float32.
 
     Returns:
-        The curves, and whether any epoch was better than the start.
+        The curves, and the rate, given or found.
     """
-    fitting, loss_function = this.fitting, this.fitting.state_loss(energy)
+    fitting, loss_function, schedule = this.fitting, this.fitting.reading_loss(), this.settings.step3
     # A frequency's phase has no digits to spare: three of them are all that bfloat16 has.
     fast = "fourier" not in this.shape.parts
 
@@ -294,11 +306,14 @@ def _step3(this: Fit, energy: float) -> tuple[dict[str, list[float]], bool]:
         with mixed_precision(fitting.device, fast):
             return loss_function(rows)
 
+    def look() -> float:
+        return average(loss_function, fitting, held=True)["loss"][0]
+
     trained = [parameter for parameter in fitting.module.parameters() if parameter.requires_grad]
-    curves = this.train(
-        "refine", trained, stepping, this.settings.step3,
-        lambda: average(loss_function, fitting, held=True)["loss"][0])
-    return curves, min(curves["watched"]) < curves["watched"][0]
+    if this.settings.on_trial:
+        schedule = replace(
+            schedule, rate=fitting.rate(trained, stepping, look, schedule, this.draw, this.run, REFINE_RATES))
+    return this.train("refine", trained, stepping, schedule, look), schedule.rate
 
 
 @torch.no_grad()

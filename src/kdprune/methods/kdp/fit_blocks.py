@@ -49,8 +49,7 @@ def fit_blocks(model: PreTrainedModel, tokens: TokenSet, plan: FitPlan, run: Run
 
         def fit(number: int = number, edits: Sequence[Edit] = edits) -> MethodResult:
             states = collected.states(number, edits)
-            edit, record = fit_block(model, states, plan.shapes[number], plan.settings, number, run, [identity, number])
-            return MethodResult([edit], [record])
+            return fit_block(model, states, plan.shapes[number], plan.settings, number, run, [identity, number])
 
         name = f"fit-{block.start}-{block.stop}"
         done.append(run.cached(name, [identity, number], fit, ResultCodec(model)))

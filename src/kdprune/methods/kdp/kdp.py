@@ -38,7 +38,7 @@ _BEST: Mapping[str, Any] = {
     "ranking": "damage",
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "default": {**_BEST, "kernel_epochs": 2, "refine_epochs": 5, "batch": 4},
+    "default": {**_BEST, "kernel_epochs": 2, "batch": 4},
     "thorough": {**_BEST, "kernel_epochs": 10, "batch": 8},
     "fourier": {
         **_BEST, "kernel": "learned", "bandwidth": 2.0, "ranking": "similarity", "kernel_epochs": 10, "batch": 8},
@@ -49,11 +49,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Where no preset says it, step 3 lasts so many epochs: the least, or where rows are few as many as make LEAST_STEPS, up
-# to the most (research/small-models/better.md: on 41,000 tokens 60 epochs lose a fifth less than 15).
-REFINE_EPOCHS = (15, 60)
+# How long step 3 is where no epochs are given: the least epochs, the most, and so many between them as make that many
+# steps. On SmolLM2 and 22,000 tokens five epochs lose .521 nats a token, twenty .489; on small models and 41,000 tokens
+# 60 lose a fifth less than 15 (research/small-models/better.md).
+SHORT, LONG = (5, 20, 240), (15, 60, 1200)
 LEAST_PATIENCE = 5  # epochs without gain on held-out rows; more where there are many, as the rate ends small
-LEAST_STEPS = 1200
 
 
 # What an ordinary layer asks for, and what one of the model's own sizes asks for besides; None: nothing may be given.
@@ -133,10 +133,11 @@ class KDP(RankedMethod):
         None, "peak learning rate of step 1 (0.384 / the width)", above=0, rare=True)
     inverse_epochs: int = option(20, "epochs of step 2 when the inverse has a hidden layer", least=1, rare=True)
     refine_epochs: int | None = option(
-        None, "epochs of step 3 (5; thorough and fourier: 15, or where the rows are few as many as make 1,200 steps, "
-        "at most 60)", least=1)
+        None, "epochs of step 3 (5, or where the rows are few as many as make 240 steps, at most 20; thorough and "
+        "fourier: 15, 1,200, 60)", least=1)
     rate: float | None = option(
-        None, "peak learning rate of steps 2 and 3 (half the batch / the width)", above=0, rare=True)
+        None, "peak learning rate of step 3 (chosen for every block by trials on held-out rows) and of step 2 (half "
+        "the batch / the width)", above=0, rare=True)
     batch: int | None = option(
         None, "rows (sequences) a step in steps 2 and 3 (4; thorough and fourier: 8)", least=1, rare=True)
     without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
@@ -287,8 +288,8 @@ class KDP(RankedMethod):
 
     def settings(self, shape: Shape, tokens: TokenSet) -> FitSettings:
         """How blocks are fitted with stand-ins of this shape, on these tokens."""
-        # Adam moves a weight by about the rate, whatever its size; weights shrink as the width grows, and a step's
-        # noise as its rows grow in number.
+        # Step 2 trains drawn weights. Adam moves one by about the rate, whatever its size; they shrink as the width
+        # grows, and a step's noise as its rows grow in number. Step 3's are a model's own, and say nothing beforehand.
         batch = self.batch or 1
         rate, epochs = self.rate or batch / 2 / shape.width, self._refine_epochs(tokens, batch)
         return FitSettings(
@@ -297,6 +298,7 @@ class KDP(RankedMethod):
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),
             step3=Schedule(epochs, batch, rate, patience=max(LEAST_PATIENCE, epochs // 3)),
+            on_trial=self.rate is None,
             without=tuple(sorted(set(self.without))),
         )
 
@@ -304,6 +306,6 @@ class KDP(RankedMethod):
         """Epochs of step 3 on these rows, less those held out, so many a step."""
         if self.refine_epochs is not None:
             return self.refine_epochs
-        least, most = REFINE_EPOCHS
+        least, most, wanted = SHORT if self.preset == "default" else LONG
         steps = -(-len(tokens.fitted(self.held)) // batch)
-        return min(most, max(least, -(-LEAST_STEPS // steps)))
+        return min(most, max(least, -(-wanted // steps)))

@@ -134,11 +134,15 @@ class Streamline(ComparingMethod):
         """Trains the stand-in in its place; returns the rate, given or found, and its curves."""
         parameters, loss_function = list(fitting.module.parameters()), fitting.state_loss(energy)
         schedule = Schedule(self.epochs, self.batch, 1.0, clip=self.clip, weight_decay=self.weight_decay)
-        rate = self.rate or fitting.rate(parameters, loss_function, schedule, draw, run)
+
+        def look() -> float:
+            return average(loss_function, fitting, held=True)["loss"][0]
+
+        rate = self.rate or fitting.rate(parameters, loss_function, look, schedule, draw, run)
         checkpoint = run.checkpoint("streamline", dataclasses.asdict(self), fitting.states.name)
         return rate, fitting.train(
             self.stand_in, parameters, loss_function, dataclasses.replace(schedule, rate=rate), draw, run, checkpoint,
-            lambda: average(loss_function, fitting, held=True)["loss"][0])
+            look)
 
 
 class LayerFit(StandInFit):
