@@ -20,8 +20,10 @@ from kdprune.methods.common.budget import WIDEST, Budget, filled, select_by_simi
 from kdprune.methods.common.selection import candidate_blocks, reachable
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
-from kdprune.methods.kdp.damage import Trial, beside, choose_by_damage, guessed, proposed
+from kdprune.methods.kdp import measuring as measuring_module
+from kdprune.methods.kdp.damage import beside, choose_by_damage, guessed, proposed
 from kdprune.methods.kdp.kdp import KDP
+from kdprune.methods.kdp.measuring import Measuring, Trial
 from kdprune.model.loading import load_model
 from kdprune.model.streaming import Scratch, load_streamed, set_scratch
 from kdprune.model.surgery import apply_edits
@@ -95,7 +97,7 @@ def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **op
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, method.path_rows(tokens, budget.shape).fit)
     found = [Candidate(block, budget.shape) for block in blocks]
-    measuring = damage_module._Measuring.of(model, tokens, blocks, trial, Run(3, batch_size=4))
+    measuring = Measuring.of(model, tokens, blocks, trial, Run(3, batch_size=4))
     return dict(zip(blocks, measuring.damages([[candidate] for candidate in found], "damage"), strict=True))
 
 
@@ -226,8 +228,8 @@ def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pyt
     budget = method.budget(model)
     candidates = method.candidates(candidate_blocks(range(6), 1, 3), budget.shape)
     trial, errors = Trial(method.settings(budget.shape, tokens), method.held, 0), {}
-    linear_errors = damage_module._Measuring.linear_errors
-    monkeypatch.setattr(damage_module._Measuring, "linear_errors",
+    linear_errors = Measuring.linear_errors
+    monkeypatch.setattr(Measuring, "linear_errors",
                         lambda *about: errors.update(linear_errors(*about)) or errors)
     monkeypatch.setattr(damage_module, "PASSES", 1e9)
     _, damage = choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), fill=False)
@@ -280,14 +282,14 @@ def test_a_run_that_finds_what_no_number_was_takes_the_same(
 ) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
-    budget, damages, seen = method.budget(model), damage_module._Measuring.damages, []
+    budget, damages, seen = method.budget(model), Measuring.damages, []
 
     def overflowing(measuring, sets, *about) -> list[float]:
         found = damages(measuring, sets, *about)
         seen.extend(sets)
         return [math.inf if len(seen) == len(sets) and place == 0 else value for place, value in enumerate(found)]
 
-    monkeypatch.setattr(damage_module._Measuring, "damages", overflowing)
+    monkeypatch.setattr(Measuring, "damages", overflowing)
     cache = Cache(tmp_path)
     first, second = (choose_by_damage(
         model, tokens, method.candidates(candidate_blocks(range(6), 1, 3), budget.shape), budget,
@@ -304,7 +306,7 @@ def test_linear_errors_are_means(tiny_model) -> None:
     trial = Trial(method.settings(method.budget(model).shape, tokens), 0.25, 0)
     twice = tokens.select(torch.cat([torch.arange(24), torch.arange(18, 24)]))  # six rows that no fit sees, and twelve
     one, other = (
-        damage_module._Measuring.of(
+        Measuring.of(
             model, rows, [range(1, 3), range(1, 4)], dataclasses.replace(trial, held=held), Run(3, batch_size=4)
         ).linear_errors([range(1, 3), range(1, 4)]) for rows, held in ((tokens, 6 / 24), (twice, 12 / 30)))
     assert one == pytest.approx(other, rel=1e-5)
@@ -336,9 +338,9 @@ def test_padding_enters_no_damage(context: str, tiny_model) -> None:
 
 
 def test_only_a_part_of_the_rows_is_looked_at(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(damage_module, "FIT_TOKENS", 12 * 10)
-    monkeypatch.setattr(damage_module, "PER_INPUT", 0)
-    monkeypatch.setattr(damage_module, "DAMAGE_TOKENS", 12 * 3)
+    monkeypatch.setattr(measuring_module, "FIT_TOKENS", 12 * 10)
+    monkeypatch.setattr(measuring_module, "PER_INPUT", 0)
+    monkeypatch.setattr(measuring_module, "DAMAGE_TOKENS", 12 * 3)
     model, tokens = tiny_model("llama3"), random_tokens(rows=40)
     part = tokens.select(torch.cat((torch.arange(10), torch.arange(30, 33))))
     found = measured(model, tokens, [range(1, 3)], held=0.25)
@@ -380,8 +382,8 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
         return read(source)
 
     monkeypatch.setattr(Source, "read", counted)
-    rounds, damages = [], damage_module._Measuring.damages
-    monkeypatch.setattr(damage_module._Measuring, "damages", lambda *about: rounds.append(about) or damages(*about))
+    rounds, damages = [], Measuring.damages
+    monkeypatch.setattr(Measuring, "damages", lambda *about: rounds.append(about) or damages(*about))
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.1, "max_block": 3, "protect": 0.1})
     budget = method.budget(whole)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)

@@ -83,10 +83,10 @@ def training(fit: Fit, step: int) -> str:
             if best is not None:
                 loss.plot(best, array(watched)[best], color=INK, marker="*", markersize=11, linestyle="",
                           markeredgecolor=PAPER, label="best, kept", zorder=3)
-        if step == 3 and fit.step2 is not None:
-            for axes, values in ((loss, fit.step2.loss), (cosine, fit.step2.cosine)):
-                if values and values[-1] is not None:
-                    axes.axhline(values[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
+        # The losses of the two steps are in different units.
+        if step == 3 and fit.step2 is not None and fit.step2.cosine and fit.step2.cosine[-1] is not None:
+            cosine.axhline(fit.step2.cosine[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
+            cosine.legend(loc="lower right")
         legend_below(figure, loss, 2)
         cosine.set_xlabel("epoch")
     return canvas.svg

@@ -161,8 +161,9 @@ _STEPS = (
     (
         "Step 3: both together",
         "Kernel and inverse are refined as one module, which may at first undo what step 2 had fitted. "
+        "The error is taken as the norms behind the block read it. "
         "What held-out rows find best is kept, the start among it.",
-        "E‖S(h<sub>s</sub>) − h<sub>e</sub>‖² / E‖h<sub>e</sub> − h<sub>s</sub>‖²",
+        "e = ‖m ∘ (S(h<sub>s</sub>) − h<sub>e</sub>)‖² / ‖h<sub>e</sub>‖², in units of its mean without the block",
     ),
 )
 

@@ -212,7 +212,9 @@ class Fit(Record):
     )
     step1: KernelTraining | None = Field(None, description="training of kernel and operators")
     step2: Curve | None = Field(None, description="training of the inverse network")
-    step3: Curve | None = Field(None, description="training of kernel and inverse network together")
+    step3: Curve | None = Field(
+        None, description="training of kernel and inverse network together, loss as the layers behind read the error"
+    )
     refined: bool | None = Field(
         None, description="whether step 3 was kept; false: held-out rows got worse and it was undone"
     )

@@ -14,9 +14,10 @@ from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.units import unit_of, whole_units
-from kdprune.methods.kdp.damage import Damage, Trial, choose_by_damage
+from kdprune.methods.kdp.damage import Damage, choose_by_damage
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks
+from kdprune.methods.kdp.measuring import Trial
 from kdprune.model.block_states import PathRows
 from kdprune.model.structures import activation_of, channels_of, has_mlp_biases, is_gated
 from kdprune.model.surgery import check_model
