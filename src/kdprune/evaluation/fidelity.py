@@ -128,7 +128,7 @@ def fidelity(
     """
     window = default_window(dense) if window is None else window
     stride = default_stride(window) if stride is None else stride
-    size = batch_size or max(1, default_batch(dense, window) // 2)
+    size = batch_size or default_batch(dense, window, copies=2)
     forward = [known.forward(tokens.identity(), window, stride, size), forward_streamed] if known else []
     count, sums = window_sums([dense, pruned], tokens, window, stride, size, _compared, forward)
     means = (sums.sum(0) / count).tolist()

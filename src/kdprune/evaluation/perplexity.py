@@ -75,9 +75,9 @@ def default_stride(window: int) -> int:
     return max(1, window // 2)
 
 
-def default_batch(model: PreTrainedModel, window: int) -> int:
-    """Windows a forward pass, so that their logits fit."""
-    return max(1, LOGITS // (window * vocabulary_size(model)))
+def default_batch(model: PreTrainedModel, window: int, copies: int = 1) -> int:
+    """Windows a forward pass, so that their logits fit, or so many copies of them."""
+    return max(1, LOGITS // (copies * window * vocabulary_size(model)))
 
 
 def window_sums(

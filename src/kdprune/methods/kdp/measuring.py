@@ -178,22 +178,18 @@ class Measuring:
         one = tokens * self.model.config.hidden_size * self.running.dtype.itemsize
         return max(min(world().gather(scratch_of(self.running).host_bytes // one)), 1)
 
-    def _rows_of_logits(self) -> int:
-        """Rows whose logits are held at once."""
-        # Half, as those of real tokens are copied.
-        return max(1, default_batch(self.running, self.rows.ids.shape[1]) // 2)
-
     def _together(self, sets: Sequence[Sequence[Candidate]], one_in: int, progress: Advance) -> list[float]:
         """The same of sets whose states are held at once."""
         numbers = self.batches(True, one_in)
         batches = [self.rows.select(part) for part in numbers]
         ways = [{c.start: functools.partial(self.fitted, c) for c in chosen} for chosen in sets]
+        most = default_batch(self.running, self.rows.ids.shape[1], copies=2)  # those of real tokens are copied
         finals = states_by_ways(self.running, batches, ways, lambda index, batch: self.states[index][numbers[batch]])
         found = []
         for states in finals:
             total, count = 0.0, 0
             for part, batch, state in zip(numbers, batches, states, strict=True):
-                for rows in torch.arange(len(batch)).split(self._rows_of_logits()):
+                for rows in torch.arange(len(batch)).split(most):
                     few = batch.select(rows)
                     targets = self.teacher(part[rows], few.mask)
                     logits = logits_behind(self.running, few, state[rows.to(state.device)])
