@@ -82,8 +82,8 @@ def by_step(found: dict[str, Any]) -> dict[str, float]:
     """Seconds by step, blocks added up."""
     sums: dict[str, float] = {}
     for stage, cost in found["stages"].items():
-        stage = stage.replace("rate ", "refine ")  # on trial, which plan counts to the training that it is for
-        step = next((step for step in STEPS if stage.startswith(step)), None)
+        # A rate on trial counts to the training that it is for, as in plan.
+        step = "refine" if stage.startswith("rate ") else next((s for s in STEPS if stage.startswith(s)), None)
         if step is not None:
             sums[step] = sums.get(step, 0.0) + cost["seconds"]
     return sums

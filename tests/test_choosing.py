@@ -301,6 +301,29 @@ def test_a_run_that_finds_what_no_number_was_takes_the_same(
     assert first[1].by_block == second[1].by_block
 
 
+def test_other_schedules_find_the_choice_and_another_ridge_does_not(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model("llama3"), random_tokens(rows=40, length=16)
+    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
+    budget, measuring_of, made = method.budget(model), Measuring.of, []
+    monkeypatch.setattr(Measuring, "of", lambda *about: made.append(about) or measuring_of(*about))
+    run = Run(3, batch_size=4, cache=Cache(tmp_path), about="this")
+
+    def chosen(**options) -> tuple:
+        settings = dataclasses.replace(method, **options).settings(budget.shape, tokens)
+        found, _ = choose_by_damage(
+            model, tokens, method.candidates(candidate_blocks(range(6), 1, 3), budget.shape), budget,
+            Trial(settings, method.held, 0), run, fill=False)
+        return tuple(found)
+
+    first = chosen()
+    assert chosen(refine_epochs=7, rate=1e-5, kernel_epochs=3, batch=2) == first
+    assert len(made) == 1
+    chosen(ridge=1e-2)
+    assert len(made) == 2
+
+
 def test_linear_errors_are_means(tiny_model) -> None:
     model, tokens, method = tiny_model("llama3"), random_tokens(rows=24), KDP(**{**SOLVED, "ratio": 0.1})
     trial = Trial(method.settings(method.budget(model).shape, tokens), 0.25, 0)

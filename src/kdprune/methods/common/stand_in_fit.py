@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ from kdprune.train.loop import Schedule, advancing, fit
 from kdprune.train.trial import RATES, rate_on_trial
 
 PASS_TOKENS = 4096  # a pass when nothing is trained, at least one row: regressors of all of them, float64, are held
+Seen: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # errors of states and the true ones (n, d) → what counts of them
+
+
+def as_it_is(error: Tensor, _: Tensor) -> Tensor:
+    """The error itself."""
+    return error
 
 
 @dataclass(frozen=True)
@@ -176,11 +182,11 @@ class StandInFit:
 
     def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""
-        return self._update(lambda error, target: error)
+        return self._update(as_it_is)
 
     @torch.no_grad()
-    def _update(self, seen: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """Mean ‖seen(h_e − h_s, h_e)‖² over the fitted tokens; ``seen`` takes and gives shapes (n, d)."""
+    def _update(self, seen: Seen) -> float:
+        """Mean ‖seen(h_e − h_s, h_e)‖² over the fitted tokens."""
         total, count = 0.0, 0
         for rows in self.passes():
             target, mask = self.target(rows)
@@ -192,12 +198,7 @@ class StandInFit:
     def state_loss(self, energy: float) -> LossFunction:
         """Loss of step 2 and of trained layers: Σ ‖S(h_s) − h_e‖² / E‖h_e − h_s‖² and Σ cosine of the two, real tokens
         only."""
-
-        def loss_function(rows: Tensor) -> Sums:
-            predicted, target = self._pairs(rows)
-            return state_errors(predicted, target, energy)
-
-        return loss_function
+        return self._loss(energy, as_it_is)
 
     def reading_loss(self) -> LossFunction:
         """Loss of step 3, the error as the layers behind the block read it: Σ e / E[e of dropping the block], and Σ
@@ -213,22 +214,17 @@ class StandInFit:
         def seen(error: Tensor, target: Tensor) -> Tensor:
             return error * gains / target.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
-        energy = self._update(seen)
+        return self._loss(self._update(seen), seen)
+
+    def _loss(self, energy: float, seen: Seen) -> LossFunction:
+        """:func:`state_errors` of the real tokens of some rows."""
 
         def loss_function(rows: Tensor) -> Sums:
-            predicted, target = self._pairs(rows)
-            return Sums({
-                "loss": seen(predicted - target, target).square().sum() / energy,
-                "cosine": cosine_similarity(predicted, target, dim=-1).sum(),
-            }, len(target))
+            predicted = self.predict(rows)
+            target, mask = self.target(rows)
+            return state_errors(predicted[mask], target[mask], energy, seen)
 
         return loss_function
-
-    def _pairs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """S(h_s) and h_e of the real tokens of some rows, (n, d) each."""
-        predicted = self.predict(rows)
-        target, mask = self.target(rows)
-        return predicted[mask], target[mask]
 
     def train(
         self, step: str, parameters: Iterable[nn.Parameter], loss_function: LossFunction, schedule: Schedule,
@@ -337,10 +333,11 @@ def scale_behind(
     return products / squares.clamp_min(1e-30) + stored
 
 
-def state_errors(predicted: Tensor, target: Tensor, energy: float) -> Sums:
-    """Sums over n tokens: "loss", the squared error in units of ``energy``, and "cosine"; shapes (n, d)."""
+def state_errors(predicted: Tensor, target: Tensor, energy: float, seen: Seen = as_it_is) -> Sums:
+    """Sums over n tokens: "loss", the squared error as it is seen, in units of ``energy``, and "cosine"; shapes (n, d).
+    """
     return Sums({
-        "loss": (predicted - target).square().sum() / energy,
+        "loss": seen(predicted - target, target).square().sum() / energy,
         "cosine": cosine_similarity(predicted, target, dim=-1).sum(),
     }, len(target))
 

@@ -98,7 +98,8 @@ def choose_by_damage(
         fill: whether a set's spare parameters are spent before it is measured.
     """
     follows_from = [
-        dataclasses.asdict(trial), [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
+        [trial.settings.solved, trial.held, trial.path],
+        [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
         budget.target.parameters, budget.slack, fill,
         [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, ALONE, TOP, PASSES, SET_PASSES, MOST, PRICES]]
     measured = run.cached(

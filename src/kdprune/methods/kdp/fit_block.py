@@ -50,6 +50,11 @@ class FitSettings:
     on_trial: bool = False
     without: tuple[str, ...] = ()
 
+    @property
+    def solved(self) -> list[Any]:
+        """What :func:`fit_closed_form` goes by of them, as plain data: nothing that says how long or fast to train."""
+        return [self.kernel, self.rank, self.bandwidth, self.ridge, list(self.without)]
+
 
 @dataclass(frozen=True)
 class Fit:
