@@ -86,6 +86,7 @@ def training(fit: Fit, step: int) -> str:
         # The losses of the two steps are in different units.
         if step == 3 and fit.step2 is not None and fit.step2.cosine and fit.step2.cosine[-1] is not None:
             cosine.axhline(fit.step2.cosine[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
+            cosine.margins(y=0.15)  # else it lies on the axis
             cosine.legend(loc="lower right")
         legend_below(figure, loss, 2)
         cosine.set_xlabel("epoch")
