@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_checkpoint import Bench, command, no_drawing, tiny_llama
 
 import kdprune
@@ -19,11 +21,6 @@ from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.options import Option, options_of
 from kdprune.run.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
-
-pytest.importorskip("hypothesis")
-
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 FEW, MANY = 20, 500
