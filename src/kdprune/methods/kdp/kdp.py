@@ -111,9 +111,9 @@ class KDP(RankedMethod):
     hidden: int | None = option(
         None, "width of the inverse network's hidden layer; 0: linear, -1: the model's width", least=-1, group="size",
         rare=True)
-    context: Literal["none", "attention", "either"] | None = option(
-        None, "what stands before the kernel map: nothing, one attention sublayer started from the block's first, or, "
-        "where blocks are measured, whichever serves better in its place", group="size")
+    context: Literal["none", "attention"] | None = option(
+        None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
+        group="size")
     refine: bool | None = option(
         None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
     fill: bool | None = option(
@@ -196,7 +196,7 @@ class KDP(RankedMethod):
         drawn = [self.features or whole_units(features[part], unit) for part in parts if part in features]
         shape = Shape(
             width=width, kind="+".join(parts), features=sum(drawn), hidden=hidden, residual=self.inverse == "residual",
-            context=self.context in ("attention", "either"), unit=unit)
+            context=self.context == "attention", unit=unit)
         if "data" not in parts:
             return shape
         channels = self.channels or whole_units(width // 4, unit)
@@ -261,13 +261,12 @@ class KDP(RankedMethod):
 
     def forms(self, shape: Shape) -> list[Shape]:
         """The stand-in; where blocks are measured and nothing is trained also a linear map of the state, which may do
-        where little happens, and with context "either" the stand-in without attention. Training gives the stand-in more
-        than the map, and a solve does not see that."""
+        where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
         alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
         if alone or shape.ordinary:
             return [shape]
-        return [linear, *([replace(shape, context=False)] if self.context == "either" else []), shape]
+        return [linear, shape]
 
     @property
     def shortest(self) -> int:
