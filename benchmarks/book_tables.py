@@ -14,6 +14,7 @@ from kdprune.report.comparison_records import Comparison, Row, Stat
 from kdprune.report.comparison_table import cells, stat
 
 GAP = "—"  # not measured
+SAME_SIZE = 5e-4  # of the layers' parameters
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
@@ -118,13 +119,15 @@ def curve_points(page: Page, section: Section) -> dict[str, dict[str, list[Point
 
 
 def at_size(page: Page, section: Section) -> str:
-    """A table a model: excess loss at the sizes of ``ours`` exactly, between two measured sizes of a variant by a
-    straight line in its logarithm; a gap where it was measured on one side alone. A model without two such rows is
-    left out.
+    """A table a model: excess loss at the sizes of ``ours`` exactly, a variant or all of a method, between two measured
+    sizes of a variant by a straight line in its logarithm; a gap where it was measured on one side alone. A model
+    without two such rows is left out.
     """
     parts = []
     for model, variants in curve_points(page, section).items():
-        sizes = [point.net for point in variants.get(section["ours"], [])]
+        every = sorted(point.net for name, points in variants.items() for point in points
+                       if f"{name}:".startswith(f"{section['ours']}:"))
+        sizes = [size for before, size in zip([-math.inf, *every], every, strict=False) if size - before > SAME_SIZE]
         rows = [(name, [_between(points, size) for size in sizes]) for name, points in variants.items()]
         rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
         if len(rows) < 2:
@@ -139,7 +142,7 @@ def at_size(page: Page, section: Section) -> str:
 def _between(points: Sequence[Point], size: float) -> float | None:
     """Excess loss at a size within the measured ones."""
     for point in points:
-        if math.isclose(point.net, size, abs_tol=5e-4):
+        if math.isclose(point.net, size, abs_tol=SAME_SIZE):
             return point.excess_loss
     for low, high in itertools.pairwise(points):
         if low.net < size < high.net and min(low.excess_loss, high.excess_loss) > 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_checkpoint import Bench
 
@@ -22,6 +23,7 @@ import book_plots
 import book_records
 import book_tables
 import real_premise
+import real_theorems
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
@@ -70,6 +72,32 @@ def test_the_page_on_the_premise_is_what_its_records_give() -> None:
     found = real_premise.records()
     assert len(found) == 3
     assert (real_premise.RESULTS / "real-premise.md").read_text(encoding="utf-8") == real_premise.page(found)
+
+
+def test_the_page_on_the_theorems_is_what_its_records_give() -> None:
+    found = real_theorems.records()
+    assert found
+    assert (real_theorems.RESULTS / "real-theorems.md").read_text(encoding="utf-8") == real_theorems.page(found)
+    assert (real_theorems.RESULTS / "real-theorems.svg").is_file()
+
+
+def test_a_linear_block_has_no_risk_where_the_state_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real_theorems, "SIZES", (256, 512))
+    monkeypatch.setattr(real_theorems, "TRAINED", ((1.0,), 512, 1))
+    draw = torch.Generator().manual_seed(0)
+    states, steps = torch.randn(1024, 6, generator=draw), torch.randn(2, 6, 6, generator=draw) / 20
+    path = torch.stack([states, states + states @ steps[0], states + states @ steps[0] + states @ steps[1]])
+    fitted, held = path[:, :768], path[:, 768:]
+    original, *kernels = real_theorems.risks(fitted, held, torch.arange(768))
+    assert max(original["risk"]) == pytest.approx(0, abs=1e-9)
+    assert [one["kernel"] for one in kernels] == ["drawn"] * 6 + ["trained"]
+    for one in kernels:
+        assert one["sum"] == pytest.approx(0, abs=1e-5)
+        assert one["sum"] < one["state"]
+    for one in real_theorems.bounds(fitted, held):
+        assert one["error_1"] <= one["bound_1"]
+        assert one["error_K"] <= one["bound_K"]
+        assert one["fitted"] < one["held"]
 
 
 def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
@@ -171,6 +199,8 @@ def test_sizes_of_several_records_make_curves(tmp_path: Path) -> None:
     assert f"| `{ours}` | 0.100 | 0.200 | 0.800 |" in lines
     # Two thirds of the way from .15 to .30 and from .30 to .45, in the logarithm; nothing is known below .15.
     assert f"| `{peer}` | — | {0.1 ** (1 / 3) * 0.2 ** (2 / 3):.3f} | {0.2 ** (1 / 3) * 0.8 ** (2 / 3):.3f} |" in lines
+    # Of all that a method was measured as, every size once.
+    assert book_tables.at_size(page, {**section, "ours": "kdp"}).splitlines()[2] == lines[2]
     assert ">KDP</t" in book_plots.curves(page, section)
     one = {**section, "records": ["a-{model}.json"]}
     assert book_plots.curves(page, one) == ""
