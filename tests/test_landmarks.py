@@ -6,7 +6,9 @@ from families import TRIED
 from test_methods import random_tokens
 from transformers import PreTrainedModel
 
+from kdprune.data.tokens import TokenSet
 from kdprune.kernel.operators import Moments
+from kdprune.methods.kdp import landmarks
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, norm_before_mlp
@@ -82,3 +84,21 @@ def test_the_cost_of_leaving_out_is_that_of_solving_without() -> None:
     others = [[i for i in range(7) if i != j] for j in range(7)]
     expected = torch.tensor([least(x[:, kept]) - least(x) for kept in others], dtype=torch.float64)
     torch.testing.assert_close(moments.cost_of_leaving_out(0.0), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_of_much_text_landmarks_see_the_first_tokens_and_the_read_out_all(
+    tiny_model, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, some, other = tiny_model("llama3"), random_tokens(rows=40), random_tokens(rows=40, seed=1)
+    mixed = some.select(slice(0, 20)).followed_by(other.select(slice(20, None)))
+    method = KDP(kernel="linear+data", refine=False, channels=5, blocks=((LAYER, LAYER + 2),))
+
+    def fitted(tokens: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
+        [edit] = method(model, tokens, Run(batch_size=4)).edits
+        return edit.stand_in.up.weight, edit.stand_in.readout.weight
+
+    assert not torch.equal(fitted(some)[0], fitted(mixed)[0])
+    monkeypatch.setattr(landmarks, "tokens_for", lambda inputs: 20 * some.ids.shape[1])
+    (chosen, readout), (same, different) = fitted(some), fitted(mixed)
+    assert torch.equal(chosen, same)
+    assert not torch.equal(readout, different)

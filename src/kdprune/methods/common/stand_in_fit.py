@@ -173,12 +173,15 @@ class StandInFit:
 
         self._behind.weight.copy_(scale_behind(self._behind, pairs(), self.stand_in.width, self.device))
 
-    def passes(self, held: bool = False) -> Iterator[Tensor]:
-        """This process's row numbers in order, in batches of about ``PASS_TOKENS`` tokens: of the rows to fit on, or of
-        the held-out ones."""
+    def passes(self, held: bool = False, most: int | None = None) -> Iterator[Tensor]:
+        """This process's row numbers in order, in batches of about ``PASS_TOKENS`` tokens: of the rows to fit on, of
+        the first of them with ``most`` tokens where so many are enough, or of the held-out ones."""
+        length = self.states.tokens.ids.shape[1]
         first, last = (self.fit_rows, self.fit_rows + self.states.held) if held else (0, self.fit_rows)
+        if most is not None:
+            last = min(last, first + -(-most // length))
         rows = self.states.local_rows(torch.arange(first, last))
-        return iter(rows.split(max(1, PASS_TOKENS // self.states.tokens.ids.shape[1]))) if len(rows) else iter(())
+        return iter(rows.split(max(1, PASS_TOKENS // length))) if len(rows) else iter(())
 
     def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""

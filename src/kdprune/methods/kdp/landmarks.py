@@ -12,6 +12,9 @@ from kdprune.model.surgery import plain_copy
 from kdprune.runtime.distributed import world
 
 CHUNK = 1024  # tokens a chunk: bounds the memory of all the block's channels
+# Tokens that landmarks are chosen on: so many for every input of the regression, or so many if that is more. Their
+# read-out is solved for on all there are.
+PER_INPUT, LEAST_TOKENS = 16, 65_536
 POOL = 4  # times the channels wanted are regressed on before most of them go, …
 WIDE = (2, 4)  # … at most 4 d, or twice as many if that is more: work and memory go with the square
 
@@ -33,7 +36,8 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
 
         ΔE_j = ‖m_j‖² / [C⁻¹]_jj,   M C = Σ (y − ȳ)(z − z̄)ᵀ,   C = Σ (z − z̄)(z − z̄)ᵀ + ρI,   m_j a column of M,
 
-    ρ = ridge · tr/D: the exact cost of leaving out one. Their read-out is solved for afterwards with all other parts.
+    ρ = ridge · tr/D: the exact cost of leaving out one. The choice is made on as many tokens as :func:`tokens_for`
+    says; their read-out is solved for afterwards, with all other parts, on all of them.
 
     Layers that an earlier pruning put in have the channels of their stand-ins, or none: what a block lacks stays as it
     was drawn.
@@ -41,11 +45,12 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
     Source: a data-dependent kernel with landmarks (Nyström), of the block's neurons; KDP has random features alone.
     """
     stand_in = fitting.stand_in
-    pool = _pool(model, fitting)
     linear = stand_in.width if "linear" in stand_in.parts else 0
+    most = tokens_for(linear + pool_size(stand_in.channels, stand_in.width))
+    pool = _pool(model, fitting, most)
     if len(pool.lines) > stand_in.channels:
         moments = Moments(linear + len(pool.lines), stand_in.width, fitting.device)
-        for rows in fitting.passes():
+        for rows in fitting.passes(most=most):
             probe = fitting.probe(rows)
             x = probe.kernel_input
             z = pool.of(x, stand_in.act)
@@ -60,8 +65,8 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
             projection.bias[:found].copy_(pool.biases[:, number])
 
 
-def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
-    """The channels of greatest rms(ψ_j) ‖w_j‖ among all of the block."""
+def _pool(model: PreTrainedModel, fitting: StandInFit, most: int) -> Channels:
+    """The channels of greatest rms(ψ_j) ‖w_j‖ among all of the block, over so many tokens."""
     stand_in, own = fitting.stand_in, _read_through(model, fitting)
     layers = [mlp_channels(model, index).through(*own) for index in fitting.states.block]
     fields = ("lines", "biases", "outgoing")
@@ -69,13 +74,23 @@ def _pool(model: PreTrainedModel, fitting: StandInFit) -> Channels:
     if not fitting.intercept:  # an MLP without biases cannot hold the shifts of its block's norms
         every.biases.zero_()
     squares = torch.zeros(len(every.lines), dtype=torch.float64, device=fitting.device)
-    for rows in fitting.passes():
+    for rows in fitting.passes(most=most):
         for x in fitting.probe(rows).kernel_input.split(CHUNK):
             squares += every.of(x, stand_in.act).square().sum(0, dtype=torch.float64)
     world().sum(squares)
-    times, widths = WIDE
-    size = min(POOL * stand_in.channels, max(times * stand_in.channels, widths * stand_in.width), len(squares))
+    size = min(pool_size(stand_in.channels, stand_in.width), len(squares))
     return every.select((squares.sqrt() * every.outgoing).topk(size).indices)
+
+
+def pool_size(channels: int, width: int) -> int:
+    """How many channels are regressed on to find so many, where the block has them."""
+    times, widths = WIDE
+    return min(POOL * channels, max(times * channels, widths * width))
+
+
+def tokens_for(inputs: int) -> int:
+    """How many tokens landmarks are chosen on, by a regression with so many inputs."""
+    return max(LEAST_TOKENS, PER_INPUT * inputs)
 
 
 def _read_through(model: PreTrainedModel, fitting: StandInFit) -> tuple[Tensor, Tensor]:
