@@ -116,7 +116,9 @@ class Moments:
 
 
 def _add_ridge(xx: Tensor, ridge: float) -> Tensor:
-    return xx + ridge * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    result = xx.clone()
+    result.diagonal().add_(ridge * xx.diagonal().mean())
+    return result
 
 
 def spectral_norm(matrices: Tensor, iterations: int = 100) -> Tensor:
