@@ -18,15 +18,13 @@ from unittest import mock
 
 from cost import STEPS, by_step
 from random_checkpoint import shape_config
+from transformers import AutoConfig, PreTrainedConfig
 
-from kdprune.methods.common.analysis import ENOUGH
 from kdprune.methods.kdp import kdp
 from kdprune.planning.plan import PruningPlan, plan
 
 HERE = Path(__file__).parent
 HARDWARE = "cpu1-amd-epyc_202611"
-SCORED = 131_072  # tokens that the analysis took, at most, when the records were made
-RATE = 1e-3  # any: of step 3, whose rate was not on trial then
 
 
 @dataclass(frozen=True)
@@ -51,25 +49,20 @@ def record(theme: str) -> dict[str, Any]:
     return json.loads((HERE / f"{theme}_{HARDWARE}.json").read_text(encoding="utf-8"))
 
 
-def plan_of(shape: str, dtype: str, **options: Any) -> PruningPlan:
-    """The plan of a shape of benchmarks/speed.py, on a CPU; the runs on record had Fourier features alone, no slack for
-    their blocks, and any number of features, not multiples alone."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(kdp, "unit_of", return_value=1):
-        shape_config(shape).save_pretrained(folder)
-        return plan(folder, dtype=dtype, device="cpu", slack=0.0, **{"preset": "fourier", **options})
+def plan_of(config: PreTrainedConfig, **options: Any) -> PruningPlan:
+    """The plan of a model of this config, on a CPU if nothing else is said."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return plan(folder, **{"device": "cpu", **options})
 
 
-def planned_run(shape: str, found: dict[str, Any]) -> PruningPlan:
-    """The plan of a run of cost.py: its tokens and options, its blocks if it got so far. Later blocks were not
-    corrected when it was made, few rows not refined on for longer, no rate was on trial, and the default was what
-    `fourier` is."""
-    job = found["job"]
-    options = {"preset": "fourier", **job["options"], "sequential": False,
-               "refine_epochs": found["method"]["refine_epochs"], "rate": RATE}
-    if found["blocks"]:
-        options |= {"blocks": found["blocks"]}
-    return plan_of(shape, found["dtype"], samples=found["tokens"] // job["length"], length=job["length"],
-                   host_memory=job["host_memory"], ratio=job["ratio"], **options)
+def planned_run(found: dict[str, Any]) -> Iterator[PruningPlan]:
+    """Plans of a run of ``pruning_run.py``: before its blocks are known and, if it got so far, with them."""
+    job, (rows, length) = found["job"], found["rows"]
+    options = {"dtype": found["dtype"], "samples": rows, "length": length, "host_memory": job["host_memory"],
+               "ratio": job["ratio"], "device": "cpu" if found["bfloat16"] else "cpu-float32", **job["options"]}
+    for blocks in ({}, {"blocks": found["blocks"]} if found["blocks"] else {}):
+        yield plan_of(AutoConfig.for_model(**found["config"]), **(options | blocks))
 
 
 def peak(made: PruningPlan, streamed: bool, analysis: bool = False) -> int:
@@ -78,18 +71,16 @@ def peak(made: PruningPlan, streamed: bool, analysis: bool = False) -> int:
     return need.analysis_bytes if analysis else need.host_bytes
 
 
-def of_cost(shape: str, found: dict[str, Any]) -> Iterator[Check]:
-    """Figures of one run of cost.py."""
-    made, run = planned_run(shape, found), f"{shape}, {found['tokens']:,} tokens"
+def of_run(run: str, found: dict[str, Any]) -> Iterator[Check]:
+    """Figures of one run of ``pruning_run.py``."""
+    before, made = planned_run(found)
     if len(found["parameters"]) == 2:
         yield Check(run, "parameters left", made.pruned.parameters, found["parameters"][1], exact=True)
     else:
         yield Check(run, "parameters", made.dense.parameters, found["parameters"][0], exact=True)
     yield Check(run, "bytes of the model", made.dense.disk_bytes, found["model_bytes"], "B", exact=True)
-    forward = statistics.mean(found["forward_seconds"])
-    yield Check(run, "one forward pass", made.forward_seconds, forward, "s")
-    seconds = {stage.name: stage.seconds for stage in made.stages}
-    seconds["analyse"] *= min(found["tokens"], SCORED) / min(found["tokens"], ENOUGH)
+    yield Check(run, "one forward pass", made.forward_seconds, statistics.mean(found["forward_seconds"]), "s")
+    seconds = {stage.name: stage.seconds for stage in (*before.stages, *made.stages)}
     measured = by_step(found)
     for step in STEPS:
         if step in seconds and step in measured:
@@ -99,11 +90,17 @@ def of_cost(shape: str, found: dict[str, Any]) -> Iterator[Check]:
     yield Check(run, name, peak(made, found["streamed"], analysis), found["peak_bytes"], "B")
 
 
+def plan_before(shape: str, **options: Any) -> PruningPlan:
+    """The plan of a run of memory.py as KDP was when its record was made: Fourier features alone, of any number, no
+    slack for its blocks, later ones not corrected, no rate on trial."""
+    with mock.patch.object(kdp, "unit_of", return_value=1):
+        return plan_of(shape_config(shape), length=128, slack=0.0, preset="fourier", **options)
+
+
 def of_memory(shape: str, row: dict[str, Any]) -> Iterator[Check]:
     """Peak and stages of one run of memory.py that pruned."""
-    options = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512, "sequential": False,
-               "rate": RATE}
-    made = plan_of(shape, row["dtype"], samples=row["tokens"] // 128, length=128, blocks=row["blocks"], **options)
+    options = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512, "sequential": False, "rate": 1e-3}
+    made = plan_before(shape, dtype=row["dtype"], samples=row["tokens"] // 128, blocks=row["blocks"], **options)
     run = f"{shape}, {row['tokens']:,} tokens, {'states on disk' if row['work_dir'] else 'states in memory'}"
     yield Check(run, "parameters left", made.pruned.parameters, row["parameters"][1], exact=True)
     kept = 0 if row["work_dir"] else made.states_bytes
@@ -116,21 +113,21 @@ def of_memory(shape: str, row: dict[str, Any]) -> Iterator[Check]:
 
 def of_size(shape: str, row: dict[str, Any]) -> Check:
     """Peak of one analysis of memory.py."""
-    made = plan_of(shape, row["dtype"], samples=row["tokens"] // 128, length=128, host_memory=row["budget"])
+    made = plan_before(shape, dtype=row["dtype"], samples=row["tokens"] // 128, host_memory=row["budget"])
     return Check(f"{shape}, {row['tokens']:,} tokens, budget {row['budget']}", "peak memory of the analysis",
                  peak(made, row["streamed"], analysis=True), row["peak_bytes"], "B")
 
 
 def of_speed() -> Iterator[Check]:
-    """Net ratio, features, cache and operations of the models that speed.py measured."""
+    """Net ratio, cache and operations of the models that speed.py measured."""
     for row in record("speed")["rows"]:
         if row["compiled"] or row["batch"] > 1 or row["pass"] != "prefill":
             continue
-        made = plan_of(row["shape"], row["dtype"], length=row["prompt"],
+        made = plan_of(shape_config(row["shape"]), dtype=row["dtype"], length=row["prompt"], preset="fourier",
+                       blocks=row["blocks"], features=row["features"],
                        **({"context": "none"} if row["form"] == "token-wise" else {}))
         run = f"{row['shape']}, {row['form']}, its own blocks"
         yield Check(run, "net ratio", made.net_ratio, row["net_ratio"], exact=True)
-        yield Check(run, "features", made.features, row["features"], exact=True)
         yield Check(run, "cache a token", made.pruned.kv_bytes, row["cache_bytes"]["pruned"], "B", exact=True)
         yield Check(run, "speed-up of reading, from operations", made.dense.prefill_flops / made.pruned.prefill_flops,
                     row["speedup"], "×")
@@ -138,7 +135,8 @@ def of_speed() -> Iterator[Check]:
 
 def checks() -> list[Check]:
     """All of them."""
-    found = [check for shape, run in record("cost")["shapes"].items() for check in of_cost(shape, run)]
+    found = [check for name, run in record("cost")["runs"].items()
+             for check in of_run(f"{name}, {run['tokens']:,} tokens", run)]
     memory = record("memory")
     found += [check for row in memory["by_tokens"] for check in of_memory(memory["shape"], row)]
     found += [of_size(shape, row) for shape, row in memory["by_size"].items()]

@@ -29,7 +29,14 @@ from kdprune.model.streaming import is_streamed
 from kdprune.run.pipeline import run_method, scored
 from kdprune.run.resources import Resources
 from kdprune.run.session import Session
-from kdprune.runtime.machine import BATCH, generator, peak_memory_bytes, reset_peak_memory, resolve_device
+from kdprune.runtime.machine import (
+    BATCH,
+    computes_in,
+    generator,
+    peak_memory_bytes,
+    reset_peak_memory,
+    resolve_device,
+)
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Advance, Stages
 
@@ -132,17 +139,15 @@ def measure(job: Job) -> dict[str, Any]:
             passes = [forward_seconds(model, some, stages.clock)]
             found = pruned(job, model, method, tokens, run, stages)
             passes.append(forward_seconds(model, some, stages.clock))
-    stand_in = method.shape(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return {
-        "job": dataclasses.asdict(job), **found, "tokens": tokens.tokens, "streamed": is_streamed(model),
+        "job": dataclasses.asdict(job), "config": model.config.to_diff_dict(), **found, "tokens": tokens.tokens,
+        "rows": list(tokens.ids.shape), "streamed": is_streamed(model),
+        "bfloat16": computes_in(torch.bfloat16, device),
         "dtype": str(model.dtype).removeprefix("torch."), "model_bytes": weights,
         "forward_seconds": [seconds * tokens.tokens / some.tokens for seconds in passes],
         "stages": stages.costs, "wall_seconds": dict(stages.seconds), "peak_bytes": peak_memory_bytes(),
         "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-        "method": {"kernel_epochs": method.kernel_epochs, "kernel_tokens": method.kernel_tokens,
-                   "refine_epochs": method.settings(stand_in, tokens).step3.epochs},
-        "features": [stand_in.features],
     }
 
 

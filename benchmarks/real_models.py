@@ -75,16 +75,18 @@ and there are as many blocks of four as it takes.
 TAKES = """Peak memory on the host and on an accelerator, with the model whole on it or read layer by layer; disk that
 the states take in the work directory, and beside them the analysis of a streamed model. Time is that of counted
 operations at the share of the peaks in the last table, without reading and writing files; in brackets, what `kdprune
-prune` would do with the model there. Most of the time is step 3, in float32. Most of the host's memory is the states
-inside the blocks, of which step 1 sees 16 m tokens and which are held two to three times for a moment:
-`--kernel-tokens` sets how many.
+prune` would do with the model there. Most of the time is the stand-ins' passes over all tokens, in float32, and the
+moments of their solves, in float64. What a device takes beside the model is the regression that landmarks are chosen
+by. With a Fourier part the states inside the blocks take most of the host's memory: step 1 sees 16 m tokens of them,
+held two to three times for a moment, and `--kernel-tokens` sets how many.
 """
 SMALLER = """On an H100. States and disk go with the tokens; step 1 has its own number, and memory hardly moves.
 """
 CHECKED = """Runs of `benchmarks/cost.py`, `memory.py` and `speed.py` on one CPU thread. The records of the first two
 set the constants: this says how well one count fits shapes from 3.5 M to 7 B parameters, and is no test on another
 machine. The bundled model's time is far off because its matrices are too small for the rates of large ones, its memory
-because buffers that are not counted are most of it. The runs were made before later blocks were corrected for earlier
+because buffers that are not counted are most of it. Of the choice of blocks (damage) as much is counted as it may take:
+all its trials. The runs of `memory.py` are of KDP with Fourier features, before later blocks were corrected for earlier
 ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has step 3's constant.
 Spectral limits and shared kernels are counted as if they were not asked for.
 """
@@ -233,8 +235,8 @@ def constants() -> list[str]:
     rates = [[device, item.title, f"{item.half / 1e12:.4g}", f"{item.single / 1e12:.4g}", f"{item.double / 1e12:.4g}",
               "–" if item.bandwidth is None else f"{item.bandwidth / 1e12:.4g}", f"{item.utilisation:g}", item.source]
              for device, item in DEVICES.items()]
-    names = ("ANALYSE", "REFINE", "GRADIENT", "SOLVE", "RANK", "THEORY", "PATH", "PASSES", "LIBRARIES", "OPERATOR",
-             "SYSTEM")
+    names = ("ANALYSE", "REFINE", "GRADIENT", "SOLVE", "RANK", "THEORY", "PATH", "PASSES", "MOMENT", "INVERSE",
+             "LIBRARIES", "OPERATOR", "SYSTEM", "MATRICES")
     shown = ", ".join(f"{name} {getattr(forecast, name):,}" for name in names)
     return [*table(["device", "", "bfloat16", "float32", "float64", "TB/s", "share", "source"], rates, 2), RATES,
             f"Constants of `src/kdprune/planning/forecast.py`, each explained there: {shown}.", ""]

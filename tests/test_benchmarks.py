@@ -23,9 +23,6 @@ import served_speed  # noqa: E402
 import speed  # noqa: E402
 import speed_page  # noqa: E402
 
-from kdprune.methods.common.analysis import ENOUGH  # noqa: E402
-from kdprune.methods.kdp.kdp import PRESETS, SHORT  # noqa: E402
-
 TINY = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 64}
 
 
@@ -89,21 +86,6 @@ def test_a_run_is_measured_stage_by_stage(measured: dict[str, Any]) -> None:
     assert 0 < peaks[0] <= max(peaks) <= measured["peak_bytes"]
 
 
-def test_the_projection_scales_each_step_by_what_it_depends_on() -> None:
-    found = {
-        "tokens": 1024, "forward_seconds": [2.0, 2.0], "features": [2048],
-        "method": {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512},
-        "stages": {name: {"seconds": 4.0} for name in ("analyse", "layer states", "kernel a", "kernel b", "refine a")},
-    }
-    passes = cost.projected(found)
-    assert passes["analyse"] == pytest.approx(2 * ENOUGH / 2**20)
-    assert passes["layer states"] == pytest.approx(2)
-    default = PRESETS["default"]
-    assert passes["refine"] == pytest.approx(2 * SHORT[0])
-    # 8 s for one epoch over 512 tokens; the default's over 8 · 2048, against 2 s a 1024 tokens.
-    assert passes["kernel"] == pytest.approx(8 * default["kernel_epochs"] * 16384 / 512 / (2 * 1024))
-
-
 @pytest.mark.parametrize(("stem", "page"), [
     ("cost", cost.page), ("memory", memory.page), ("speed", speed_page.page), ("served", served_speed.page)])
 def test_pages_of_instruments_are_what_their_records_give(stem: str, page: Callable[[Any], str]) -> None:
@@ -116,7 +98,7 @@ def test_pages_of_instruments_are_what_their_records_give(stem: str, page: Calla
 def test_a_page_shows_what_was_measured(measured: dict[str, Any]) -> None:
     facts = {"hardware": "a machine", "threads": 1, "torch": "2", "month": "202611", "command": "x", "clock": "."}
     found = {**measured, "forward_seconds": [0.5, 1.5], "peak_bytes": 3 * 2**30}
-    text = cost.page({**facts, "shapes": {"0.1b": found}})
+    text = cost.page({**facts, "runs": {"0.1b": found}})
     row = next(line for line in text.splitlines() if line.startswith("| 0.1b"))
     assert f"| {cost.by_step(found)['analyse']:.2f} |" in row
     assert "| 3 GiB |" in row

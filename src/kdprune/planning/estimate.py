@@ -1,7 +1,6 @@
 """How long pruning will take on this machine, before it starts: counted work at the measured pace of a forward pass."""
 
 import time
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -34,9 +33,8 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
     except KDPruneError:  # only stand-ins of several forms together reach so large a ratio
         return None
     job = job_of(method, dense, prune_meta(dense, chosen), chosen, tokens)
-    like = DEVICES["cpu" if model.device.type == "cpu" else "h100"]
-    if not computes_in(torch.bfloat16, model.device):
-        like = replace(like, half=like.single)
+    cpu = "cpu" if computes_in(torch.bfloat16, model.device) else "cpu-float32"
+    like = DEVICES[cpu if model.device.type == "cpu" else "h100"]
     passes = sum(work.seconds(like, job.itemsize) for work in job.stages().values()) / job.forward().seconds(
         like, job.itemsize)
     return passes * _forward_seconds(run.running(model), tokens)

@@ -13,11 +13,13 @@ from typing import NamedTuple
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.analysis import CHUNK, ENOUGH, STATES
 from kdprune.methods.common.shape import Shape
+from kdprune.methods.common.stand_in_fit import PASS_TOKENS
 from kdprune.methods.kdp.fit_block import REFINE_RATES, FitSettings
+from kdprune.methods.kdp.landmarks import pool_size, tokens_for
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
-from kdprune.train.trial import SHARE as TRIAL_SHARE
+from kdprune.train.trial import trial_rows
 
 # Of operations counted: what a stage takes on one CPU thread over what its count says.
 ANALYSE = 1.13    # scores of all pairs beside the pass that gives the states (1.02 to 1.28 measured)
@@ -28,10 +30,13 @@ RANK = 8          # float64 operations · D³ a block: effective rank and the re
 THEORY = 21       # float64 operations · D³ an operator in the rest: Theorem 2's risks
 PATH = 7          # float64 operations · D² a path token and operator in the rest
 PASSES = 5        # forward passes of a stand-in over all tokens in the rest: energy, moments, errors
+MOMENT = 4        # float64 operations a token and entry of the moments of a regression; 2 by count
+INVERSE = 3       # float64 operations · P³ to invert the moments of P inputs, and to multiply by that
 # Bytes.
 LIBRARIES = 475_000_000  # resident before there is a model: torch and transformers on a CPU
 OPERATOR = 30     # · D² an operator of step 1: itself, its gradient, Adam's two moments, A and its gradient
 SYSTEM = 45       # · D² once: float64 moments and the system solved for one operator after the other
+MATRICES = 6      # float64 of P² entries at once, when landmarks are chosen of P inputs
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ DEVICES = {
     "rtx4090": Device("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12, 1.29e12, 1.008e12, 24e9, UTILISATION,
                       "NVIDIA Ada GPU Architecture, white paper, 2022 (dense, float32 sums)"),
     "cpu": Device("one thread of an AMD EPYC", 168e9, 79e9, 39.5e9, None, None, 1.0,
-                  "forward passes of benchmarks/cost_cpu1-amd-epyc_202611.json (7b; 0.1b and 1b), float64 at half"),
+                  "forward passes of benchmarks/cost_cpu1-amd-epyc_202611.json (7b; 0.1b), float64 at half"),
+    "cpu-float32": Device("one thread of an AMD EPYC without bfloat16 products", 79e9, 79e9, 39.5e9, None, None, 1.0,
+                          "as cpu; what would be bfloat16 is float32"),
 }
 
 
@@ -148,6 +155,9 @@ class Job:
         outside: bytes of what is not in its layers.
         added: parameters of one stand-in with what stands before it.
         measured: tokens that pass the whole model while blocks are chosen by damage; 0: they are not.
+        trials: stand-ins that are solved for meanwhile, before spare parameters go into them and after.
+        tried_on: tokens of each of these fits.
+        small: the stand-in before.
     """
 
     width: int
@@ -167,6 +177,9 @@ class Job:
     outside: int
     added: int
     measured: float = 0
+    trials: tuple[int, int] = (0, 0)
+    tried_on: int = 0
+    small: Shape | None = None
 
     @property
     def tokens(self) -> int:
@@ -194,7 +207,7 @@ class Job:
         depth = max(block.stop for block in self.blocks)
         found = {
             "analyse": Work(model=ANALYSE * self.analysed * self.layers * self.layer),
-            "damage": Work(model=self.measured * self.layers * self.layer),
+            "damage": Work(model=self.measured * self.layers * self.layer) + self._tried(),
             "layer states": Work(model=self.tokens * depth * self.layer),
             "corrected states": Work(), "kernel": Work(), "inverse": Work(), "refine": Work(), "rest": Work(),
         }
@@ -210,9 +223,7 @@ class Job:
     def _fit(self, block: range) -> dict[str, Work]:
         """Operations of one block's steps, and of what no stage counts."""
         steps, size, fitted = len(block), self.size, (self.rows - self.held) * self.length
-        read = self.shape.hidden or self.shape.entries
-        found = {"rest": Work(
-            single=PASSES * self.tokens * self.replacement, double=4 * self.tokens * read * (read + self.width))}
+        found = {"rest": Work(single=PASSES * self.tokens * self.replacement) + self._solved(self.shape, fitted)}
         if "fourier" in self.shape.parts:
             path, epochs = self.path[0] * self.length, self.settings.step1.epochs
             restarts = epochs + 1
@@ -227,11 +238,25 @@ class Job:
                     single=REFINE * 3 * self.settings.step2.epochs * fitted * 2 * self.shape.hidden
                     * (size + self.width))
         if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
-            trained = REFINE * 3 * self.settings.step3.epochs * fitted * self.replacement
-            if self.settings.on_trial:  # every rate for one part in so many of the steps, at most
-                trained *= 1 + len(REFINE_RATES) / TRIAL_SHARE
+            schedule, passed = self.settings.step3, self.settings.step3.epochs * fitted
+            if self.settings.on_trial:  # every rate, at most
+                passed += len(REFINE_RATES) * trial_rows(self.rows - self.held, schedule) * self.length
+            trained = REFINE * 3 * passed * self.replacement
             found["refine"] = Work(single=trained) if "fourier" in self.shape.parts else Work(half=trained)
         return found
+
+    def _tried(self) -> Work:
+        """Operations of the stand-ins that are solved for while blocks are chosen, but for what passes the model."""
+        found = Work()
+        for count, shape in zip(self.trials, (self.small or self.shape, self.shape), strict=True):
+            found += Work(double=count * self._solved(shape, self.tried_on).double)
+        return found
+
+    def _solved(self, shape: Shape, tokens: int) -> Work:
+        """Operations of a read-out's solve on so many tokens, and of the choice of its landmarks before that."""
+        read, inputs = shape.hidden or shape.entries, _landmark_inputs(shape)
+        return Work(double=MOMENT * tokens * read * (read + self.width)
+                    + MOMENT * min(tokens, tokens_for(inputs)) * inputs * (inputs + self.width) + INVERSE * inputs**3)
 
     # ------------------------------------------------------------------------------------------------ bytes
 
@@ -259,8 +284,10 @@ class Job:
         return 2 * rows * row + (self.layers + 1) * CHUNK * self.width * 4
 
     def fit_bytes(self) -> int:
-        """The most that the fit of a block takes: step 1 with its path, or training the stand-in."""
-        trained = 16 * self.added
+        """The most that the fit of a block takes: step 1 with its path, training the stand-in, or the choice of its
+        landmarks with a pass of their inputs."""
+        inputs = _landmark_inputs(self.shape)
+        trained = max(16 * self.added, 8 * (MATRICES * inputs**2 + 2 * PASS_TOKENS * inputs))
         kernel = [
             (OPERATOR * len(block) + SYSTEM) * self.size**2 + self.paths(block) for block in self.blocks]
         return max(trained, *kernel) if "fourier" in self.shape.parts else trained
@@ -305,3 +332,10 @@ class Job:
         rooms = [] if budget is None else [self.room(budget)]
         rooms += [] if device.memory is None else [int(SHARE * device.memory)]
         return self.weights > MODEL_SHARE * min(rooms) if rooms else None
+
+
+def _landmark_inputs(shape: Shape) -> int:
+    """P: what a stand-in's landmarks are chosen of, by regression; 0 where it has none."""
+    if "data" not in shape.parts:
+        return 0
+    return pool_size(shape.channels, shape.width) + (shape.width if "linear" in shape.parts else 0)

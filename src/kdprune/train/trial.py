@@ -66,12 +66,18 @@ def rate_on_trial(
         say: as of :func:`best_rate`.
         rates: those tried, highest first.
     """
-    steps = max(-(-rows // schedule.batch) * schedule.epochs // SHARE, LEAST_STEPS)
+    some = trial_rows(rows, schedule)
 
     def trial(rate: float) -> float:
         twin = torch.Generator(draw.device)
         twin.set_state(draw.get_state())
-        train(min(rows, steps * schedule.batch), replace(schedule, epochs=1, rate=rate, patience=None), twin)
+        train(some, replace(schedule, epochs=1, rate=rate, patience=None), twin)
         return look()
 
     return best_rate(parameters, rates, trial, say)
+
+
+def trial_rows(rows: int, schedule: Schedule) -> int:
+    """How many of so many rows a trial for such a training passes, once."""
+    steps = max(-(-rows // schedule.batch) * schedule.epochs // SHARE, LEAST_STEPS)
+    return min(rows, steps * schedule.batch)
