@@ -85,10 +85,10 @@ SMALLER = """On an H100. States and disk go with the tokens; step 1 has its own 
 CHECKED = """Runs of `benchmarks/cost.py`, `memory.py` and `speed.py` on one CPU thread. The records of the first two
 set the constants: this says how well one count fits shapes from 3.5 M to 7 B parameters, and is no test on another
 machine. The bundled model's time is far off because its matrices are too small for the rates of large ones, its memory
-because buffers that are not counted are most of it. Of the choice of blocks (damage) as much is counted as it may take:
-all its trials. The runs of `memory.py` are of KDP with Fourier features, before later blocks were corrected for earlier
-ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has step 3's constant.
-Spectral limits and shared kernels are counted as if they were not asked for.
+because buffers that are not counted are most of it. Of the trials that blocks may be chosen by (damage) a share is
+counted, as many as these runs made. The runs of `memory.py` are of KDP with Fourier features, before later blocks were
+corrected for earlier ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has
+step 3's constant. Spectral limits and shared kernels are counted as if they were not asked for.
 """
 RATES = """Peaks in TFLOP/s, dense. Stand-ins are fitted in float32 and their operators solved for in float64, hence
 the three columns. The share of a GPU's peaks is an assumption: `--utilisation`.
@@ -235,7 +235,7 @@ def constants() -> list[str]:
     rates = [[device, item.title, f"{item.half / 1e12:.4g}", f"{item.single / 1e12:.4g}", f"{item.double / 1e12:.4g}",
               "–" if item.bandwidth is None else f"{item.bandwidth / 1e12:.4g}", f"{item.utilisation:g}", item.source]
              for device, item in DEVICES.items()]
-    names = ("ANALYSE", "REFINE", "GRADIENT", "SOLVE", "RANK", "THEORY", "PATH", "PASSES", "MOMENT", "INVERSE",
+    names = ("ANALYSE", "REFINE", "GRADIENT", "SOLVE", "RANK", "THEORY", "PATH", "PASSES", "MOMENT", "INVERSE", "TRIED",
              "LIBRARIES", "OPERATOR", "SYSTEM", "MATRICES")
     shown = ", ".join(f"{name} {getattr(forecast, name):,}" for name in names)
     return [*table(["device", "", "bfloat16", "float32", "float64", "TB/s", "share", "source"], rates, 2), RATES,

@@ -31,6 +31,7 @@ THEORY = 21       # float64 operations · D³ an operator in the rest: Theorem 2
 PATH = 7          # float64 operations · D² a path token and operator in the rest
 PASSES = 5        # forward passes of a stand-in over all tokens in the rest: energy, moments, errors
 MOMENT = 4        # float64 operations a token and entry of the moments of a regression; 2 by count
+TRIED = 0.4       # of the trials that blocks may be chosen by, those that are made (.3 to .5 measured)
 INVERSE = 3       # float64 operations · P³ to invert the moments of P inputs, and to multiply by that
 # Bytes.
 LIBRARIES = 475_000_000  # resident before there is a model: torch and transformers on a CPU
@@ -134,6 +135,23 @@ class Peaks(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What choosing blocks by damage may take, if all its trials are made.
+
+    Attributes:
+        collected: tokens whose states are collected first.
+        passed: tokens that pass the whole model afterwards.
+        fits: stand-ins that are solved for, by their shape.
+        fitted: tokens of each.
+    """
+
+    collected: int
+    passed: float
+    fits: Sequence[tuple[Shape, int]]
+    fitted: int
+
+
+@dataclass(frozen=True)
 class Job:
     """What is pruned and how, in numbers.
 
@@ -154,10 +172,7 @@ class Job:
         weights: bytes of the model.
         outside: bytes of what is not in its layers.
         added: parameters of one stand-in with what stands before it.
-        measured: tokens that pass the whole model while blocks are chosen by damage; 0: they are not.
-        trials: stand-ins that are solved for meanwhile, before spare parameters go into them and after.
-        tried_on: tokens of each of these fits.
-        small: the stand-in before.
+        choice: what choosing blocks by damage may take; None: they are not.
     """
 
     width: int
@@ -176,10 +191,7 @@ class Job:
     weights: int
     outside: int
     added: int
-    measured: float = 0
-    trials: tuple[int, int] = (0, 0)
-    tried_on: int = 0
-    small: Shape | None = None
+    choice: Choice | None = None
 
     @property
     def tokens(self) -> int:
@@ -207,7 +219,7 @@ class Job:
         depth = max(block.stop for block in self.blocks)
         found = {
             "analyse": Work(model=ANALYSE * self.analysed * self.layers * self.layer),
-            "damage": Work(model=self.measured * self.layers * self.layer) + self._tried(),
+            "damage": self._tried(),
             "layer states": Work(model=self.tokens * depth * self.layer),
             "corrected states": Work(), "kernel": Work(), "inverse": Work(), "refine": Work(), "rest": Work(),
         }
@@ -246,10 +258,12 @@ class Job:
         return found
 
     def _tried(self) -> Work:
-        """Operations of the stand-ins that are solved for while blocks are chosen, but for what passes the model."""
-        found = Work()
-        for count, shape in zip(self.trials, (self.small or self.shape, self.shape), strict=True):
-            found += Work(double=count * self._solved(shape, self.tried_on).double)
+        """Operations of the choice of blocks: states, passes of what is tried, solves for its stand-ins."""
+        if self.choice is None:
+            return Work()
+        found = Work(model=(self.choice.collected + TRIED * self.choice.passed) * self.layers * self.layer)
+        for shape, count in self.choice.fits:
+            found += Work(double=TRIED * count * self._solved(shape, self.choice.fitted).double)
         return found
 
     def _solved(self, shape: Shape, tokens: int) -> Work:

@@ -20,13 +20,13 @@ from kdprune.methods.common.budget import (
 from kdprune.methods.common.shape import Candidate
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.methods.kdp.measuring import fit_rows
+from kdprune.methods.kdp.measuring import damage_rows, fit_rows
 from kdprune.model.edits import Substitute
 from kdprune.model.families import has_experts
 from kdprune.model.forms import check_adapter, check_quantised, located
 from kdprune.model.loading import HUB_ID, read_config, resolve_dtype
 from kdprune.model.surgery import apply_edits, context_layer, ordinary_layer
-from kdprune.planning.forecast import Job
+from kdprune.planning.forecast import Choice, Job
 from kdprune.runtime.machine import generator, quiet_libraries
 from kdprune.store.files import is_there
 
@@ -124,16 +124,21 @@ def job_of(
     stack, left = (forward_flops(model, 1, length, logits=0) / length for model in (dense, pruned))
     layer, path = stack / len(sizes), method.path_rows(tokens, shape)
     kept = len(sizes) - sum(map(len, blocks))
-    measured, tried_on, counts, small = 0.0, 0, (0, 0), method.shape(dense)
-    if method.measures:
-        tried = method.candidates(possible_blocks(method, method.budget(dense)), shape)
-        alone, sets, measured = trials(tokens, tried, method.held, dense)
-        counts, tried_on = (alone, sets * len(blocks)), fit_rows(tokens, method.held, small.width).tokens
     return Job(
         width=dense.config.hidden_size, layers=len(sizes), itemsize=itemsize, rows=rows, length=length,
         held=tokens.held_out(method.held), blocks=blocks, shape=shape, settings=method.settings(shape, tokens),
         path=(path.fit, path.held), sequential=bool(method.sequential), layer=layer,
         replacement=max(left - kept * layer, 0.0) / len(blocks), weights=dense.num_parameters() * itemsize,
         outside=(dense.num_parameters() - sum(sizes)) * itemsize,
-        added=max(added_parameters(method, dense, chosen)), measured=measured, trials=counts,
-        tried_on=tried_on, small=small)
+        added=max(added_parameters(method, dense, chosen)), choice=choice_of(method, dense, chosen, tokens))
+
+
+def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], tokens: TokenSet) -> Choice | None:
+    """What choosing such blocks by damage may take; None where they are not chosen so."""
+    if not method.measures:
+        return None
+    small, filled_up = method.shape(dense), chosen[0].shape
+    tried = method.candidates(possible_blocks(method, method.budget(dense)), filled_up)
+    alone, sets, passed = trials(tokens, tried, method.held, dense)
+    fitted, scored = fit_rows(tokens, method.held, small.width).tokens, damage_rows(tokens, method.held).tokens
+    return Choice(fitted + scored, passed, [(small, alone), (filled_up, sets * len(chosen))], fitted)

@@ -58,7 +58,7 @@ def trials(
     tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
 ) -> tuple[int, int, float]:
     """From how many candidates alone on no more are measured, but those that a set still lacks; how many sets at most;
-    and what that costs in tokens that pass the whole model, the sets' own fits not counted."""
+    and what these cost in tokens that pass the whole model, fits not counted."""
     forms = len({candidate.shape for candidate in candidates})
     blocks = {candidate.block for candidate in candidates}
     lengths = len({len(block) for block in blocks})
@@ -67,7 +67,7 @@ def trials(
     cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
     most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), len(_first_lengths(blocks)) * forms)
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
-    return most, sets, most * cost + sets * scored + fitted + scored
+    return most, sets, most * cost + sets * scored
 
 
 def choose_by_damage(
