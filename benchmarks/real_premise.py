@@ -8,7 +8,6 @@ linear map, of 4 behind KDP's closed form; beside cosine, linear and RBF CKA bet
 without massive ones. TEXTS is what benchmarks/texts.py made. An interrupted run goes on where it stopped.
 """
 
-import argparse
 import dataclasses
 import json
 import statistics
@@ -18,8 +17,9 @@ from typing import Any
 
 import torch
 from book_tables import markdown
+from real_page import RESULTS, arguments, joined, loaded, publish, write
 from scipy.stats import spearmanr
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet, load_stream, load_tokens
 from kdprune.evaluation.fidelity import HeldOut, fidelities
@@ -33,7 +33,7 @@ from kdprune.model.surgery import apply_edits
 from kdprune.report.style import MARKERS, SERIES, Canvas, legend_below, log_axis
 from kdprune.runtime.run import Run
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+PAGE = "real-premise"
 HELD_OUT = ("books", "encyclopedia", "news", "chat")
 ROWS, LENGTH, SCORED = 64, 512, 4096  # calibration rows, tokens of a row, held-out tokens of a text
 KINDS = {"dropped": "dropped", "linear": "behind a linear map", "kdp": "behind KDP's closed form"}
@@ -45,9 +45,7 @@ SCORES = {"cosine": "cosine", "linear_cka": "linear CKA", "rbf_cka": "RBF CKA"}
 
 def measure(name: str, model_at: str, texts: Path, only: Sequence[str] = tuple(KINDS)) -> None:
     """Measures what the record lacks, and keeps it after every block."""
-    tokenizer = AutoTokenizer.from_pretrained(model_at)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_at, dtype=torch.float32).to(device).eval()
+    model, tokenizer = loaded(model_at)
     tokens = load_tokens(f"{texts}/calibration.jsonl", tokenizer, samples=ROWS, length=LENGTH, seed=0, vocabulary=None)
     held = HeldOut(tuple(
         dataclasses.replace(load_stream(f"{texts}/{one}.txt", tokenizer, limit=SCORED, vocabulary=None), source=one)
@@ -55,7 +53,7 @@ def measure(name: str, model_at: str, texts: Path, only: Sequence[str] = tuple(K
     file, run = RESULTS / f"real-premise-{name}.json", Run(0)
     record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"blocks": []}
     layers = len(decoder_layers(model))
-    record |= {"model": name, "layers": layers, "tokens": tokens.tokens, "scored": SCORED, "device": device,
+    record |= {"model": name, "layers": layers, "tokens": tokens.tokens, "scored": SCORED, "device": model.device.type,
                "rows": LENGTH}
     if "scores" not in record:
         without = score_layers(model, tokens, run, protect=0.0)
@@ -75,12 +73,6 @@ def measure(name: str, model_at: str, texts: Path, only: Sequence[str] = tuple(K
                 record["blocks"].append({"kind": kind, "block": block, **damage(model, tokens, held, run, kind, block)})
                 write(record, file)
     write(record, file)
-
-
-def write(record: Mapping[str, Any], file: Path) -> None:
-    """The record, six digits a number."""
-    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-    file.write_text(json.dumps(rounded) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -114,11 +106,6 @@ def damage(
 
 
 # ------------------------------------------------------------------------------------------------- page
-
-
-def records() -> list[dict[str, Any]]:
-    """What has been measured, a record a model."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("real-premise-*.json"))]
 
 
 def losses(record: Mapping[str, Any], kind: str, length: int, of: str = "kl") -> dict[int, float]:
@@ -200,25 +187,16 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
         parts += [f"## {record['model']}", f"Excess loss, nats a token. Layers that write massive tokens: {massive}; "
                   f"that erase them: {erased} (*: the block holds one).",
                   *(f"{length} layers:\n\n{block_table(record, length)}" for length in LENGTHS["dropped"])]
-    notes = RESULTS / "real-premise-notes.md"
-    return "\n\n".join([*parts, *([notes.read_text(encoding="utf-8").strip()] if notes.is_file() else [])]) + "\n"
+    return joined(PAGE, parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_subparsers(dest="what", required=True)
-    measuring = what.add_parser("run")
-    measuring.add_argument("name")
-    measuring.add_argument("model")
-    measuring.add_argument("texts", type=Path)
+    parser, measuring = arguments(__doc__)
     measuring.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
-    what.add_parser("page")
     given = parser.parse_args()
     if given.what == "run":
         measure(given.name, given.model, given.texts, given.only)
-    if found := records():
-        (RESULTS / "real-premise.svg").write_text(picture(found), encoding="utf-8")
-        (RESULTS / "real-premise.md").write_text(page(found), encoding="utf-8")
+    publish(PAGE, page, picture)
 
 
 if __name__ == "__main__":

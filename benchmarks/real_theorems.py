@@ -8,8 +8,6 @@ TEXTS is what benchmarks/texts.py made. States as they are, as in ``preset=paper
 boundary of the block are left out.
 """
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,21 +16,21 @@ from typing import Any
 
 import torch
 from book_tables import markdown
+from real_page import RESULTS, arguments, joined, loaded, publish, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdprune.data.tokens import load_tokens
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.features import FourierFeatures
 from kdprune.kernel.massive import MassiveTokens
-from kdprune.kernel.operators import Moments, spectral_norm
+from kdprune.kernel.operators import spectral_norm
 from kdprune.methods.kdp.step1_dynamics import fit_dynamics, position_weights, solve_operators
 from kdprune.model.activations import layer_states
 from kdprune.report.style import MARKERS, SERIES, Canvas, legend_below
 from kdprune.runtime.run import Run
 from kdprune.train.loop import Schedule
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
+PAGE = "real-theorems"
 LENGTH, HELD, FITTED = 512, 16, 128  # tokens of a row; held-out rows and rows to fit on
 SIZES, PARTS = (1_024, 4_096, 16_384, 65_536), 4  # n of Theorem 1, each over so many separate parts of the text at most
 RISK_TOKENS = 32_768  # fitted tokens of Theorem 2
@@ -46,9 +44,7 @@ TRAINED = ((0.5, 1.0), 8_192, 10)  # m in units of d, tokens and epochs of step 
 
 def measure(name: str, model_at: str, texts: Path, block: range) -> None:
     """Measures all of one block and writes the record."""
-    tokenizer = AutoTokenizer.from_pretrained(model_at)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_at, dtype=torch.float32).to(device).eval()
+    model, tokenizer = loaded(model_at)
     tokens = load_tokens(
         f"{texts}/calibration.jsonl", tokenizer, samples=HELD + FITTED, length=LENGTH, seed=0, vocabulary=None)
     boundaries, parts, positions, left_out = range(block.start, block.stop + 1), [], [], 0
@@ -64,8 +60,7 @@ def measure(name: str, model_at: str, texts: Path, block: range) -> None:
         "model": name, "block": [block.start, block.stop], "width": path.shape[-1], "tokens": path.shape[1],
         "held": held.shape[1], "massive": left_out, "sweep": [*bounds(path, held)],
         "risks": [*risks(path, held, place)]}
-    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-    (RESULTS / f"real-theorems-{name}.json").write_text(json.dumps(rounded) + "\n", encoding="utf-8")
+    write(record, RESULTS / f"{PAGE}-{name}.json")
 
 
 def drawn(path: Tensor, features: int, bandwidth: float) -> FourierFeatures:
@@ -82,7 +77,7 @@ def bounds(path: Tensor, held: Tensor) -> Iterator[dict[str, Any]]:
     Risks are means over the operators of E‖A φ(h) − φ(h')‖², errors root mean squares over the held-out tokens.
     """
     kernel = drawn(held, path.shape[-1], BANDWIDTHS[0])
-    lifted, steps, found = kernel(held), len(path) - 1, []
+    lifted, steps = kernel(held), len(path) - 1
     for size in SIZES:
         parts = [part for part in path.split(size, dim=1)[:PARTS] if part.shape[1] > 0.9 * size]
         found = [one_size(kernel, part, lifted) for part in parts]
@@ -159,17 +154,11 @@ def of_kernel(
 
 def _variance(states: Tensor) -> float:
     """Σ ‖y − mean(y)‖² of (n, d)."""
-    moments = Moments(1, states.shape[-1], states.device)
-    moments.update(states[:, :1], states)
-    return moments.variance()
+    states = states.double()
+    return float((states - states.mean(0)).square().sum())
 
 
 # ------------------------------------------------------------------------------------------------- page
-
-
-def records() -> list[dict[str, Any]]:
-    """What has been measured, a record a model."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("real-theorems-*.json"))]
 
 
 def bound_table(record: Mapping[str, Any]) -> str:
@@ -236,26 +225,17 @@ def page(found: Sequence[Mapping[str, Any]]) -> str:
             f"## {record['model']}, layers {first} to {last - 1}",
             f"d = {record['width']}, K = {last - first}; {record['held']:,} held-out tokens, {record['massive']:,} "
             "massive ones left out.", bound_table(record), risk_table(record)]
-    notes = RESULTS / "real-theorems-notes.md"
-    return "\n\n".join([*parts, *([notes.read_text(encoding="utf-8").strip()] if notes.is_file() else [])]) + "\n"
+    return joined(PAGE, parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_subparsers(dest="what", required=True)
-    measuring = what.add_parser("run")
-    measuring.add_argument("name")
-    measuring.add_argument("model")
-    measuring.add_argument("texts", type=Path)
+    parser, measuring = arguments(__doc__)
     measuring.add_argument("block", help="FIRST-LAST, half-open")
-    what.add_parser("page")
     given = parser.parse_args()
     if given.what == "run":
         with torch.no_grad():
             measure(given.name, given.model, given.texts, range(*map(int, given.block.split("-"))))
-    if found := records():
-        (RESULTS / "real-theorems.svg").write_text(picture(found), encoding="utf-8")
-        (RESULTS / "real-theorems.md").write_text(page(found), encoding="utf-8")
+    publish(PAGE, page, picture)
 
 
 if __name__ == "__main__":

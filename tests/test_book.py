@@ -22,6 +22,7 @@ import book
 import book_plots
 import book_records
 import book_tables
+import real_page
 import real_premise
 import real_theorems
 
@@ -69,16 +70,16 @@ def test_so_are_tables_with_a_bootstrap() -> None:
 
 
 def test_the_page_on_the_premise_is_what_its_records_give() -> None:
-    found = real_premise.records()
+    found = real_page.records(real_premise.PAGE)
     assert len(found) == 3
-    assert (real_premise.RESULTS / "real-premise.md").read_text(encoding="utf-8") == real_premise.page(found)
+    assert (real_page.RESULTS / "real-premise.md").read_text(encoding="utf-8") == real_premise.page(found)
 
 
 def test_the_page_on_the_theorems_is_what_its_records_give() -> None:
-    found = real_theorems.records()
+    found = real_page.records(real_theorems.PAGE)
     assert found
-    assert (real_theorems.RESULTS / "real-theorems.md").read_text(encoding="utf-8") == real_theorems.page(found)
-    assert (real_theorems.RESULTS / "real-theorems.svg").is_file()
+    assert (real_page.RESULTS / "real-theorems.md").read_text(encoding="utf-8") == real_theorems.page(found)
+    assert (real_page.RESULTS / "real-theorems.svg").is_file()
 
 
 def test_a_linear_block_has_no_risk_where_the_state_itself_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from kdprune.methods.common.analysis import CHUNK, ENOUGH, STATES
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import PASS_TOKENS
 from kdprune.methods.kdp.fit_block import REFINE_RATES, FitSettings
-from kdprune.methods.kdp.landmarks import pool_size, tokens_for
+from kdprune.methods.kdp.landmarks import inputs_of, tokens_for
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
@@ -268,7 +268,7 @@ class Job:
 
     def _solved(self, shape: Shape, tokens: int) -> Work:
         """Operations of a read-out's solve on so many tokens, and of the choice of its landmarks before that."""
-        read, inputs = shape.hidden or shape.entries, _landmark_inputs(shape)
+        read, inputs = shape.hidden or shape.entries, inputs_of(shape)
         return Work(double=MOMENT * tokens * read * (read + self.width)
                     + MOMENT * min(tokens, tokens_for(inputs)) * inputs * (inputs + self.width) + INVERSE * inputs**3)
 
@@ -300,7 +300,7 @@ class Job:
     def fit_bytes(self) -> int:
         """The most that the fit of a block takes: step 1 with its path, training the stand-in, or the choice of its
         landmarks with a pass of their inputs."""
-        inputs = _landmark_inputs(self.shape)
+        inputs = inputs_of(self.shape)
         trained = max(16 * self.added, 8 * (MATRICES * inputs**2 + 2 * PASS_TOKENS * inputs))
         kernel = [
             (OPERATOR * len(block) + SYSTEM) * self.size**2 + self.paths(block) for block in self.blocks]
@@ -346,10 +346,3 @@ class Job:
         rooms = [] if budget is None else [self.room(budget)]
         rooms += [] if device.memory is None else [int(SHARE * device.memory)]
         return self.weights > MODEL_SHARE * min(rooms) if rooms else None
-
-
-def _landmark_inputs(shape: Shape) -> int:
-    """P: what a stand-in's landmarks are chosen of, by regression; 0 where it has none."""
-    if "data" not in shape.parts:
-        return 0
-    return pool_size(shape.channels, shape.width) + (shape.width if "linear" in shape.parts else 0)

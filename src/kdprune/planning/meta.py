@@ -137,8 +137,8 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
     """What choosing such blocks by damage may take; None where they are not chosen so."""
     if not method.measures:
         return None
-    small, filled_up = method.shape(dense), chosen[0].shape
-    tried = method.candidates(possible_blocks(method, method.budget(dense)), filled_up)
-    alone, sets, passed = trials(tokens, tried, method.held, dense)
-    fitted, scored = fit_rows(tokens, method.held, small.width).tokens, damage_rows(tokens, method.held).tokens
-    return Choice(fitted + scored, passed, [(small, alone), (filled_up, sets * len(chosen))], fitted)
+    budget, widest = method.budget(dense), chosen[0].shape
+    alone, sets, passed = trials(
+        tokens, method.candidates(possible_blocks(method, budget), widest), method.held, dense)
+    fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
+    return Choice(fitted + scored, passed, [(budget.shape, alone), (widest, sets * len(chosen))], fitted)

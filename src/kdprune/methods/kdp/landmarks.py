@@ -5,8 +5,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.kernel.operators import Moments
+from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.model.families import decoder_layers, norm_before_mlp
+from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.structures import Channels, mlp_channels, norm_affine
 from kdprune.model.surgery import plain_copy
 from kdprune.runtime.distributed import world
@@ -46,7 +48,7 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
     """
     stand_in = fitting.stand_in
     linear = stand_in.width if "linear" in stand_in.parts else 0
-    most = tokens_for(linear + pool_size(stand_in.channels, stand_in.width))
+    most = tokens_for(inputs_of(stand_in))
     pool = _pool(model, fitting, most)
     if len(pool.lines) > stand_in.channels:
         moments = Moments(linear + len(pool.lines), stand_in.width, fitting.device)
@@ -78,14 +80,22 @@ def _pool(model: PreTrainedModel, fitting: StandInFit, most: int) -> Channels:
         for x in fitting.probe(rows).kernel_input.split(CHUNK):
             squares += every.of(x, stand_in.act).square().sum(0, dtype=torch.float64)
     world().sum(squares)
-    size = min(pool_size(stand_in.channels, stand_in.width), len(squares))
+    size = min(pool_size(stand_in), len(squares))
     return every.select((squares.sqrt() * every.outgoing).topk(size).indices)
 
 
-def pool_size(channels: int, width: int) -> int:
-    """How many channels are regressed on to find so many, where the block has them."""
+def pool_size(shape: Shape | StandIn) -> int:
+    """How many channels are regressed on to find as many as this stand-in has, where the block has them."""
     times, widths = WIDE
-    return min(POOL * channels, max(times * channels, widths * width))
+    return min(POOL * shape.channels, max(times * shape.channels, widths * shape.width))
+
+
+def inputs_of(shape: Shape | StandIn) -> int:
+    """P, the inputs of the regression by which landmarks are chosen: of the pool and of the linear part; 0 without
+    landmarks."""
+    if "data" not in shape.parts:
+        return 0
+    return pool_size(shape) + (shape.width if "linear" in shape.parts else 0)
 
 
 def tokens_for(inputs: int) -> int:
