@@ -82,9 +82,10 @@ DEVICES = {
     "rtx4090": Device("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12, 1.29e12, 1.008e12, 24e9, UTILISATION,
                       "NVIDIA Ada GPU Architecture, white paper, 2022 (dense, float32 sums)"),
     "cpu": Device("one thread of an AMD EPYC", 168e9, 79e9, 39.5e9, None, None, 1.0,
-                  "forward passes of benchmarks/cost_cpu1-amd-epyc_202611.json (7b; 0.1b), float64 at half"),
-    "cpu-float32": Device("one thread of an AMD EPYC without bfloat16 products", 79e9, 79e9, 39.5e9, None, None, 1.0,
-                          "as cpu; what would be bfloat16 is float32"),
+                  "forward passes of benchmarks/cost_cpu1-amd-epyc_202611.json (7b), float64 at half"),
+    "cpu-float32": Device(
+        "one thread of an AMD EPYC without bfloat16 products", 70e9, 70e9, 39.5e9, None, None, 1.0,
+        "passes, gradient steps and solves of benchmarks/cost_cpu1-amd-epyc_202611.json (0.1b)"),
 }
 
 
