@@ -53,8 +53,8 @@ config, builds it without weights, and counts. Page written by `python benchmark
     kdprune plan config.json --tflops 400 --utilisation 0.3         # any other device
 
 **None of the runs on this page was made.** Sizes and operations are exact; memory and time are counts with constants
-that were set from runs on one CPU thread, and no accelerator was at hand to test them on. How well they fit those runs
-is in the last but one section.
+that were set from runs on one CPU thread and have not been tried on an accelerator. How well they fit those runs is
+in the last but one section.
 
 The paper's table has six models. The notes this project was built from name three of them, LLaMA2-7B, LLaMA2-13B and
 LLaMA3-8B; the other three rows are two OPT models that SliceGPT reports perplexities of, and a Qwen3, so that every
@@ -62,12 +62,12 @@ family that the reference suite trains is here. Configs: `docs/real-models/*.jso
 parameters they come to are the published ones (`tests/test_plan.py`).
 """
 READING = """Reading and writing: operations of a token before / after, the most that it can be faster; head
-included. m: features of a stand-in.
+included. c: channels of a stand-in, m: its random frequencies.
 
-Without data the ranking of blocks is unknown, but how many layers go, in how many blocks, follows from the ratio and
-the size of a stand-in: the least net removal at or above the ratio. The blocks shown are those taken when similarity
-falls evenly with distance; what grows with the longest block (step 1's operators) moves with them. Options that bound
-it: `--max-block`, `--block-length`, `--features`.
+Without data the choice of blocks is unknown. Those shown are what `--ranking similarity` takes when similarity falls
+evenly with distance: as many as remove at most half a layer more than asked for. By damage, the default, there may be
+fewer and longer ones; what grows with the longest block (step 1's operators) moves with them. Options that bound it:
+`--max-block`, `--block-length`, `--features`.
 """
 PAPER_FORM = """Two blocks of four on LLaMA2-7B are the paper's 22.8 %. On the others the ratio asked for is the same,
 and there are as many blocks of four as it takes.
@@ -88,7 +88,7 @@ machine. The bundled model's time is far off because its matrices are too small 
 because buffers that are not counted are most of it. Of the trials that blocks may be chosen by (damage) a share is
 counted, as many as these runs made. The runs of `memory.py` are of KDP with Fourier features, before later blocks were
 corrected for earlier ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has
-step 3's constant. Spectral limits and shared kernels are counted as if they were not asked for.
+step 3's constant.
 """
 RATES = """Peaks in TFLOP/s, dense. Stand-ins are fitted in float32 and their operators solved for in float64, hence
 the three columns. The share of a GPU's peaks is an assumption: `--utilisation`.
@@ -150,20 +150,21 @@ def blocks_of(found: dict[str, Any]) -> str:
     return f"{sum(lengths)} in {len(lengths)} ({' + '.join(map(str, lengths))})"
 
 
-def what_it_gives(plans: dict[str, Any]) -> list[str]:
-    """Net ratio, parameters, disk, cache, operations."""
+def what_it_gives(plans: dict[str, Any], size: str) -> list[str]:
+    """Net ratio, parameters, disk, cache, operations, and how large stand-ins are: "channels" or "features"."""
     rows = []
     for name, found in plans.items():
         dense, pruned = found["dense"], found["pruned"]
         rows.append([
-            name, blocks_of(found), str(found["features"]), f"{100 * found['net_ratio']:.2f} %",
+            name, blocks_of(found), str(found[size]), f"{100 * found['net_ratio']:.2f} %",
             plain(f"{count(dense['parameters'])} → {count(pruned['parameters'])}"),
             f"{readable_bytes(dense['disk_bytes'])} → {readable_bytes(pruned['disk_bytes'])}",
             f"{readable_bytes(dense['kv_bytes'])} → {readable_bytes(pruned['kv_bytes'])}",
             f"×{dense['prefill_flops'] / pruned['prefill_flops']:.3f}",
             f"×{dense['decode_flops'] / pruned['decode_flops']:.3f}"])
-    return table(["model", "layers out", "m", "net", "parameters", "on disk", "KV cache a token", "reading", "writing"],
-                 rows, 2)
+    symbol = {"channels": "c", "features": "m"}[size]
+    titles = ["model", "layers out", symbol, "net", "parameters", "on disk", "KV cache a token", "reading", "writing"]
+    return table(titles, rows, 2)
 
 
 def what_it_takes(by_device: dict[str, Any]) -> list[str]:
@@ -244,9 +245,9 @@ def constants() -> list[str]:
 
 def page(record: dict[str, Any]) -> str:
     """The page, from the record alone."""
-    lines = [INTRO, "## What is gained, at 25 % net", "", *what_it_gives(record["devices"][ON[0]]), READING,
+    lines = [INTRO, "## What is gained, at 25 % net", "", *what_it_gives(record["devices"][ON[0]], "channels"), READING,
              "## In the paper's form: `--preset paper --block-length 4 --ratio 0.2278`", "",
-             *what_it_gives(record["paper"]), PAPER_FORM,
+             *what_it_gives(record["paper"], "features"), PAPER_FORM,
              "## What it takes, 4,000 rows of 512 tokens", "", *what_it_takes(record["devices"]), TAKES,
              "### LLaMA2-7B, fewer rows", "", *by_samples(record["samples"]), SMALLER,
              "## Commands", "", *commands(), "## What `kdprune plan` prints", ""]

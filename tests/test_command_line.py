@@ -179,6 +179,12 @@ def test_the_page_of_options_is_current() -> None:
     assert page.read_text(encoding="utf-8") == markdown()
 
 
+@pytest.mark.parametrize("name", ["prune", "plan", "analyze", "compare", "ablate", "eval", "export-gguf"])
+def test_the_page_of_options_has_all_that_a_command_shows(name: str) -> None:
+    shown = {flag.removeprefix("[no-]") for flag in shown_options(command(name, "--help-all").out)}
+    assert shown - {"help", "help-all"} - set(re.findall(r"`--([a-z0-9-]+)`", markdown())) == set()
+
+
 @pytest.mark.parametrize("name", ["prune", "analyze", "compare", "ablate", "eval"])
 def test_what_is_named_is_opened_before_the_model(name: str, bench: Bench, tmp_path: Path) -> None:
     """The model is damaged, which only loading it would say."""

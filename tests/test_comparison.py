@@ -268,13 +268,15 @@ def test_variants_by_name() -> None:
 
 def test_healing_is_a_part_of_a_variant() -> None:
     assert parse_variant("shortgpt:heal=no", 0.3, {"heal": "kl", "heal_what": "lora"}).heal is None
-    lora = ":heal=lm:heal_what=lora:heal_tokens=100:heal_rate=0.001"
-    names = [f"shortgpt{lora}", f"slicegpt{lora}", f"llm-pruner{lora}", "uidl:heal=kl"]
+    lora = ":heal=lm:heal_tokens=100:heal_rate=0.001"
+    impossible = "uidl:heal=kl:heal_what=stand-ins"
+    names = [f"shortgpt{lora}", f"slicegpt{lora}:heal_what=lora", f"llm-pruner{lora}", impossible]
     result = kdprune.compare(
         tiny_llama(), names, seeds=1, calibration=random_ids(), heldout=random_ids(3, 20, seed=3))
     assert [unit.heal is not None and unit.heal.tokens for unit in result.units] == [100, 100, 100]
+    assert [unit.heal.what for unit in result.units if unit.heal] == ["lora"] * 3
     assert [(failure.variant, "puts nothing in" in failure.reason) for failure in result.failures] == [
-        ("uidl:heal=kl", True)]
+        (impossible, True)]
     assert all(found.parameters.net_ratio >= 0.25 for found in result.units)
 
 

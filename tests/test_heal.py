@@ -323,8 +323,20 @@ def test_drops_are_refused_at_once_and_after_the_fact() -> None:
 ])
 def test_impossible_options_are_refused(given: dict, message: str) -> None:
     with pytest.raises(KDPruneError, match=message):
-        make_heal(given)
-    assert make_heal({"heal": None}) is None
+        make_heal(given, METHODS["kdp"]())
+    assert make_heal({"heal": None}, METHODS["kdp"]()) is None
+
+
+@pytest.mark.parametrize(("name", "options", "what"), [
+    ("kdp", {}, "stand-ins"), ("streamline", {}, "stand-ins"), ("streamline", {"stand_in": "none"}, "lora"),
+    ("shortgpt", {}, "lora"), ("slicegpt", {}, "lora"), ("kdp", {"heal_what": "lora"}, "lora"),
+    ("shortgpt", {"heal_what": "stand-ins"}, "stand-ins"),
+])
+def test_what_puts_nothing_in_is_healed_by_low_rank_updates(name: str, options: dict, what: str) -> None:
+    own = {key: value for key, value in options.items() if key != "heal_what"}
+    found = make_heal({"heal": "kl", **options}, METHODS[name](**own))
+    assert found is not None
+    assert found.what == what
 
 
 def test_missing_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,8 +379,8 @@ def test_the_command_line_has_the_options_and_refuses_before_work(bench: Bench, 
     assert "heal: kl" in recipe
     assert "heal_tokens: 4096" in recipe
     assert "heal_what: stand-ins" in recipe
-    done = command("prune", bench.model, "--method", "shortgpt", "--heal", "lm", "-o", tmp_path / "x",
-                   "--calibration", bench.calibration, "--samples", "12", "--length", "32")
+    done = command("prune", bench.model, "--method", "shortgpt", "--heal", "lm", "--heal-what", "stand-ins", "-o",
+                   tmp_path / "x", "--calibration", bench.calibration, "--samples", "12", "--length", "32")
     assert done.status == 2
     assert "--heal-what lora" in done.err
     assert not (tmp_path / "x").exists()

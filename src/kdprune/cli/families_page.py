@@ -37,10 +37,10 @@ generating with a cache, with gradients. `tests/test_method_contract.py` runs ev
 
 """
 _END = """
-Layers of a family without a row can still be dropped, by `shortgpt`, `uidl` or `sleb`, where its model has one list of
-layers that are all alike, or told apart by lists in the config with an entry a layer (`layer_types`): Mamba, Qwen3.5,
-gpt-oss, Cohere and others. Layers by a rule of their number (DeepSeek-V3, Jamba, Llama 4) and everything else are told
-that the family is unknown. [Add a family](add-a-family.md): it is one row of a table.
+Layers of a family without a row can still be dropped, by `shortgpt`, `uidl`, `sleb` or `evopress`, where its model has
+one list of layers that are all alike, or told apart by lists in the config with an entry a layer (`layer_types`):
+Mamba, Qwen3.5, gpt-oss, Cohere and others. Layers by a rule of their number (DeepSeek-V3, Jamba, Llama 4) and
+everything else are told that the family is unknown. [Add a family](add-a-family.md): it is one row of a table.
 """
 
 

@@ -20,6 +20,7 @@ from kdprune.run.option_groups import (
     AnalysisOptions,
     CompareOptions,
     DataOptions,
+    GenerationOptions,
     MethodOptions,
     ModelOptions,
     OutputOptions,
@@ -36,6 +37,9 @@ written by `python -m kdprune.cli.options_page`. In Python and in recipes `--hea
 
 What is given beats what a recipe says, also where it is the default. The default, or what follows from leaving the
 option out, stands in brackets. Options in *italics* are rare: `--help` leaves them out, `--help-all` shows them.
+
+Of the command line alone: `--recipe` reads options from a YAML file and `--dump-recipe` prints them, `--push-to-hub`
+uploads a result (`prune`); `--json` writes the figures to a file (`plan`, `eval`).
 """
 _COMMANDS: Mapping[str, Mapping[str, Option]] = {
     "prune": options_of(*PRUNE), "analyze": options_of(*ANALYZE), "compare": options_of(*COMPARE),
@@ -46,7 +50,8 @@ _COMMANDS: Mapping[str, Mapping[str, Option]] = {
 def markdown() -> str:
     """The page: options of all commands by heading, those of one command, those of every method."""
     shared = options_of(
-        MethodOptions, ModelOptions, DataOptions, SeedOptions, SuiteOptions, Heal, Resources, OutputOptions)
+        MethodOptions, ModelOptions, DataOptions, SeedOptions, SuiteOptions, GenerationOptions, Heal, Resources,
+        OutputOptions)
     lines = [_HEAD]
     for heading in HEADINGS:
         found = [item for item in shared.values() if item.group == heading]

@@ -95,7 +95,7 @@ def _layout(found: PruningPlan) -> str:
     words = (f"{replaced} of {found.dense.layers} layers in {count} block{'s' * (count > 1)}, {spans}; each gets "
              f"{module}{sizes and ', ' + sizes} ({size} parameters)")
     return words if found.given else (
-        f"{words}. How many layers and blocks follows from the ratio; which ones, the data will say.")
+        f"{words}. Laid out as for a similarity that falls evenly; how many blocks, and which, the data will say.")
 
 
 def _sides(found: PruningPlan) -> Table:

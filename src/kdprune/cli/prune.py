@@ -54,7 +54,7 @@ def _whole(options: dict[str, Any]) -> dict[str, Any]:
     """What the run would use, presets filled in; where it writes is not part of a recipe."""
     name = options.get("method", "kdp")
     settings = make_method(name, {key: options[key] for key in options_of(METHODS[name]) if key in options})
-    healing = make_heal(options)
+    healing = make_heal(options, settings)
     kept = {key: value for key, value in options.items() if key not in ("overwrite", "output_dir", "work_dir")}
     return {**kept, **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
 

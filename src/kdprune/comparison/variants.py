@@ -96,9 +96,9 @@ def parse_variant(
         common, own_run = {}, {key: value for key, value in own_run.items() if key not in HEAL_OPTIONS}
     run = check_options({"method": method, **(common or {}), **own_run})
     heal = {key: value for key, value in run.items() if key in HEAL_OPTIONS}
+    settings = make_method(method, {"ratio": ratio, "of": of, **own})
     return Variant(
-        name, make_method(method, {"ratio": ratio, "of": of, **own}), given, make_heal(heal), run.get("samples"),
-        run.get("length"), **place)
+        name, settings, given, make_heal(heal, settings), run.get("samples"), run.get("length"), **place)
 
 
 # ------------------------------------------------------------------------------------------ ablations

@@ -34,8 +34,8 @@ def find_family(config: PreTrainedConfig) -> Family:
     if family is None:
         raise KDPruneError(
             f"unknown model family {config.model_type!r}; known: {', '.join(sorted(FAMILIES))}. Layers of others can "
-            f"go (kdprune prune --method shortgpt, uidl or sleb); what works for which: {TABLE}; to add a family is "
-            f"one table row: {GUIDE}"
+            f"go (kdprune prune --method shortgpt, uidl, sleb or evopress); what works for which: {TABLE}; to add a "
+            f"family is one table row: {GUIDE}"
         )
     return family
 

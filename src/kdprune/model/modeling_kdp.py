@@ -619,7 +619,7 @@ def refuse_to_serve(family: Family) -> None:
         raise ValueError(
             f"got a pruned {family.model_type} model with a class of its own, expected a family whose attention vLLM "
             "can replace; serve it with transformers, or prune with a method that leaves a stock model (shortgpt, uidl,"
-            " sleb, laco, replaceme, or --form stock), which vLLM runs by its own class")
+            " sleb, evopress, flattengpt, laco, replaceme, streamline, or --form stock), which vLLM has a class for")
 
 
 def refuse_layers_to_serve(config: Any) -> None:

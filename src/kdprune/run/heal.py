@@ -56,8 +56,8 @@ class Heal:
         "lm", "train the pruned model on the calibration text: language-model loss, or KL against the dense model (not "
         "at all)", name="heal", opt_in=True)
     what: Literal["stand-ins", "lora"] = option(
-        "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer",
-        name="heal_what")
+        "stand-ins", "what healing trains: what the method put in, or low-rank updates of every linear layer, which is "
+        "what holds for methods that put nothing in", name="heal_what")
     tokens: int = option(
         1_000_000, "tokens healing sees, of the calibration text beyond the samples too, all repeated if it is shorter",
         least=1, name="heal_tokens")
@@ -98,8 +98,9 @@ class Heal:
 HEAL_OPTIONS = tuple(options_of(Heal))
 
 
-def make_heal(given: Mapping[str, Any]) -> Heal | None:
-    """The healing that ``heal``, ``heal_rate``, … among options ask for; None where ``heal`` is None or not there.
+def make_heal(given: Mapping[str, Any], method: Method) -> Heal | None:
+    """The healing of ``method``'s results that ``heal``, ``heal_rate``, … among options ask for; None where ``heal`` is
+    None or not there. With no ``heal_what`` a method that puts nothing in is healed by low-rank updates.
 
     Raises:
         KDPruneError: one of the others is given without ``heal``, or a value cannot be.
@@ -109,6 +110,8 @@ def make_heal(given: Mapping[str, Any]) -> Heal | None:
         return None
     if given.get("heal") is None:
         raise KDPruneError(f"got {asked[0]} without heal, expected heal 'lm' or 'kl' beside it: name the loss")
+    if given.get("heal_what") is None and not method.puts_in:
+        given = {**given, "heal_what": "lora"}
     return taken(Heal, given)
 
 

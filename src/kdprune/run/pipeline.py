@@ -146,7 +146,7 @@ def prune(
     name, draws = taken(MethodOptions, chosen), taken(SeedOptions, chosen)
     settings = make_method(
         name.method, {key: chosen[key] for key in options_of(METHODS[name.method]) if key in chosen})
-    healing, resources = make_heal(chosen), make_resources(chosen)
+    healing, resources = make_heal(chosen, settings), make_resources(chosen)
     here = start_world(resources.device)
     inputs = inputs_of(subject.model, texts=_texts(data).values(), tokenizer=subject.tokenizer, recipe=recipe,
                        resources=resources)
