@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import make_method
+from kdprune.methods.common.method import boundaries_held
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.checkpoint import save_model, verify
@@ -134,7 +135,7 @@ def measure(job: Job) -> dict[str, Any]:
         method = make_method("kdp", {"ratio": job.ratio, **job.options})
         method.check(model, tokens)
         assert isinstance(method, KDP)
-        with session.run(tokens) as run:
+        with session.run(tokens, boundaries_held(model, job.ratio)) as run:
             forward_seconds(model, some.select(slice(0, WARM)), stages.clock)
             passes = [forward_seconds(model, some, stages.clock)]
             found = pruned(job, model, method, tokens, run, stages)

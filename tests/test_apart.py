@@ -69,7 +69,7 @@ def test_a_loaded_model_and_its_result(bench: Bench, mine: Path, tmp_path: Path)
         with pytest.raises(KDPruneError, match=r"(is|holds) the model"):
             call()
     options = {**bench.options, "method": "shortgpt"}
-    for name in ("kernel_epochs", "kernel_tokens", "refine_epochs", "inverse_epochs", "features", "rank", "ranking"):
+    for name in ("kernel_epochs", "kernel_tokens", "refine_epochs", "inverse_epochs", "channels", "rank", "ranking"):
         del options[name]
     result = kdprune.prune(mine / "model", **options)
     with pytest.raises(KDPruneError, match="is the model"):

@@ -75,9 +75,16 @@ SOLVED = {
     "bandwidth": 2.0}
 
 
+def solved(**options) -> KDP:
+    """The method with these, as large as its kernel is before any filling up."""
+    chosen = {**SOLVED, **options}
+    sizes = {} if {"learned", "fixed"} & set(chosen["kernel"].split("+")) else {"features": None, "fill": False}
+    return KDP(**{**chosen, **sizes})
+
+
 def slowly(model: PreTrainedModel, tokens: TokenSet, block: range, **options) -> float:
     """The damage of one block as a whole run of the method on that block would show it."""
-    method = KDP(**{**SOLVED, **options, "blocks": ((block.start, block.stop),)})
+    method = solved(**{**options, "blocks": ((block.start, block.stop),)})
     pruned = apply_edits(model, method(model, tokens, Run(3, batch_size=4)).edits)
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     return divergence(model, pruned, held)
@@ -93,7 +100,7 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel, held: TokenSet) 
 
 def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **options) -> dict[range, float]:
     """Of these blocks as the choice would measure them alone."""
-    method = KDP(**{**SOLVED, **options, "ratio": 0.001})
+    method = solved(**{**options, "ratio": 0.001})
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, method.path_rows(tokens, budget.shape).fit)
     found = [Candidate(block, budget.shape) for block in blocks]
@@ -433,7 +440,7 @@ def test_a_method_that_measures_takes_streamed_and_placed_models_and_copies_in_f
 
 def test_of_a_copy_in_fewer_bits_it_is_the_copy_that_is_measured(tiny_model) -> None:
     model, copy = tiny_model("llama3"), tiny_model("llama3", seed=1)
-    tokens, method = random_tokens(rows=20), KDP(**{**SOLVED, "kernel": "linear", "ratio": 0.1})
+    tokens, method = random_tokens(rows=20), solved(kernel="linear", ratio=0.1)
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
     candidates = [Candidate(range(1, 3), budget.shape)]

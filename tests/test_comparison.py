@@ -222,6 +222,14 @@ def test_blocks_from_one_variant() -> None:
     assert own.blocks == [[(1, 3)]]
 
 
+def test_blocks_that_a_method_cannot_have_are_refused_when_it_gets_them() -> None:
+    result = kdprune.compare(
+        tiny_llama(), ["flattengpt"], blocks_from="shortgpt:blocks=1-2,3-4", seeds=[0], calibration=random_ids(),
+        heldout=random_ids(3, 20, seed=3))
+    assert [(failure.variant, "layers or more" in failure.reason) for failure in result.failures] == [
+        ("flattengpt", True)]
+
+
 def test_a_failed_source_of_blocks_fails_those_that_wait() -> None:
     result = kdprune.compare(
         tiny_llama(), [LINEAR], blocks_from=TOO_LONG, seeds=1, calibration=random_ids(), heldout=random_ids(3, 20))
@@ -282,8 +290,9 @@ def test_healing_is_a_part_of_a_variant() -> None:
 
 def test_ablation_of_two_parts(bench: Bench, tmp_path: Path) -> None:
     outcome = command(
-        "ablate", bench.model, "--base", KDP_FAST, "--only", "rank,alpha", "--seeds", "1", "-o", tmp_path / "out",
-        "--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", "12", "--length", "32")
+        "ablate", bench.model, "--base", f"{KDP_FAST}:kernel=linear+learned+data", "--only", "rank,alpha", "--seeds",
+        "1", "-o", tmp_path / "out", "--calibration", bench.calibration, "--heldout", bench.heldout, "--samples", "12",
+        "--length", "32")
     assert outcome.status == 0, outcome.err
     record = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert record["kind"] == "ablation"
@@ -295,8 +304,18 @@ def test_ablation_of_two_parts(bench: Bench, tmp_path: Path) -> None:
     assert page.count("<svg") == 2
 
 
+def test_a_part_that_the_base_has_not_is_no_question() -> None:
+    groups = {variant.group for variant in ablation_variants("kdp", 0.25, 128, 16, 256)}
+    assert "Channels c" in groups
+    assert not groups & {"Features m", "Rank r", "Operators", "α"}
+    refused = command("ablate", "nowhere", "--base", "kdp", "--only", "rank")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "expected one with learned: kdp:kernel=learned" in refused.err
+
+
 def test_every_predefined_variant_is_one() -> None:
-    names = [variant.name for variant in ablation_variants("kdp:refine=no", 0.25, 128, 16, 256)]
+    base = "kdp:refine=no:kernel=linear+learned+data"
+    names = [variant.name for variant in ablation_variants(base, 0.25, 128, 16, 256)]
     assert len(names) == len(set(names)) > 25
     assert all(name.startswith("kdp:refine=no") for name in names)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SINK = 5  # the token that becomes massive
 WRITER, ERASER = 2, 4
-FIT = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 64, "features": 4, "rank": 2}
+FIT = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 64, "fill": False, "rank": 2}
 
 
 def random_tokens(rows: int = 8, length: int = 24, sinks: int = 1) -> TokenSet:

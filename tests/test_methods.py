@@ -189,8 +189,8 @@ def test_the_fit_beats_dropping_the_block(tiny_model) -> None:
 
 def test_a_direct_inverse_goes_without_context_and_given_features_stay() -> None:
     assert KDP(inverse="direct").context == "none"
-    assert KDP(features=64).fill is False
-    assert KDP(features=64, fill=True).fill is True
+    assert KDP(kernel="learned", features=64).fill is False
+    assert KDP(kernel="learned", features=64, fill=True).fill is True
     with pytest.raises(KDPruneError, match="inverse 'direct' with context 'attention'"):
         KDP(inverse="direct", context="attention")
 
@@ -293,7 +293,9 @@ def test_paper_preset_has_the_papers_sizes() -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"ratio": 0.0}, "ratio 0.0"), ({"ratio": 1.0}, "ratio 1.0"), ({"ratio": -0.2}, "ratio -0.2"),
     ({"ratio": math.nan}, "ratio nan"), ({"preset": "papre"}, "expected one of default, thorough, fourier, paper"),
-    ({"features": 0}, "features 0"), ({"kernel": "rbf"}, r"expected one of linear\+data, learned"),
+    ({"features": 0}, "features 0"), ({"features": 8}, r"features 8 with kernel 'linear\+data', which has none"),
+    ({"channels": 8, "kernel": "learned"}, "channels 8 with kernel 'learned', which has none"),
+    ({"kernel": "rbf"}, r"expected one of linear\+data, learned"),
     ({"protect": 0.6}, "protect 0.6"),
     ({"rate": -1.0}, "rate -1.0"), ({"context": "second"}, "expected one of none, attention"),
     ({"without": ("kernel",)}, "without 'kernel', expected one of alpha, anisotropy"),

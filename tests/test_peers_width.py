@@ -193,7 +193,7 @@ def test_first_order_saliency_is_the_loss_change_of_a_smaller_structure(name: st
         return sum(logits_loss) / len(rows)
 
     weights = dict(layer.named_parameters())
-    gradients = loss_gradients(model, weights, rows)
+    gradients = loss_gradients(model, weights, rows, "mixed")
     products = {key: p.detach().float() * gradients[key].mean for key, p in weights.items()}
     for parts, structure in ((attention_parts(model, layer), 1), (mlp_parts(model, layer), 5)):
         expected = sum(float(part.total(layer, products)[structure]) for part in parts)
@@ -234,7 +234,7 @@ def test_gradients_are_means_over_slices() -> None:
     model = build("llama3")
     rows = random_slices(tokens(), 3, 8, torch.Generator().manual_seed(0))
     weight = decoder_layers(model)[1].get_parameter("mlp.up_proj.weight")
-    found = loss_gradients(model, {"up": weight}, rows)["up"]
+    found = loss_gradients(model, {"up": weight}, rows, "mixed")["up"]
     each = [torch.autograd.grad(loss / count, weight)[0] for loss, count in (language_loss(model, row) for row in rows)]
     torch.testing.assert_close(found.mean, torch.stack(each).mean(0))
     torch.testing.assert_close(found.square, torch.stack(each).square().mean(0))

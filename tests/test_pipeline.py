@@ -232,6 +232,60 @@ def test_a_second_window_of_the_calibration_length_where_that_is_much_shorter() 
     assert found.texts[0].tokens == found.perplexity.tokens
 
 
+def test_held_out_token_ids_are_cut_to_whole_rows_where_a_number_is_given() -> None:
+    found = [kdprune.prune(tiny_llama(), heldout=random_ids(9, 20), heldout_tokens=most, **IDS) for most in (None, 40)]
+    assert [one.results.perplexity.tokens for one in found] == [9 * 19, 2 * 19]
+    with pytest.raises(KDPruneError, match="got no text in a mapping"):
+        kdprune.prune(tiny_llama(), heldout={}, **IDS)
+
+
+def test_padding_is_no_part_of_a_samples_prompt(bench: Bench) -> None:
+    held = random_ids(3, 20, seed=3)
+    padded = {"input_ids": torch.cat([torch.zeros(3, 12, dtype=torch.long), held], dim=1),
+              "attention_mask": torch.cat([torch.zeros(3, 12, dtype=torch.long), torch.ones_like(held)], dim=1)}
+    first, second = (kdprune.prune(bench.model, **{**bench.options, "heldout": text}) for text in (held, padded))
+    assert first.results.samples[0].prompt == second.results.samples[0].prompt
+
+
+@no_drawing()
+def test_an_evaluation_of_rounded_weights_is_not_taken_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "computes_in", lambda dtype, device: False)
+    tiny_llama(8).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    options = {**QUICK, "calibration": random_ids(8, 32), "heldout": random_ids(3, 40), "progress": False}
+    first, second = (kdprune.prune(tmp_path / "dense", work_dir=tmp_path / "work", dtype=dtype, **options)
+                     for dtype in (None, "float32"))
+    alone = kdprune.prune(tmp_path / "dense", dtype="float32", **options)
+    assert first.results.perplexity.pruned != second.results.perplexity.pruned
+    assert second.results.perplexity == alone.results.perplexity
+
+
+OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "of-its-own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@no_drawing()
+def test_a_model_with_code_of_its_own_is_saved_with_it(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "own_code.py").write_text(OWN, encoding="utf-8")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "of-its-own", "architectures": ["OwnModel"], "auto_map": {
+        "AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}}
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    result = kdprune.prune(
+        tmp_path / "dense", tmp_path / "out", "shortgpt", calibration=random_ids(), heldout=random_ids(3, 20),
+        trust_remote_code=True, progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (type(loaded).__name__, loaded.config.num_hidden_layers) == ("OwnModel", result.metrics["layers"]["pruned"])
+    assert torch.equal(logits(loaded), logits(result.model))
+
+
 def test_two_rows_are_enough() -> None:
     found = kdprune.prune(tiny_llama(), **{**IDS, "calibration": random_ids(2)}).results
     assert found.calibration.samples == 2
@@ -263,7 +317,7 @@ def test_one_line_errors(options: dict[str, Any], message: str, tmp_path: Path) 
 
 
 def test_method_is_a_frozen_dataclass_with_the_options_of_prune() -> None:
-    method = kdprune.KDP(ratio=0.3, features=16, hidden=8, rank=4)
+    method = kdprune.KDP(ratio=0.3, kernel="learned", features=16, hidden=8, rank=4)
     assert (method.ratio, method.features, method.hidden, method.rank) == (0.3, 16, 8, 4)
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.ratio = 0.2  # type: ignore[misc]

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import EARLIER, build
 from safetensors import safe_open
 from tiny_checkpoint import QUICK, Bench, command
+from transformers import AutoConfig
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
+from kdprune.methods.common.method import boundaries_held
 from kdprune.methods.common.selection import candidate_blocks, open_layers
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.checkpoint import save_model
 from kdprune.model.edits import Substitute
 from kdprune.model.surgery import apply_edits, context_layer
 from kdprune.planning.forecast import DEVICES, Work, device_of_name
+from kdprune.planning.meta import meta_model
 from kdprune.planning.plan import PruningPlan, plan
 from kdprune.report.results import Results
 from kdprune.runtime.machine import generator
@@ -76,13 +80,13 @@ def test_configs_of_real_models_have_the_published_number_of_parameters(name: st
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    *((name, {}) for name in EARLIER),
-    *((name, {"preset": "paper"}) for name in ("llama3.1", "opt", "opt-350m", "gpt2"))])
+    *((name, {"channels": 6}) for name in EARLIER),
+    *((name, {"preset": "paper", "features": 6}) for name in ("llama3.1", "opt", "opt-350m", "gpt2"))])
 def test_figures_equal_those_of_a_pruned_model(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     blocks = ((1, 3), (4, 6))
-    found = planned(name, tmp_path, blocks=blocks, features=6, dtype="float32", **options)
+    found = planned(name, tmp_path, blocks=blocks, dtype="float32", **options)
     dense = build(name)
-    shape = KDP(features=6, **options).shape(dense)
+    shape = KDP(**options).shape(dense)
     edits = []
     for start, end in blocks:
         stand_in = shape.build(generator(start))
@@ -170,6 +174,17 @@ def test_more_tokens_take_more_of_what_goes_with_them() -> None:
     kernel = [next(stage.seconds for stage in found.stages if stage.name == "kernel") for found in (small, large)]
     assert kernel[0] == kernel[1]  # step 1 takes its own number of tokens
     assert [need.device_bytes for need in small.memory] == [need.device_bytes for need in large.memory]
+
+
+@pytest.mark.parametrize(("model", "options"), [
+    (LLAMA2, {}), (LLAMA2, {"ratio": 0.1}), (LLAMA2, {"ratio": 0.5}), (LLAMA2, {"blocks": ((4, 6), (9, 10), (20, 28))}),
+    (CONFIGURATIONS / "qwen3-8b.json", {"of": "layers"})])
+def test_no_fewer_states_are_expected_in_memory_than_are_held(model: Path, options: dict[str, Any]) -> None:
+    found = plan(model, **options)
+    dense = meta_model(AutoConfig.from_pretrained(model), torch.float16)
+    boundary = found.samples * found.length * dense.config.hidden_size * 2
+    held = boundaries_held(dense, options.get("ratio", 0.25), options.get("blocks"))
+    assert found.states_bytes <= held * boundary <= 4 * found.states_bytes
 
 
 def test_the_budget_says_whether_layers_stay_in_the_checkpoint() -> None:

@@ -123,6 +123,17 @@ def test_one_call(bench: Any) -> None:
     assert collected.results.perplexity.pruned != plain.results.perplexity.pruned
 
 
+def test_units_of_a_comparison_are_those_of_the_copy_that_was_asked_for(bench: Any, tmp_path: Path) -> None:
+    needs("8bit")
+    options = {"calibration": bench.calibration, "heldout": bench.heldout, "samples": 12, "length": 32, "seeds": 1}
+    small, whole, alone = (
+        kdprune.compare(bench.model, ["linear", "sleb"], output_dir=tmp_path / folder, load_in=load_in, **options)
+        for folder, load_in in (("one", "8bit"), ("one", None), ("two", None)))
+    assert [failure.variant for failure in small.failures] == ["sleb"]
+    assert "expected it whole" in small.failures[0].reason
+    assert small.units[0].perplexity != whole.units[0].perplexity == alone.units[0].perplexity
+
+
 def test_says_what_it_cannot(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KDPruneError, match=r"got load_in .3bit., expected one of 8bit, 4bit$"):
         check_load_in("3bit", wide)

@@ -102,6 +102,16 @@ def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
     assert float(weight.detach()) == pytest.approx(2, abs=0.2)
 
 
+def test_a_fit_of_any_number_of_steps_comes_to_an_end() -> None:
+    for rows in range(1, 61):
+        for warmup in (0.05, 0.1):
+            weight = nn.Parameter(torch.zeros(()))
+            curves = fit([weight], lambda _, w=weight: Sums({"loss": (w - 2).square()}, 1), rows,
+                         Schedule(1, 1, 0.3, warmup=warmup), generator(), name="test")
+            assert math.isfinite(curves["loss"][-1])
+            assert float(weight.detach()) > 0
+
+
 def plain_loop(problem: Problem, schedule: Schedule, slower_from: int) -> list[float]:
     """The loop without its safeguards, one epoch; the rate is halved from a step on. Returns every step's mean loss."""
     optimizer = torch.optim.AdamW(

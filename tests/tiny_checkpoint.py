@@ -22,7 +22,7 @@ END, WORDS, CONTEXT, WIDTH = "<|endoftext|>", 320, 64, 32
 # Options of a method that has nothing to learn here: seconds, not figures. Measuring the damage of blocks takes a third
 # of a run: tests that are about it, about kills or about several processes ask for it (DAMAGE).
 QUICK: dict[str, Any] = {
-    "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "features": 6, "rank": 2,
+    "kernel_epochs": 1, "kernel_tokens": 64, "refine_epochs": 1, "inverse_epochs": 1, "channels": 8, "rank": 2,
     "protect": 0.0, "ranking": "similarity",
 }
 DAMAGE = ("--ranking", "damage")

@@ -18,6 +18,7 @@ from kdprune.comparison.variants import Variant, ablation_variants, check_ablati
 from kdprune.errors import KDPruneError, one_line
 from kdprune.evaluation.tasks import check_suite
 from kdprune.methods import METHODS
+from kdprune.methods.common.method import boundaries_held
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.options import options_of, recorded, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
@@ -126,7 +127,7 @@ def _run(
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(
-            data, suite, writing, session, folder, output.progress) as bench:
+            data, suite, writing, session, wanted.ratio, folder, output.progress) as bench:
         variants = variants_for(bench)
         refused = _refusals(bench, variants, seeds, blocks_from)
         dense = bench.dense(seeds[0])
@@ -158,8 +159,8 @@ def _run(
 
 @contextlib.contextmanager
 def _bench(
-    data: DataOptions, suite: SuiteOptions, writing: GenerationOptions, session: Session, folder: Path | None,
-    show: bool,
+    data: DataOptions, suite: SuiteOptions, writing: GenerationOptions, session: Session, ratio: float,
+    folder: Path | None, show: bool,
 ) -> Iterator[Bench]:
     """The bench of these texts and tasks, its cache in ``runs/`` of the output unless a work directory was named."""
     if session.tokenizer is None and suite.suite is not None:
@@ -173,7 +174,8 @@ def _bench(
         [Path(path) for path in suite.suite_data], suite.limit, writing.generate)
     protocol.check(session)
     texts = Texts(data.calibration, data.samples, data.length)
-    with session.cache(tokens, None if folder is None else folder / "runs") as cache:
+    held = boundaries_held(session.model, ratio)
+    with session.cache(tokens, held, None if folder is None else folder / "runs") as cache:
         yield Bench(session, texts, protocol, cache, show)
 
 
@@ -199,6 +201,7 @@ def _units(
 def _unit(bench: Bench, variant: Variant, seed: int, dense: Any) -> Unit | Failure:
     """A finished unit again, or a new one; or why there is none."""
     try:
+        variant.method.check(bench.session.model, bench.tokens(seed, variant))  # with blocks that it was handed
         return bench.unit(variant, seed, dense)
     except Exception as error:  # whatever a method fails with, the others go on
         trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
@@ -216,6 +219,8 @@ def _refusals(
         try:
             if variant.heal is not None:
                 check_heal(bench.session, variant.method, tokens, variant.heal)
+            if bench.session.states_model is not None:
+                variant.method.check_states_model()
             if blocks_from in (None, variant.name) or not variant.takes_blocks:
                 variant.method.check(bench.session.model, tokens)
         except Exception as error:  # as in _unit

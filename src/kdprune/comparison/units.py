@@ -104,7 +104,7 @@ class Bench:
         self.session, self.texts, self.protocol, self.cache, self.show = session, texts, protocol, cache, show
         self._common = digest([
             code_identity(), software_versions(), COMPARISON_VERSION, session.weights_identity(),
-            str(session.model.device), protocol.identity(),
+            str(session.model.device), str(session.stored), session.resources.load_in, protocol.identity(),
         ])
         self._tokens: dict[Any, TokenSet] = {}
         self._scores: dict[Any, tuple[Scores, Meter]] = {}

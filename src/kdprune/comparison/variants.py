@@ -109,17 +109,25 @@ class AblationPart:
     """One question of the ablation: the options that answer it, each with what it is called.
 
     sweep: name of the number that the options vary; empty for parts that are there or not.
+    of: parts of the kernel, one of which the base needs for the question to be one; none: any kernel has it.
     """
 
     name: str
     title: str
     options: Mapping[str, str]
     sweep: str = ""
+    of: tuple[str, ...] = ()
+
+    def applies(self, base: Variant) -> bool:
+        """Whether the base has what the question is about."""
+        kernel = getattr(base.method, "kernel", None) or ""
+        return not self.of or bool(set(self.of) & set(kernel.split("+")))
 
 
 def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
     """The parts of KDP, for a model of this width and depth calibrated on this many rows."""
-    features = sorted({max(1, round(width * share)) for share in (0.25, 0.5, 1, 2)})
+    sizes = sorted({max(1, round(width * share)) for share in (0.25, 0.5, 1, 2)})
+    learned, drawn = ("learned",), ("learned", "fixed")
     ranks = [rank for rank in (0, 4, 16, 64) if rank <= width]
     samples = sorted({max(2, rows // share) for share in (16, 8, 4, 2)})
     lengths = range(2, min(8, layers // 2) + 1)
@@ -129,17 +137,20 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
             "kernel=linear": "without kernel: a linear map", "kernel=learned": "Fourier features alone",
             "kernel=data": "channels alone", "kernel=linear+learned": "without channels",
             "kernel=linear+data": "without Fourier features", "kernel=learned+data": "without linear part",
-            "kernel=linear+fixed+data": "Fourier features as drawn", "without=anisotropy": "isotropic",
+            "kernel=linear+fixed+data": "Fourier features as drawn",
             "kernel=mlp": "a GELU layer instead"}),
-        AblationPart("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}),
+        AblationPart("anisotropy", "Anisotropy", {"without=anisotropy": "isotropic"}, of=learned),
+        AblationPart("start", "Starts of step 1", {"without=ols_start": "without OLS starts"}, of=learned),
         AblationPart("loss", "Loss of step 1", {
-            "without=cosine_term": "without the cosine term", "without=position_weights": "without position weights"}),
-        AblationPart("operators", "Operators", {"without=operators": "without operators"}),
-        AblationPart("alpha", "α", {"without=alpha": "without α"}),
+            "without=cosine_term": "without the cosine term", "without=position_weights": "without position weights"},
+            of=learned),
+        AblationPart("operators", "Operators", {"without=operators": "without operators"}, of=drawn),
+        AblationPart("alpha", "α", {"without=alpha": "without α"}, of=drawn),
         AblationPart("inverse", "Inverse network, token by token", {
             token_wise: "residual, no attention", "inverse=direct": "direct, no attention"}),
-        AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in features}, "features m"),
-        AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r"),
+        AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in sizes}, "features m", drawn),
+        AblationPart("channels", "Channels c", {f"channels={c}": f"c = {c}" for c in sizes}, "channels c", ("data",)),
+        AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r", learned),
         AblationPart("tokens", "Calibration rows", {f"samples={n}": f"{n} rows" for n in samples}, "calibration rows"),
         AblationPart("length", "Block length", {f"block_length={k}": f"k = {k}" for k in lengths}, "block length k"),
     ]
@@ -159,12 +170,13 @@ def ablation_variants(
         width: of the model.
         layers: of the model.
         rows: of calibration text.
-        only: names of parts; all when empty.
+        only: names of parts; all that the base has when empty.
         of: what the ratio is a share of.
     """
     found = [parse_variant(base, ratio, of=of, group="Base", label="the base")]
     for part in parts_of(width, layers, rows):
-        for options, label in part.options.items() if not only or part.name in only else ():
+        wanted = part.name in only if only else part.applies(found[0])
+        for options, label in part.options.items() if wanted else ():
             value = float(options.rpartition("=")[2]) if part.sweep else None
             found.append(
                 parse_variant(f"{base}:{options}", ratio, of=of, group=part.title, label=label, value=value))
@@ -176,4 +188,8 @@ def check_ablation(base: str, only: Sequence[str], ratio: float) -> None:
     reject_unknown(only, PART_NAMES, "part")
     if base.partition(":")[0] != "kdp":
         raise KDPruneError(f"got base {base!r}, expected a variant of kdp, as in kdp:refine=no")
-    parse_variant(base, ratio)
+    variant = parse_variant(base, ratio)
+    for part in parts_of(128, 16, 256):
+        if part.name in only and not part.applies(variant):
+            raise KDPruneError(f"got part {part.name!r} for {base!r}, whose kernel has no part that it is about; "
+                               f"expected one with {' or '.join(part.of)}: {base}:kernel={part.of[0]}")

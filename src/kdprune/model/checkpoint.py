@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from ..data.tokens import TokenSet
 from ..errors import KDPruneError, one_line
@@ -145,7 +145,9 @@ def _loaded(directory: str | Path, model: PreTrainedModel, folder: str | None = 
     """What ``directory`` holds, in the dtype of ``model`` and placed as it is; refused unless its weights are those
     asked for."""
     where: Any = getattr(model, "hf_device_map", None) if is_dispatched(model) else None
-    placed = {} if where is None else {"device_map": dict(where), "offload_folder": folder}
+    placed: dict[str, Any] = {} if where is None else {"device_map": dict(where), "offload_folder": folder}
+    if runs_own_code(model):  # which the user let run, and which is what was written
+        placed["trust_remote_code"] = True
     with quiet_libraries():
         result: Any = AutoModelForCausalLM.from_pretrained(
             str(directory),
@@ -171,9 +173,15 @@ def _loaded_streamed(directory: str | Path, model: PreTrainedModel) -> PreTraine
     _refuse(directory, "missing_keys", expected.keys() - stored.keys())
     _refuse(directory, "unexpected_keys", stored.keys() - expected.keys())
     _refuse(directory, "mismatched_keys", (name for name, shape in stored.items() if shape != expected[name]))
-    loaded = load_streamed(directory, dtype=model.dtype, device=input_device(model))
+    loaded = load_streamed(
+        directory, dtype=model.dtype, device=input_device(model), trust_remote_code=runs_own_code(model))
     loaded.set_attn_implementation(model.config._attn_implementation)
     return loaded
+
+
+def runs_own_code(model: PreTrainedModel) -> bool:
+    """Whether the model's class came with its checkpoint."""
+    return type(model).__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.")
 
 
 def _refuse(directory: str | Path, problem: str, found: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from kdprune.errors import KDPruneError
 from kdprune.evaluation.fidelity import HeldOut
 from kdprune.methods import METHODS, make_method
 from kdprune.methods.common.analysis import Scores, score_layers
-from kdprune.methods.common.method import Method, RankedMethod
+from kdprune.methods.common.method import Method, RankedMethod, boundaries_held
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.model.checkpoint import save_model, verify
@@ -159,7 +159,8 @@ def prune(
         record = {
             **recorded(subject, name, data, draws, resources), **_sources(session, data),
             **({} if healing is None else healing.options()), **dataclasses.asdict(settings)}
-        with session.run(tokens) as run, explained(session.model):
+        held = boundaries_held(session.model, settings.ratio, getattr(settings, "blocks", None))
+        with session.run(tokens, held) as run, explained(session.model):
             if stages.show and (seconds := expected_seconds(session.model, settings, tokens, run)) is not None:
                 stages.tell(f"this takes about {duration(seconds)}, evaluation and saving not counted")
             run = scored(session.model, tokens, settings, run)
@@ -208,6 +209,8 @@ def _check_named(data: TextOptions, output: OutputOptions, inputs: Inputs, here:
 def check_texts(data: TextOptions) -> None:
     """Raises KDPruneError for texts that cannot be read, before any work."""
     for source in _texts(data).values():
+        if is_named(source) and not source:
+            raise KDPruneError("got no text in a mapping of texts by name, expected one at least")
         for one in source.values() if is_named(source) else [source]:
             check_source(one)
 
@@ -292,7 +295,7 @@ def evaluated(
     tokenizer = session.tokenizer
     reader = None if tokenizer is None else [type(tokenizer).__name__, tokenizer.name_or_path]  # of samples
     return run.cached(
-        "evaluation", [method_identity(method), healing, heldout.identity(), reader],
+        "evaluation", [method_identity(method), healing, heldout.identity(), reader, str(session.stored)],
         lambda: evaluate(session.model, pruned, tokenizer, heldout, run), JsonCodec(Evaluation), "evaluate")
 
 

@@ -84,7 +84,9 @@ def evaluate(
         progress(1)
         samples: list[Sample] = []
         if tokenizer is not None and not streamed and world().first:
-            prompts = [str(tokenizer.decode(heldout.texts[0].ids[0, :PROMPT_TOKENS], skip_special_tokens=True))]
+            text = heldout.texts[0]
+            start = text.ids[0][text.mask[0]][:PROMPT_TOKENS]
+            prompts = [str(tokenizer.decode(start, skip_special_tokens=True))]
             samples = [
                 Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
                 for found in compare_samples(dense, pruned, tokenizer, prompts)

@@ -2,6 +2,7 @@
 
 import contextlib
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,7 +28,6 @@ from kdprune.store.files import tell
 from kdprune.store.hashing import IdentityPart, code_identity, digest, file_hash, files_identity, model_identity
 
 AUTO, NONE = "auto", "none"  # values of work_dir beside a path
-BOUNDARIES = 4               # whose states are held at once: two blocks' ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,13 @@ class Resources:
         if not isinstance(model, str | Path):  # loaded already, or refused there
             return load_model(model, known_family=known_family, **options)
         if self.device_map is not None:
-            return load_model(
+            # Of its own, as files in it are named by parameter alone; it goes with the model.
+            folder = tempfile.TemporaryDirectory(prefix="kdprune-offloaded-")
+            loaded = load_model(
                 model, known_family=known_family, device_map=self.device_map, max_memory=self._max_memory(),
-                offload_folder=tempfile.gettempdir(), **options)
+                offload_folder=folder.name, **options)
+            weakref.finalize(loaded, folder.cleanup)
+            return loaded
         if self._streams(model, memory, device, dtype):
             return load_streamed(model, **options)
         return load_model(model, known_family=known_family, **options)

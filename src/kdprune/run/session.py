@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kdprune.data.sources import BUNDLED_MODEL, as_given, is_named
@@ -27,7 +28,7 @@ from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.evaluation.perplexity import check_window, default_window
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import check_states_model, input_device, reads_weights
-from kdprune.run.resources import BOUNDARIES, NONE, Resources, model_part, run_key
+from kdprune.run.resources import NONE, Resources, model_part, run_key
 from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import device_peak_bytes, host_peak_bytes, resolve_device
 from kdprune.runtime.run import Run
@@ -68,6 +69,9 @@ class Session:
         dtype = None if isinstance(model, PreTrainedModel) else dtype
         self._warned, self._before = False, (host_peak_bytes(), device_peak_bytes())
         self.memory, self._place = resources.memory(device), resolve_device(device)
+        self._stack = contextlib.ExitStack()
+        if self._place.type != "cpu":  # what is waited for, and whose peak is read, is the current device
+            self._stack.enter_context(torch.accelerator.device_index(self._place.index))
         self.memory.enforce(self._place)
         stages.watch = self._watch
         with stages.stage("load model"):
@@ -93,6 +97,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.memory.lift(self._place)
+        self._stack.close()
 
     def _watch(self, stage: str) -> None:
         """Says, once, when a stage took more memory than was allowed."""
@@ -158,12 +163,14 @@ class Session:
             check_window(self.model, window)
         if source is None and self.tokenizer is None:
             rows = tokens.watching(share)
+            rows = rows if limit is None else rows.first(limit)
             return HeldOut((dataclasses.replace(rows, source=f"held-out rows of {tokens.source}"),), windows)
         named = {"": bundled_heldout() if source is None else source} if not is_named(source) else source
-        limit = limit or affordable(tokens, len(named))
+        most = limit or affordable(tokens, len(named))
         texts = []
         for name, text in named.items():
-            found = load_stream(text, self.tokenizer, limit=limit, vocabulary=vocabulary_size(self.model))
+            found = load_stream(text, self.tokenizer, limit=most, vocabulary=vocabulary_size(self.model))
+            found = found if limit is None else found.first(limit)  # of token ids, which stay in their rows
             texts.append(dataclasses.replace(found, source=name or found.source))
         return HeldOut(tuple(texts), windows)
 
@@ -191,18 +198,21 @@ class Session:
         return digest([model_part(self._source, self.model, self.name).hash, str(self.model.dtype)])
 
     @contextlib.contextmanager
-    def run(self, tokens: TokenSet) -> Iterator[Run]:
-        """One run on these calibration tokens, with the cache that the resources name."""
+    def run(self, tokens: TokenSet, boundaries: int = 0) -> Iterator[Run]:
+        """One run on these calibration tokens, with the cache that the resources name, which holds the states at so
+        many boundaries at once."""
         about = self._about(tokens) if self.resources.work_dir not in (None, NONE) else {}
-        with self.cache(tokens, about=about) as cache:
+        with self.cache(tokens, boundaries, about=about) as cache:
             yield Run(self.seed, stages=self.stages, cache=cache, about=run_key(about), states_model=self.states_model)
 
     def cache(
-        self, tokens: TokenSet, own: Path | None = None, about: Mapping[str, IdentityPart] | None = None,
+        self, tokens: TokenSet, boundaries: int, own: Path | None = None,
+        about: Mapping[str, IdentityPart] | None = None,
     ) -> AbstractContextManager[Cache]:
-        """The cache that the resources name, for runs on as many tokens; arguments as of :meth:`Resources.cache`."""
+        """The cache that the resources name, for runs on as many tokens that hold the states at so many boundaries at
+        once; arguments as of :meth:`Resources.cache`."""
         states = tokens.ids.numel() * self.model.config.hidden_size * self.model.dtype.itemsize
-        return self.resources.cache(about or {}, self.model, self.memory, BOUNDARIES * states, own)
+        return self.resources.cache(about or {}, self.model, self.memory, boundaries * states, own)
 
     def _about(self, tokens: TokenSet) -> dict[str, IdentityPart]:
         """What all stages of a run on these tokens follow from."""

@@ -62,7 +62,7 @@ class Memory:
         on_device = None if device is None else parse_bytes(device)
         if place.type == "cpu":
             on_device = None
-        elif on_device is None:
+        elif on_device is None and place.type == "cuda":
             on_device = int(SHARE * torch.cuda.mem_get_info(place)[0])
         given = {name for name, value in (("host", host), ("device", device)) if value is not None}
         return Memory(most, on_device, frozenset(given))

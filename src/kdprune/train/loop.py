@@ -215,10 +215,12 @@ class _FitState:
         self.steps = -(-rows // schedule.batch)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=schedule.rate, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
+        total = schedule.epochs * self.steps + 1
+        # A warm-up of one step exactly would be divided by its length, which torch takes for 0: none then.
+        warmup = 0.0 if schedule.warmup * total == 1 else schedule.warmup
         self.annealing = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, schedule.rate, total_steps=schedule.epochs * self.steps + 1, pct_start=schedule.warmup,
-            cycle_momentum=False, final_div_factor=1e4,
-        )
+            self.optimizer, schedule.rate, total_steps=total, pct_start=warmup, cycle_momentum=False,
+            final_div_factor=1e4)
         self.place = _Place()
         self.halvings = 0
         self.kept: dict[str, Any] = {}

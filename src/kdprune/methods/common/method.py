@@ -1,6 +1,8 @@
 """What every method has: a ratio, checks before any work, and a call that returns edits."""
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -65,7 +67,8 @@ class Method(ABC):
         if not self.streams and is_streamed(model):
             raise KDPruneError(
                 f"got a model too large for the memory allowed, whose layers are read from disk one at a time, which "
-                f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory)")
+                f"{self.title} cannot use; expected one that fits: allow more (--host-memory, --device-memory), and "
+                "leave --load-in out, which has layers read so on a device")
         spread = len({parameter.device for parameter in model.parameters()}) > 1 and not is_streamed(model)
         if (spread or is_dispatched(model)) and not (self.spreads and is_dispatched(model)):
             raise KDPruneError(
@@ -102,6 +105,14 @@ class Method(ABC):
             tokens: calibration tokens, (N, T).
             run: seed, stages, cache and sizes.
         """
+
+
+def boundaries_held(model: PreTrainedModel, ratio: float, blocks: Sequence[object] | None = None) -> int:
+    """Boundaries between layers whose states a method at this ratio may hold at once: both ends of every block, and of
+    all but the first what the pruned model hands it. Where they are not named, blocks are of two layers, and half as
+    many layers go as the ratio says again, as what is put in counts against it."""
+    layers = math.ceil(1.5 * ratio * len(decoder_layers(model)))
+    return 3 * (max(1, layers // 2) if blocks is None else len(blocks))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,11 @@ class KDP(RankedMethod):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         super().__post_init__()
+        for size, given, parts in (("features", self.features, ("learned", "fixed", "mlp")),
+                                   ("channels", self.channels, ("data",))):
+            if given is not None and not set(parts) & set((self.kernel or "").split("+")):
+                raise KDPruneError(f"got {size} {given} with kernel {self.kernel!r}, which has none; expected a kernel "
+                                   f"with the part {' or '.join(parts)}, or no {size}")
         if self.inverse == "direct" and self.context != "none":
             raise KDPruneError(f"got inverse 'direct' with context {self.context!r}, expected inverse 'residual' "
                                "there: a decoder layer adds to its input. Choose context 'none' or inverse 'residual'")

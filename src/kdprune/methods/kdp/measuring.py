@@ -19,6 +19,7 @@ from kdprune.model.block_states import boundary_states, local_rows, states_betwe
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.layerwise import logits_behind, states_by_ways
+from kdprune.model.placement import input_device
 from kdprune.model.streaming import is_streamed, scratch_of
 from kdprune.model.teacher import Teacher
 from kdprune.runtime.distributed import world
@@ -114,8 +115,8 @@ class Measuring:
                 if len(part)]
 
     def real(self, boundary: int, numbers: Tensor) -> Tensor:
-        """States of the real tokens of some rows, (n, d), float32."""
-        return self.states[boundary][numbers][self.rows.mask[numbers]].float()
+        """States of the real tokens of some rows, (n, d), float32, on the model's device."""
+        return self.states[boundary][numbers][self.rows.mask[numbers]].to(input_device(self.running)).float()
 
     def linear_errors(self, blocks: Sequence[range]) -> dict[range, float]:
         """:meth:`_linear_errors` of all blocks."""
@@ -131,7 +132,7 @@ class Measuring:
         """Of blocks with one start the mean of ‖h_s + M h_s + c − h_e‖² / ‖h_e‖² over the scored tokens, with M and c
         of the fitted ones: relative, because what reads the state next divides by its size."""
         start, width = blocks[0].start, self.model.config.hidden_size
-        moments = Moments(width, len(blocks) * width)
+        moments = Moments(width, len(blocks) * width, input_device(self.running))
         for numbers in self.batches(scored=False):
             inputs = self.real(start, numbers)
             moments.update(inputs, torch.cat([self.real(b.stop, numbers) - inputs for b in blocks], dim=1))

@@ -152,7 +152,7 @@ class LLMPruner(Method):
             paths = {part.path for parts in _parts(model, layer) for part in parts}
             parameters |= {(index, name): p for name, p in layer.named_parameters() if name.rpartition(".")[0] in paths}
         names = {f"{index}.{name}": (index, name) for index, name in parameters}
-        gradients = loss_gradients(model, {key: parameters[place] for key, place in names.items()}, slices)
+        gradients = loss_gradients(model, {key: parameters[place] for key, place in names.items()}, slices, self.order)
         found: dict[int, dict[str, Tensor]] = {index: {} for index, _ in parameters}
         for key, (index, name) in names.items():
             found[index][name] = weight_saliency(parameters[index, name], gradients[key], self.order)

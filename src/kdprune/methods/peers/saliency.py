@@ -1,5 +1,6 @@
 """What a model's loss says of the coupled structures of its layers (LLM-Pruner, NeurIPS 2023)."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -30,19 +31,23 @@ def random_slices(tokens: TokenSet, count: int, length: int, generator: torch.Ge
 
 @dataclass(frozen=True)
 class Gradient:
-    """Of one parameter, over the slices: ``mean`` of the loss gradient g, and ``square``, the mean of g²; float32."""
+    """Of one parameter, over the slices: ``mean`` of the loss gradient g, and ``square``, the mean of g², where it is
+    wanted; float32."""
 
     mean: Tensor
-    square: Tensor
+    square: Tensor | None
 
 
 def loss_gradients(
     model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], slices: Sequence[TokenSet],
+    order: Order,
 ) -> dict[str, Gradient]:
-    """Gradients of the mean next-token loss of each slice, averaged over slices; ``.grad`` fields stay as they are."""
+    """Gradients of the mean next-token loss of each slice, averaged over slices, as much of them as saliency of this
+    order takes; ``.grad`` fields stay as they are."""
     flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    sums = {name: Gradient(torch.zeros_like(p, dtype=torch.float32), torch.zeros_like(p, dtype=torch.float32))
-            for name, p in parameters.items()}
+    zero = functools.partial(torch.zeros_like, dtype=torch.float32)
+    sums = {name: Gradient(zero(parameter), None if order == "first" else zero(parameter))
+            for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -52,7 +57,8 @@ def loss_gradients(
                 gradients = torch.autograd.grad(loss / scored, list(parameters.values()))
             for found, gradient in zip(sums.values(), gradients, strict=True):
                 found.mean.add_(gradient.float() / len(slices))
-                found.square.add_(gradient.float().square() / len(slices))
+                if found.square is not None:
+                    found.square.add_(gradient.float().square() / len(slices))
     finally:
         for name, parameter in parameters.items():
             parameter.requires_grad_(flags[name])
@@ -65,5 +71,9 @@ def weight_saliency(weight: Tensor, gradient: Gradient, order: Order) -> Tensor:
         first  |w g|        second  |w² a|        mixed  |w g − ½ w² a|,   g mean gradient, a mean of its square
     """
     weight = weight.detach().float()
-    first, second = weight * gradient.mean, weight.square() * gradient.square
-    return {"first": first, "second": second, "mixed": first - second / 2}[order].abs()
+    first = weight * gradient.mean
+    if order == "first":
+        return first.abs()
+    assert gradient.square is not None, "gradients of the first order alone"
+    second = weight.square() * gradient.square
+    return (second if order == "second" else first - second / 2).abs()
