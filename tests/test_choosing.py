@@ -427,6 +427,23 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
     assert set(last) == {passes}
 
 
+def test_many_states_are_measured_with_from_the_work_directory(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model("qwen3"), padded_tokens()
+    method = solved(kernel="linear+data", ratio=0.1)
+    trial = Trial(method.settings(method.budget(model).shape, tokens), method.held, 0)
+    candidates = [[Candidate(range(1, 3), method.budget(model).shape)]]
+    found, spilled = [], []
+    for most in (2**31, 0):
+        monkeypatch.setattr(measuring_module, "HELD", most)
+        run = Run(3, batch_size=4, cache=Cache(tmp_path / str(most)), about="this")
+        found.append(Measuring.of(model, tokens, [range(1, 3)], trial, run).damages(candidates, "damage"))
+        spilled.append(sum(file.is_file() for file in (tmp_path / str(most) / "states").rglob("*")))
+    assert found[0] == found[1]
+    assert spilled[0] == 0 < spilled[1]
+
+
 def streamed_batches(tokens: TokenSet) -> Iterator[TokenSet]:
     """The batches of rows that are looked at: all of them, those that no fit sees set the size."""
     return tokens.batches(tokens.held_out(0.1))

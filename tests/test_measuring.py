@@ -167,14 +167,12 @@ def test_speed_defaults_fit_a_short_context(model) -> None:
     for pace in (found.dense, found.pruned):
         assert 0 < pace.decode < math.inf
         assert 0 < pace.prefill < math.inf
-    assert found.decode_ratio == found.pruned.decode / found.dense.decode
-    assert found.prefill_ratio == found.pruned.prefill / found.dense.prefill
 
 
 def test_fewer_layers_are_faster() -> None:
     found = compare_speed(tiny_llama(12), tiny_llama(1), prompt=32, new_tokens=8, repeats=3)
-    assert found.decode_ratio > 1.5
-    assert found.prefill_ratio > 1.5
+    assert found.pruned.decode > 1.5 * found.dense.decode
+    assert found.pruned.prefill > 1.5 * found.dense.prefill
 
 
 @pytest.mark.parametrize(("options", "message"), [

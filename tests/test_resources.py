@@ -1,5 +1,6 @@
 """What a run may use: amounts, places and identities, told apart before any work."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kdprune
 from kdprune.errors import KDPruneError
+from kdprune.model.loading import load_model
 from kdprune.run.inputs import inputs_of
 from kdprune.run.recipe import check_options
 from kdprune.run.resources import Resources
@@ -55,6 +57,22 @@ def test_budgets_of_a_spread_model_leave_the_other_devices_theirs(monkeypatch: p
     assert Resources()._max_memory() is None
     assert Resources(host_memory="6000")._max_memory() == {**free, "cpu": 6000}
     assert Resources(device_memory="1KiB")._max_memory() == {0: 1024, 1: 1024, "cpu": 300}
+
+
+def test_what_two_models_offload_never_meets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    def loaded(*given: Any, offload_folder: str, **options: Any) -> Any:
+        folders.append(Path(offload_folder))
+        assert not list(folders[-1].iterdir())
+        return load_model(*given, offload_folder=offload_folder, **options)
+
+    monkeypatch.setattr("kdprune.run.resources.load_model", loaded)
+    for _ in range(2):
+        kdprune.prune(bench.model, device_map="auto", **bench.options)
+    gc.collect()
+    assert folders[0] != folders[1]
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_an_amount_without_a_unit_serves_a_spread_model(bench: Bench) -> None:

@@ -1,14 +1,13 @@
 """Floating-point operations of a forward pass, counted from the modules: no weights needed, meta tensors do."""
 
 import math
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kdprune.model.families import decoder_layers, experts_of, family_of
-from kdprune.model.modeling_kdp import NoAttention
+from kdprune.model.modeling_kdp import NoAttention, columns_of
 
 
 def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0, logits: int = 1) -> int:
@@ -33,7 +32,7 @@ def forward_flops(model: PreTrainedModel, batch: int, tokens: int, past: int = 0
         if any(isinstance(part, NoAttention) for part in layer.children()):
             continue
         known = bool(family.attention_out)
-        columns = _columns(layer.get_submodule(family.attention_out)) if known else model.config.hidden_size
+        columns = columns_of(layer.get_submodule(family.attention_out)) if known else model.config.hidden_size
         each += 4 * columns * (past + tokens)
     return batch * (tokens * each + min(tokens, logits) * _per_token(head))
 
@@ -47,8 +46,3 @@ def _per_token(module: nn.Module | None) -> int:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _columns(projection: Any) -> int:
-    """Heads times their width: what the projection out of attention reads."""
-    return int(projection.in_features if isinstance(projection, nn.Linear) else projection.nx)

@@ -44,16 +44,6 @@ class SpeedComparison:
     new_tokens: int
     device: str
 
-    @property
-    def prefill_ratio(self) -> float:
-        """Pruned against dense, above 1 = faster."""
-        return self.pruned.prefill / self.dense.prefill
-
-    @property
-    def decode_ratio(self) -> float:
-        """Pruned against dense, above 1 = faster."""
-        return self.pruned.decode / self.dense.decode
-
 
 def speed(
     model: PreTrainedModel,

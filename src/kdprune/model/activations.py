@@ -5,7 +5,7 @@ h_L is what leaves the last layer, before the final norm.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,8 +118,14 @@ def _resident_states(
                 run_layers(model, part)
             return {index: seen[index].to(device if len(part) == rows else "cpu") for index in own}
 
-        parts = limit.over(batch, work) if own else []
-        yield {index: joined([part[index] for part in parts], device) for index in own}
+        yield _together(limit.over(batch, work) if own else [], own, device)  # no name here keeps them for longer
+
+
+def _together(
+    parts: Sequence[Mapping[int, Tensor]], own: Sequence[int], device: torch.device
+) -> dict[int, Tensor]:
+    """The states of a batch from those of its parts."""
+    return {index: joined([part[index] for part in parts], device) for index in own}
 
 
 @torch.no_grad()

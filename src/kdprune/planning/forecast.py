@@ -16,6 +16,7 @@ from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import PASS_TOKENS
 from kdprune.methods.kdp.fit_block import REFINE_RATES, FitSettings
 from kdprune.methods.kdp.landmarks import inputs_of, tokens_for
+from kdprune.methods.kdp.measuring import HELD
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
@@ -144,12 +145,20 @@ class Choice:
         passed: tokens that pass the whole model afterwards.
         fits: stand-ins that are solved for, by their shape.
         fitted: tokens of each.
+        boundaries: at so many of them states are collected.
     """
 
     collected: int
     passed: float
     fits: Sequence[tuple[Shape, int]]
     fitted: int
+    boundaries: int
+
+
+def _regressed(shape: Shape) -> int:
+    """Bytes of the choice of a stand-in's landmarks, with a pass of their inputs."""
+    inputs = inputs_of(shape)
+    return 8 * (MATRICES * inputs**2 + 2 * PASS_TOKENS * inputs)
 
 
 @dataclass(frozen=True)
@@ -301,11 +310,18 @@ class Job:
     def fit_bytes(self) -> int:
         """The most that the fit of a block takes: step 1 with its path, training the stand-in, or the choice of its
         landmarks with a pass of their inputs."""
-        inputs = inputs_of(self.shape)
-        trained = max(16 * self.added, 8 * (MATRICES * inputs**2 + 2 * PASS_TOKENS * inputs))
+        trained = max(16 * self.added, _regressed(self.shape))
         kernel = [
             (OPERATOR * len(block) + SYSTEM) * self.size**2 + self.paths(block) for block in self.blocks]
         return max(trained, *kernel) if "fourier" in self.shape.parts else trained
+
+    def choice_bytes(self, streamed: bool) -> int:
+        """What blocks are chosen with: states at all boundaries, where they stay in memory, and one trial's fit."""
+        if self.choice is None:
+            return 0
+        states = self.choice.collected * self.width * self.itemsize * self.choice.boundaries
+        fit = max(_regressed(shape) for shape, _ in self.choice.fits)
+        return fit + (0 if streamed or states > HELD else states)
 
     def peaks(self, streamed: bool, accelerator: bool, budget: int | None) -> Peaks:
         """Of a run whose states are on disk, as with a work directory.
@@ -317,16 +333,16 @@ class Job:
         # Row by row and block by block at once; the block put together last is there once more.
         collected = 2 * self.paths() + max(self.paths(block) for block in self.blocks)
         kept = self.paths() + 4 * self.added * len(self.blocks)
-        analysis = self.analysis_bytes()
+        analysis, choosing = self.analysis_bytes(), self.choice_bytes(streamed)
         held = 0
         if streamed and budget is not None:
             held = min(self.scratch(), int(SCRATCH_SHARE * self.room(budget)))
         if not accelerator:
             analysis = analysis // 2 + held if streamed else analysis
-            whole = LIBRARIES + model + max(analysis, collected, kept + self.fit_bytes())
+            whole = LIBRARIES + model + max(analysis, collected, choosing, kept + self.fit_bytes())
             return Peaks(whole, 0, LIBRARIES + model + analysis)
         # Weights pass through the host's memory as they are loaded, one layer or all.
-        host = LIBRARIES + max(model, collected, kept, held)
+        host = LIBRARIES + max(model, collected, kept, held, choosing)
         return Peaks(host, model + max(analysis, self.fit_bytes()), LIBRARIES + max(model, held))
 
     @staticmethod

@@ -20,7 +20,7 @@ from kdprune.methods.common.budget import (
 from kdprune.methods.common.shape import Candidate
 from kdprune.methods.kdp.damage import trials
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.methods.kdp.measuring import damage_rows, fit_rows
+from kdprune.methods.kdp.measuring import boundaries_of, damage_rows, fit_rows
 from kdprune.model.edits import Substitute
 from kdprune.model.families import has_experts
 from kdprune.model.forms import check_adapter, check_quantised, located
@@ -138,7 +138,9 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
     if not method.measures:
         return None
     budget, widest = method.budget(dense), chosen[0].shape
-    alone, sets, passed = trials(
-        tokens, method.candidates(possible_blocks(method, budget), widest), method.held, dense)
+    blocks = possible_blocks(method, budget)
+    alone, sets, passed = trials(tokens, method.candidates(blocks, widest), method.held, dense)
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
-    return Choice(fitted + scored, passed, [(budget.shape, alone), (widest, sets * len(chosen))], fitted)
+    return Choice(
+        fitted + scored, passed, [(budget.shape, alone), (widest, sets * len(chosen))], fitted,
+        len(boundaries_of(blocks, len(layer_sizes(dense)))))

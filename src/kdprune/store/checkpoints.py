@@ -46,7 +46,7 @@ class Checkpoint:
         return found if self.agree(found is not None) else None
 
     def save(self, state: Mapping[str, Any], force: bool = False) -> bool:
-        """Keeps the state (tensors, plain data) if it is time, or has to be: at the latest one that is ``"finished"``.
+        """Keeps the state (tensors, plain data) if it is time, or ``force`` says that it has to be.
 
         Returns:
             Whether it did.
@@ -54,7 +54,7 @@ class Checkpoint:
         Raises:
             KDPruneError: the disk is full or refuses to be written; an earlier state is still there.
         """
-        if self.path is None or not self.writes or not (force or state.get("finished") or self.due):
+        if self.path is None or not self.writes or not (force or self.due):
             return False
         what = f"the checkpoint of {self.stage} to {self.path.parent}"
         with whole_file(self.path, what, "give another --work-dir", self._name) as draft, draft.open("wb") as file:

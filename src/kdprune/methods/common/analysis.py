@@ -105,8 +105,8 @@ def massive_line(scores: Mapping[str, np.ndarray]) -> str:
 def score_layers(model: PreTrainedModel, tokens: TokenSet, run: Run, *, protect: float, limit: int = ENOUGH) -> Scores:
     """Scores every pair of states in one pass over the calibration rows, or finds the scores in the cache.
 
-    Every batch of rows is shuffled into chunks of ``CHUNK`` real tokens, so that a chunk mixes rows; a remainder of
-    fewer than four tokens (the estimator's least) is left out. A token that is massive at any boundary is left out of
+    Every batch of rows is shuffled into chunks of ``CHUNK`` real tokens, so that a chunk mixes rows; a remainder
+    shorter than a chunk is left out. A token that is massive at any boundary is left out of
     all similarities, so that every pair is taken over the same tokens: linear CKA would see nothing but such tokens,
     and the RBF kernel not see them at all. Several processes take batches in turn; what a batch
     is shuffled by follows from its number alone, and the RBF widths are those of the first process's first chunk.
@@ -175,4 +175,5 @@ def _chunks(
             if len(chunk) >= max(size, 4):
                 picked = [states[index].flatten(0, 1)[chunk.to(states[index].device)] for index in states_wanted]
                 yield torch.stack([state.to(order.device) for state in picked])
+        states.clear()  # before the next batch's are there too
         progress(len(batch))

@@ -31,6 +31,7 @@ FIT_TOKENS = 4_096  # of the calibration rows that a candidate's stand-in is fit
 PER_INPUT = 4  # … or so many for every input of its read-out, if that is more
 DAMAGE_TOKENS = 4_096  # of the held-out rows that the damage of sets is taken over, …
 ALONE = 2  # … and one in so many of these rows for a candidate alone
+HELD = 2**31  # bytes of states that measuring keeps in memory; more go to the work directory, where there is one
 TOP = 128  # most probable tokens of the dense model's distribution that are told apart
 
 
@@ -57,6 +58,11 @@ def damage_rows(tokens: TokenSet, held: float) -> TokenSet:
 def fit_rows(tokens: TokenSet, held: float, width: int) -> TokenSet:
     """The rows that trial stand-ins are fitted to."""
     return tokens.fitted(held).first(max(FIT_TOKENS, 2 * PER_INPUT * width))
+
+
+def boundaries_of(blocks: Sequence[range], last: int) -> list[int]:
+    """The boundaries whose states measuring these blocks reads: inside them all, and the last one."""
+    return sorted({index for block in blocks for index in range(block.start, block.stop + 1)} | {last})
 
 
 @dataclass(frozen=True)
@@ -87,16 +93,19 @@ class Measuring:
     def of(
         model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], trial: Trial, run: Run
     ) -> "Measuring":
-        """The states of all boundaries from one pass over both kinds of rows; a streamed model's lie on the disk."""
+        """The states of all boundaries from one pass over both kinds of rows; a streamed model's lie on the disk, and
+        so do more than ``HELD`` bytes."""
         running, last = run.running(model), len(decoder_layers(model))
         fitted = len(fit_rows(tokens, trial.held, model.config.hidden_size))
         scored, behind = len(damage_rows(tokens, trial.held)), len(tokens.fitted(trial.held))
         rows = tokens.select(torch.cat([torch.arange(fitted), torch.arange(behind, behind + scored)]))
         share = scored if world().size == 1 else -(-scored // (ALONE * world().size))
         run = dataclasses.replace(run, batch_size=min(run.batch_size, share))
-        needed = sorted({index for block in blocks for index in range(block.start, block.stop + 1)} | {last})
+        needed = boundaries_of(blocks, last)
         follows_from = ["damage", fitted, behind, scored, run.batch_size]
-        spill = (lambda index: run.spill_directory(index, follows_from)) if is_streamed(running) else lambda _: None
+        much = rows.ids.numel() * model.config.hidden_size * running.dtype.itemsize * len(needed) > HELD
+        spills = is_streamed(running) or much
+        spill = (lambda index: run.spill_directory(index, follows_from)) if spills else lambda _: None
         states = boundary_states(running, rows, needed, run, stage="damage states", spill=spill)
         teacher = Teacher(running, rows, TOP, keep=torch.arange(fitted, fitted + scored), final=states[last])
         return Measuring(model, running, rows, scored, trial, run, states, teacher)

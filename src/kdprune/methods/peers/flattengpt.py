@@ -15,6 +15,7 @@ from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.method import DepthMethod
 from kdprune.methods.common.result import MethodResult
+from kdprune.methods.peers.drop import runs
 from kdprune.methods.peers.flattening import FlattenFit, Refit, Towards
 from kdprune.model.edits import Drop, Edit, Rewrite
 from kdprune.model.families import decoder_layers, family_of
@@ -99,10 +100,7 @@ class FlattenGPT(DepthMethod):
 
     def _runs(self, model: PreTrainedModel) -> list[range]:
         """The longest runs of layers that may be joined."""
-        plain = [index for index in self.allowed(model) if _is_plain(model, index)]
-        found = itertools.groupby(enumerate(plain), key=lambda item: item[1] - item[0])
-        members = [[index for _, index in group] for _, group in found]
-        return [range(run[0], run[-1] + 1) for run in members]
+        return runs(index for index in self.allowed(model) if _is_plain(model, index))
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the groups, flattens each and returns the edits."""
