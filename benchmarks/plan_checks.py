@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from cost import STEPS, by_step
 from random_checkpoint import shape_config
 from transformers import AutoConfig, PreTrainedConfig
 
-from kdprune.methods.kdp import kdp
 from kdprune.planning.plan import PruningPlan, plan
 
 HERE = Path(__file__).parent
@@ -71,51 +69,31 @@ def peak(made: PruningPlan, streamed: bool, analysis: bool = False) -> int:
     return need.analysis_bytes if analysis else need.host_bytes
 
 
-def of_run(run: str, found: dict[str, Any]) -> Iterator[Check]:
-    """Figures of one run of ``pruning_run.py``."""
+def of_run(run: str, found: dict[str, Any], timed: bool = True) -> Iterator[Check]:
+    """Figures of one run of ``pruning_run.py``; not ``timed``: it was made to see what it takes in memory."""
     before, made = planned_run(found)
     if len(found["parameters"]) == 2:
         yield Check(run, "parameters left", made.pruned.parameters, found["parameters"][1], exact=True)
     else:
         yield Check(run, "parameters", made.dense.parameters, found["parameters"][0], exact=True)
     yield Check(run, "bytes of the model", made.dense.disk_bytes, found["model_bytes"], "B", exact=True)
+    if timed:
+        yield from _times(run, found, before, made)
+    analysis = found["job"]["stop"] == "analyse"
+    name = "peak memory of the analysis" if analysis else "peak memory"
+    choosing, fitting = (peak(planned, found["streamed"], analysis) for planned in (before, made))
+    kept = 0 if analysis or found["job"]["work_dir"] else made.states_bytes
+    yield Check(run, name, max(choosing, fitting + kept), found["peak_bytes"], "B")
+
+
+def _times(run: str, found: dict[str, Any], before: PruningPlan, made: PruningPlan) -> Iterator[Check]:
+    """Seconds of a forward pass and of every step."""
     yield Check(run, "one forward pass", made.forward_seconds, statistics.mean(found["forward_seconds"]), "s")
     seconds = {stage.name: stage.seconds for stage in (*before.stages, *made.stages)}
     measured = by_step(found)
     for step in STEPS:
         if step in seconds and step in measured:
             yield Check(run, step, seconds[step], measured[step], "s")
-    analysis = found["job"]["stop"] == "analyse"
-    name = "peak memory of the analysis" if analysis else "peak memory"
-    yield Check(run, name, peak(made, found["streamed"], analysis), found["peak_bytes"], "B")
-
-
-def plan_before(shape: str, **options: Any) -> PruningPlan:
-    """The plan of a run of memory.py as KDP was when its record was made: Fourier features alone, of any number, no
-    slack for its blocks, later ones not corrected, no rate on trial."""
-    with mock.patch.object(kdp, "unit_of", return_value=1):
-        return plan_of(shape_config(shape), length=128, slack=0.0, preset="fourier", **options)
-
-
-def of_memory(shape: str, row: dict[str, Any]) -> Iterator[Check]:
-    """Peak and stages of one run of memory.py that pruned."""
-    options = {"kernel_epochs": 1, "refine_epochs": 1, "kernel_tokens": 512, "sequential": False, "rate": 1e-3}
-    made = plan_before(shape, dtype=row["dtype"], samples=row["tokens"] // 128, blocks=row["blocks"], **options)
-    run = f"{shape}, {row['tokens']:,} tokens, {'states on disk' if row['work_dir'] else 'states in memory'}"
-    yield Check(run, "parameters left", made.pruned.parameters, row["parameters"][1], exact=True)
-    kept = 0 if row["work_dir"] else made.states_bytes
-    yield Check(run, "peak memory", peak(made, row["streamed"]) + kept, row["peak_bytes"], "B")
-    seconds = {stage.name: stage.seconds for stage in made.stages}
-    for step, value in by_step(row).items():
-        if step in seconds:
-            yield Check(run, step, seconds[step], value, "s")
-
-
-def of_size(shape: str, row: dict[str, Any]) -> Check:
-    """Peak of one analysis of memory.py."""
-    made = plan_before(shape, dtype=row["dtype"], samples=row["tokens"] // 128, host_memory=row["budget"])
-    return Check(f"{shape}, {row['tokens']:,} tokens, budget {row['budget']}", "peak memory of the analysis",
-                 peak(made, row["streamed"], analysis=True), row["peak_bytes"], "B")
 
 
 def of_speed() -> Iterator[Check]:
@@ -138,8 +116,11 @@ def checks() -> list[Check]:
     found = [check for name, run in record("cost")["runs"].items()
              for check in of_run(f"{name}, {run['tokens']:,} tokens", run)]
     memory = record("memory")
-    found += [check for row in memory["by_tokens"] for check in of_memory(memory["shape"], row)]
-    found += [of_size(shape, row) for shape, row in memory["by_size"].items()]
+    for run in memory["by_tokens"]:
+        place = "on disk" if run["job"]["work_dir"] else "in memory"
+        found += of_run(f"{memory['shape']}, {run['tokens']:,} tokens, states {place}", run, timed=False)
+    for name, run in memory["by_size"].items():
+        found += of_run(f"{name}, {run['tokens']:,} tokens, budget {run['job']['host_memory']}", run, timed=False)
     return [*found, *of_speed()]
 
 

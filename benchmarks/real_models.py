@@ -237,7 +237,7 @@ def constants() -> list[str]:
               "–" if item.bandwidth is None else f"{item.bandwidth / 1e12:.4g}", f"{item.utilisation:g}", item.source]
              for device, item in DEVICES.items()]
     names = ("ANALYSE", "REFINE", "GRADIENT", "SOLVE", "RANK", "THEORY", "PATH", "PASSES", "MOMENT", "INVERSE", "TRIED",
-             "LIBRARIES", "OPERATOR", "SYSTEM", "MATRICES")
+             "LIBRARIES", "OPERATOR", "SYSTEM", "LOGIT", "MATRICES")
     shown = ", ".join(f"{name} {getattr(forecast, name):,}" for name in names)
     return [*table(["device", "", "bfloat16", "float32", "float64", "TB/s", "share", "source"], rates, 2), RATES,
             f"Constants of `src/kdprune/planning/forecast.py`, each explained there: {shown}.", ""]

@@ -38,6 +38,7 @@ INVERSE = 3       # float64 operations · P³ to invert the moments of P inputs,
 LIBRARIES = 475_000_000  # resident before there is a model: torch and transformers on a CPU
 OPERATOR = 30     # · D² an operator of step 1: itself, its gradient, Adam's two moments, A and its gradient
 SYSTEM = 45       # · D² once: float64 moments and the system solved for one operator after the other
+LOGIT = 12        # a logit of a trial: itself, a copy of those of real tokens, and its exponential
 MATRICES = 6      # float64 of P² entries at once, when landmarks are chosen of P inputs
 
 
@@ -146,6 +147,7 @@ class Choice:
         fits: stand-ins that are solved for, by their shape.
         fitted: tokens of each.
         boundaries: at so many of them states are collected.
+        logits: most logits at once, by which a trial is measured.
     """
 
     collected: int
@@ -153,6 +155,7 @@ class Choice:
     fits: Sequence[tuple[Shape, int]]
     fitted: int
     boundaries: int
+    logits: int
 
 
 def _regressed(shape: Shape) -> int:
@@ -316,12 +319,13 @@ class Job:
         return max(trained, *kernel) if "fourier" in self.shape.parts else trained
 
     def choice_bytes(self, streamed: bool) -> int:
-        """What blocks are chosen with: states at all boundaries, where they stay in memory, and one trial's fit."""
+        """What blocks are chosen with: states at all boundaries, where they stay in memory, and beside them one trial's
+        fit, or its logits, a copy and their exponentials."""
         if self.choice is None:
             return 0
         states = self.choice.collected * self.width * self.itemsize * self.choice.boundaries
         fit = max(_regressed(shape) for shape, _ in self.choice.fits)
-        return fit + (0 if streamed or states > HELD else states)
+        return max(fit, LOGIT * self.choice.logits) + (0 if streamed or states > HELD else states)
 
     def peaks(self, streamed: bool, accelerator: bool, budget: int | None) -> Peaks:
         """Of a run whose states are on disk, as with a work directory.

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.evaluation.flops import forward_flops
+from kdprune.evaluation.models import vocabulary_size
+from kdprune.evaluation.perplexity import default_batch
 from kdprune.methods.common.budget import (
     Budget,
     filled,
@@ -138,9 +140,10 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
     if not method.measures:
         return None
     budget, widest = method.budget(dense), chosen[0].shape
-    blocks = possible_blocks(method, budget)
+    blocks, length = possible_blocks(method, budget), tokens.ids.shape[1]
     alone, sets, passed = trials(tokens, method.candidates(blocks, widest), method.held, dense)
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
     return Choice(
         fitted + scored, passed, [(budget.shape, alone), (widest, sets * len(chosen))], fitted,
-        len(boundaries_of(blocks, len(layer_sizes(dense)))))
+        len(boundaries_of(blocks, len(layer_sizes(dense)))),
+        min(default_batch(dense, length, copies=2) * length, scored) * vocabulary_size(dense))
