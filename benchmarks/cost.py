@@ -36,6 +36,8 @@ MILLION = 2**20  # tokens of the runs on a GPU
 RUNS: dict[str, dict[str, Any]] = {
     "bundled": {"tokens": None},
     "smollm2-135m": {"tokens": None, "dtype": "float32"},
+    "smollm2-135m, closed form": {"tokens": None, "samples": 128, "once": 16_384, "dtype": "float32", "options": {
+        "refine": False}},
     "0.1b": {"tokens": 8192, "length": 128, "dtype": "float32"},
     "0.1b, Fourier": {"tokens": 8192, "length": 128, "dtype": "float32", "options": {
         "preset": "fourier", "blocks": [[2, 4], [5, 7], [8, 11]], "kernel_epochs": 1, "refine_epochs": 1,
@@ -53,7 +55,7 @@ STEPS = {"analyse": ("analyse",), "damage": ("damage", "linear maps"), "layer st
 def job(name: str, device: torch.device, work: Path, checkpoint: Path) -> Job:
     """The job of a run: whole on a GPU, as ``RUNS`` has it on a CPU."""
     chosen = RUNS[name]
-    if device.type != "cpu" and name not in TRAINED:
+    if device.type != "cpu" and name.partition(",")[0] not in TRAINED:
         options = {option: value for option, value in chosen.get("options", {}).items() if option == "preset"}
         chosen = {"tokens": MILLION, "dtype": "bfloat16", "once": MILLION // 8, "options": options}
     return Job(model=str(checkpoint), device=str(device), work_dir=str(work), **chosen)

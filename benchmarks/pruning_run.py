@@ -49,7 +49,8 @@ class Job:
     """What is run: a checkpoint, tokens in rows of ``length``, the method's options, and how far.
 
     Attributes:
-        tokens: calibration tokens, random ids; None: the bundled text. stop: "analyse" or "save", the last stage.
+        tokens: calibration tokens, random ids; None: the bundled text, so many ``samples`` of it, or as many as by
+            default. stop: "analyse" or "save", the last stage.
         once: take the forward pass's time from so many tokens.
         options: of KDP. work_dir, host_memory: as of ``kdprune.prune``.
     """
@@ -57,6 +58,7 @@ class Job:
     model: str
     tokens: int | None
     length: int = 512
+    samples: int | None = None
     dtype: str | None = None
     device: str = "cpu"
     stop: str = "save"
@@ -130,7 +132,7 @@ def measure(job: Job) -> dict[str, Any]:
         if job.tokens is not None:
             shape = (job.tokens // job.length, job.length)
             ids = torch.randint(model.config.vocab_size, shape, generator=generator(0, 1))
-        tokens = session.calibration(ids, None, job.length)
+        tokens = session.calibration(ids, job.samples, job.length)
         some = tokens if job.once is None else tokens.select(slice(0, max(1, job.once // job.length)))
         method = make_method("kdp", {"ratio": job.ratio, **job.options})
         method.check(model, tokens)

@@ -86,9 +86,8 @@ CHECKED = """Runs of `benchmarks/cost.py`, `memory.py` and `speed.py` on one CPU
 set the constants: this says how well one count fits shapes from 3.5 M to 7 B parameters, and is no test on another
 machine. The bundled model's time is far off because its matrices are too small for the rates of large ones, its memory
 because buffers that are not counted are most of it. Of the trials that blocks may be chosen by (damage) a share is
-counted, as many as these runs made. The runs of `memory.py` are of KDP with Fourier features, before later blocks were
-corrected for earlier ones, and are planned so. Step 2 with a hidden layer (the paper's form) is in none of them: it has
-step 3's constant.
+counted, as many as these runs made. Of the runs of `memory.py` only peaks are compared: they are too short to be
+timed. Step 2 with a hidden layer (the paper's form) is in none of them: it has step 3's constant.
 """
 RATES = """Peaks in TFLOP/s, dense. Stand-ins are fitted in float32 and their operators solved for in float64, hence
 the three columns. The share of a GPU's peaks is an assumption: `--utilisation`.

@@ -125,7 +125,7 @@ def test_without_blocks_the_least_removal_at_or_above_the_ratio(tmp_path: Path) 
 def test_a_real_run_ended_where_the_plan_says(bench: Bench, alone: Path) -> None:
     results = Results.load(alone / "results.json")
     found = plan(bench.model, blocks=results.blocks, samples=12, length=32,
-                 **{name: QUICK[name] for name in ("features", "protect")})
+                 **{name: QUICK[name] for name in ("channels", "protect")})
     assert found.pruned.parameters == results.parameters.pruned
     assert found.pruned.kv_bytes == results.kv_cache_bytes_per_token.pruned
 

@@ -26,7 +26,7 @@ from kdprune.train.trial import trial_rows
 ANALYSE = 1.13    # scores of all pairs beside the pass that gives the states (1.02 to 1.28 measured)
 REFINE = 1.15     # optimiser, loss and held-out rows beside three times the stand-in's forward pass
 GRADIENT = 10     # float32 operations a token, operator and entry of A in a gradient step of step 1; 6 by count
-SOLVE = 12        # float64 operations · D³ to restart one operator: normal equations, spectral norms, product
+SOLVE = 20        # float64 operations · D³ to restart one operator: equations, norms, product (12 by count)
 RANK = 8          # float64 operations · D³ a block: effective rank and the residuals of the whole map
 THEORY = 21       # float64 operations · D³ an operator in the rest: Theorem 2's risks
 PATH = 7          # float64 operations · D² a path token and operator in the rest
@@ -318,14 +318,14 @@ class Job:
             (OPERATOR * len(block) + SYSTEM) * self.size**2 + self.paths(block) for block in self.blocks]
         return max(trained, *kernel) if "fourier" in self.shape.parts else trained
 
-    def choice_bytes(self, streamed: bool) -> int:
-        """What blocks are chosen with: states at all boundaries, where they stay in memory, and beside them one trial's
-        fit, or its logits, a copy and their exponentials."""
+    def choice_bytes(self, streamed: bool) -> tuple[int, int]:
+        """What blocks are chosen with: on the host states at all boundaries, where they stay in memory; where the model
+        computes one trial's fit, or its logits, a copy and their exponentials."""
         if self.choice is None:
-            return 0
+            return 0, 0
         states = self.choice.collected * self.width * self.itemsize * self.choice.boundaries
         fit = max(_regressed(shape) for shape, _ in self.choice.fits)
-        return max(fit, LOGIT * self.choice.logits) + (0 if streamed or states > HELD else states)
+        return 0 if streamed or states > HELD else states, max(fit, LOGIT * self.choice.logits)
 
     def peaks(self, streamed: bool, accelerator: bool, budget: int | None) -> Peaks:
         """Of a run whose states are on disk, as with a work directory.
@@ -337,17 +337,17 @@ class Job:
         # Row by row and block by block at once; the block put together last is there once more.
         collected = 2 * self.paths() + max(self.paths(block) for block in self.blocks)
         kept = self.paths() + 4 * self.added * len(self.blocks)
-        analysis, choosing = self.analysis_bytes(), self.choice_bytes(streamed)
+        analysis, (states, trial) = self.analysis_bytes(), self.choice_bytes(streamed)
         held = 0
         if streamed and budget is not None:
             held = min(self.scratch(), int(SCRATCH_SHARE * self.room(budget)))
         if not accelerator:
             analysis = analysis // 2 + held if streamed else analysis
-            whole = LIBRARIES + model + max(analysis, collected, choosing, kept + self.fit_bytes())
+            whole = LIBRARIES + model + max(analysis, collected, states + trial, kept + self.fit_bytes())
             return Peaks(whole, 0, LIBRARIES + model + analysis)
         # Weights pass through the host's memory as they are loaded, one layer or all.
-        host = LIBRARIES + max(model, collected, kept, held, choosing)
-        return Peaks(host, model + max(analysis, self.fit_bytes()), LIBRARIES + max(model, held))
+        host = LIBRARIES + max(model, collected, kept, held, states)
+        return Peaks(host, model + max(analysis, trial, self.fit_bytes()), LIBRARIES + max(model, held))
 
     @staticmethod
     def room(budget: int) -> int:
