@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {
     "kernel": "learned", "ranking": "similarity", "kernel_epochs": 2, "kernel_tokens": 64, "refine_epochs": 2,
     "inverse_epochs": 2, "features": 6, "rank": 2}
+NO_FEATURES = {"features": None, "fill": False}  # for kernels that have none
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -209,7 +210,7 @@ def test_the_bandwidth_is_the_one_of_least_held_out_error(kernel: str, tiny_mode
 
 def test_gradient_steps_in_bfloat16_come_to_the_same(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("llama3"), random_tokens(rows=24)
-    options = {"blocks": ((1, 4),), "kernel": "linear+data", "refine_epochs": 3, "rate": 2e-3}
+    options = {"blocks": ((1, 4),), "kernel": "linear+data", **NO_FEATURES, "refine_epochs": 3, "rate": 2e-3}
     errors, kinds = [], []
     for able in (False, True):
         monkeypatch.setattr("kdprune.runtime.machine.computes_in", lambda dtype, place, able=able: able)
@@ -265,7 +266,8 @@ def test_padding_enters_no_statistic(context: str, tiny_model) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"preset": "paper"}, {"kernel": "linear", "context": "none"}, {"kernel": "mlp"}, {"without": ("anisotropy",)},
+    {"preset": "paper"}, {"kernel": "linear", "context": "none", **NO_FEATURES},
+    {"kernel": "mlp"}, {"without": ("anisotropy",)},
     {"hidden": 8}, {"refine": False}, {"endpoints": "output"}, {"similarity": "cosine"}, {"block_length": 2},
     {"without": ("alpha", "cosine_term", "ols_start", "position_weights")}, {"without": ("operators",)},
     {"preset": "thorough", "refine_epochs": 1},

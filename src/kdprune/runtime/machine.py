@@ -86,14 +86,19 @@ def host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def release_memory() -> None:
+    """Hands freed memory back to the system, which glibc keeps in pieces unless asked."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak_memory() -> bool:
     """Starts the high-water mark anew; False where the system cannot, and the mark stays the process's.
 
     What earlier work no longer needs is handed back first, so that it does not count.
     """
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory unless asked
-        ctypes.CDLL(None).malloc_trim(0)
+    release_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

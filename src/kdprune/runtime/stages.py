@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from kdprune.runtime.machine import release_memory
+
 Advance = Callable[[int], None]
 
 
@@ -48,6 +50,7 @@ class Stages:
             yield lambda steps: progress.advance(task, steps)
             # A stage without a known length is complete when it ends.
             progress.update(task, total=total or 1, completed=total or 1)
+        release_memory()  # so that the next stage's needs do not come on top of what this one is done with
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.watch(name)
 
