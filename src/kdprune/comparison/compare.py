@@ -187,10 +187,10 @@ def _units(
     for seed in seeds:
         blocks, missing = None, ""
         for variant in sorted(variants, key=lambda variant: variant.name != blocks_from):
-            follows = blocks_from is not None and variant.name != blocks_from and variant.takes_blocks
+            follows = _follows(variant, blocks_from)
             reason = refused.get(variant.name, missing if follows else "")
-            found = _unit(bench, variant.on(blocks) if follows else variant, seed, dense) if not reason else Failure(
-                variant=variant.name, seed=seed, reason=reason)
+            found = _unit(bench, variant.on(blocks) if follows else variant, seed, dense, follows) if not reason else (
+                Failure(variant=variant.name, seed=seed, reason=reason))
             if variant.name == blocks_from:
                 blocks = tuple(found.blocks) if isinstance(found, Unit) else None
                 missing = "" if blocks else f"no blocks to take: {blocks_from} failed, or removed none"
@@ -198,10 +198,16 @@ def _units(
         bench.forget()
 
 
-def _unit(bench: Bench, variant: Variant, seed: int, dense: Any) -> Unit | Failure:
-    """A finished unit again, or a new one; or why there is none."""
+def _follows(variant: Variant, blocks_from: str | None) -> bool:
+    """Whether the variant is handed the blocks that another one chose."""
+    return blocks_from not in (None, variant.name) and variant.takes_blocks
+
+
+def _unit(bench: Bench, variant: Variant, seed: int, dense: Any, handed: bool) -> Unit | Failure:
+    """A finished unit again, or a new one; or why there is none. ``handed``: its blocks were not known before."""
     try:
-        variant.method.check(bench.session.model, bench.tokens(seed, variant))  # with blocks that it was handed
+        if handed:
+            variant.method.check(bench.session.model, bench.tokens(seed, variant))
         return bench.unit(variant, seed, dense)
     except Exception as error:  # whatever a method fails with, the others go on
         trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
@@ -221,7 +227,7 @@ def _refusals(
                 check_heal(bench.session, variant.method, tokens, variant.heal)
             if bench.session.states_model is not None:
                 variant.method.check_states_model()
-            if blocks_from in (None, variant.name) or not variant.takes_blocks:
+            if not _follows(variant, blocks_from):
                 variant.method.check(bench.session.model, tokens)
         except Exception as error:  # as in _unit
             found[variant.name] = _reason(error)
@@ -233,10 +239,9 @@ def _reason(error: Exception) -> str:
 
 
 def _record(variant: Variant, model: PreTrainedModel, blocks_from: str | None) -> VariantRecord:
-    follows = blocks_from not in (None, variant.name) and variant.takes_blocks
     return VariantRecord(
         name=variant.name, title=variant.title, group=variant.group, value=variant.value, options=variant.options,
-        protected=None if follows else variant.method.protected(model))
+        protected=None if _follows(variant, blocks_from) else variant.method.protected(model))
 
 
 def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS, make_method
 from kdprune.methods.common.method import DepthMethod, Method
 from kdprune.methods.common.target import Of
+from kdprune.methods.kdp.kdp import KDP
 from kdprune.options import reject_unknown
 from kdprune.run.heal import HEAL_OPTIONS, Heal, make_heal
 from kdprune.run.recipe import check_options
@@ -120,8 +121,7 @@ class AblationPart:
 
     def applies(self, base: Variant) -> bool:
         """Whether the base has what the question is about."""
-        kernel = getattr(base.method, "kernel", None) or ""
-        return not self.of or bool(set(self.of) & set(kernel.split("+")))
+        return not self.of or (isinstance(base.method, KDP) and not base.method.parts.isdisjoint(self.of))
 
 
 def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
@@ -156,7 +156,7 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
     ]
 
 
-PART_NAMES = tuple(part.name for part in parts_of(128, 16, 256))
+PARTS = {part.name: part for part in parts_of(128, 16, 256)}  # by name; what they vary by, another model says
 
 
 def ablation_variants(
@@ -185,11 +185,11 @@ def ablation_variants(
 
 def check_ablation(base: str, only: Sequence[str], ratio: float) -> None:
     """Raises KDPruneError for a base that is not KDP or cannot be, and for unknown parts: before a model is loaded."""
-    reject_unknown(only, PART_NAMES, "part")
+    reject_unknown(only, PARTS, "part")
     if base.partition(":")[0] != "kdp":
         raise KDPruneError(f"got base {base!r}, expected a variant of kdp, as in kdp:refine=no")
     variant = parse_variant(base, ratio)
-    for part in parts_of(128, 16, 256):
-        if part.name in only and not part.applies(variant):
+    for part in map(PARTS.__getitem__, only):
+        if not part.applies(variant):
             raise KDPruneError(f"got part {part.name!r} for {base!r}, whose kernel has no part that it is about; "
                                f"expected one with {' or '.join(part.of)}: {base}:kernel={part.of[0]}")

@@ -305,7 +305,8 @@ class Job:
         return steps * sum(self.path) * self.length * self.width * 4
 
     def analysis_bytes(self) -> int:
-        """States of one batch at all layers, twice, and one chunk of them in float32."""
+        """States of one batch at all layers, twice, as memory of the batch before is not at once used again, and one
+        chunk of them in float32."""
         row = self.length * self.width * self.itemsize * (self.layers + 1)
         rows = min(BATCH, max(1, STATES // row), self.rows)
         return 2 * rows * row + (self.layers + 1) * CHUNK * self.width * 4

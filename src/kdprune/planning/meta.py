@@ -144,6 +144,6 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
     alone, sets, passed = trials(tokens, method.candidates(blocks, widest), method.held, dense)
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
     return Choice(
-        fitted + scored, passed, [(budget.shape, alone), (widest, sets * len(chosen))], fitted,
-        len(boundaries_of(blocks, len(layer_sizes(dense)))),
-        min(default_batch(dense, length, copies=2) * length, scored) * vocabulary_size(dense))
+        collected=fitted + scored, passed=passed, fits=[(budget.shape, alone), (widest, sets * len(chosen))],
+        fitted=fitted, boundaries=len(boundaries_of(blocks, len(layer_sizes(dense)))),
+        logits=min(default_batch(dense, length, copies=2) * length, scored) * vocabulary_size(dense))

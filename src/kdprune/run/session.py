@@ -73,6 +73,7 @@ class Session:
         if self._place.type != "cpu":  # what is waited for, and whose peak is read, is the current device
             self._stack.enter_context(torch.accelerator.device_index(self._place.index))
         self.memory.enforce(self._place)
+        self._stack.callback(self.memory.lift, self._place)
         stages.watch = self._watch
         with stages.stage("load model"):
             self.stored = resources.widens(
@@ -96,7 +97,6 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.memory.lift(self._place)
         self._stack.close()
 
     def _watch(self, stage: str) -> None:

@@ -164,7 +164,7 @@ class KDP(RankedMethod):
         super().__post_init__()
         for size, given, parts in (("features", self.features, ("learned", "fixed", "mlp")),
                                    ("channels", self.channels, ("data",))):
-            if given is not None and not set(parts) & set((self.kernel or "").split("+")):
+            if given is not None and self.parts.isdisjoint(parts):
                 raise KDPruneError(f"got {size} {given} with kernel {self.kernel!r}, which has none; expected a kernel "
                                    f"with the part {' or '.join(parts)}, or no {size}")
         if self.inverse == "direct" and self.context != "none":
@@ -180,6 +180,11 @@ class KDP(RankedMethod):
                 raise KDPruneError(f"got {name} {given!r} with form {self.form!r}, expected {expected}: {why}. Leave "
                                    f"{name} out, or choose form {other!r}")
             object.__setattr__(self, name, value)
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The parts of the kernel, as they are asked for."""
+        return frozenset((self.kernel or "").split("+"))
 
     def budget(self, model: PreTrainedModel) -> Budget:
         """What the selection has to remove of this model, with stand-ins before any spare budget is spent on them."""
@@ -218,7 +223,7 @@ class KDP(RankedMethod):
     @property
     def takes_apart(self) -> bool:
         """For a context, a copy of a layer, and for channels of the layers' own."""
-        return self.context != "none" or "data" in (self.kernel or "")
+        return self.context != "none" or "data" in self.parts
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
         """Raises KDPruneError if this model cannot be pruned so on these tokens: at once, not after the analysis."""
