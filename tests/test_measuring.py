@@ -4,18 +4,21 @@ import math
 
 import pytest
 import torch
-from families import LAYERS, WIRINGS
+from families import LAYERS, REPRESENTATIVES, WIRINGS, build
 from tiny_checkpoint import CONTEXT, WORDS, Bench, random_ids, tiny_llama
 from torch.nn import functional
 from transformers import AutoTokenizer
 
 import kdprune.evaluation.perplexity as measured
+import kdprune.model.losses as losses_of
 from kdprune.data.tokens import TokenSet, load_stream
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.fidelity import DenseStates, fidelity
 from kdprune.evaluation.perplexity import perplexity
 from kdprune.evaluation.samples import compare_samples, continuation
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token, speed
+from kdprune.model.losses import batch_logits
+from kdprune.testing import IDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,6 +117,25 @@ def test_every_window_starts_with_the_beginning_of_text(model) -> None:
     first, second = losses(model, row[:17]), losses(model, torch.cat((row[:1], row[15:31])))
     assert found.tokens == 30
     assert found.loss == pytest.approx(float(torch.cat((first, second[2:])).mean()), rel=1e-5)
+
+
+def test_the_head_sees_no_position_that_an_earlier_window_scored(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, tokens = [], token_set(random_ids(1, 51))
+    with model.lm_head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1])):
+        few = perplexity(model, tokens, 16, 5, batch_size=1)
+        assert seen == [16, *[5] * 6, 4]
+        monkeypatch.setattr(losses_of, "last_logits", lambda *_: {})  # code that cannot be told
+        assert perplexity(model, tokens, 16, 5, batch_size=1).sums == pytest.approx(few.sums, rel=1e-6)
+        assert seen[8:] == [16] * 8
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_the_last_logits_of_every_family_are_those_of_all(name) -> None:
+    family, batch, seen = build(name), token_set(IDS), []
+    with torch.no_grad(), family.get_output_embeddings().register_forward_hook(
+            lambda _, given, __: seen.append(given[0].shape[-2])):
+        torch.testing.assert_close(batch_logits(family, batch, 3), batch_logits(family, batch)[:, -3:])
+    assert seen == [3, IDS.shape[1]]
 
 
 def test_long_batches_are_cut_where_logits_are_large(model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,18 +70,20 @@ class DenseStates:
 
     def forward(self, *about: Any) -> Forward:
         """A model's forward pass over batches, those of one text, window and stride."""
-        return lambda model, batches: self._logits(model, batches, about)
+        return lambda model, batches, last: self._logits(model, batches, last, about)
 
-    def _logits(self, model: PreTrainedModel, batches: Sequence[TokenSet], about: tuple[Any, ...]) -> Iterator[Tensor]:
+    def _logits(
+        self, model: PreTrainedModel, batches: Sequence[TokenSet], last: Sequence[int], about: tuple[Any, ...],
+    ) -> Iterator[Tensor]:
         if is_streamed(model):  # which reads a layer once for all batches
-            yield from forward_streamed(model, batches)
+            yield from forward_streamed(model, batches, last)
             return
-        for number, batch in enumerate(batches):
+        for number, (batch, count) in enumerate(zip(batches, last, strict=True)):
             key = (*about, number)
             if key in self._states:
-                yield logits_behind(model, batch, self._states[key])
+                yield logits_behind(model, batch, self._states[key], count)
                 continue
-            logits, final = logits_and_final(model, batch)
+            logits, final = logits_and_final(model, batch, count)
             if self.nbytes + final.nbytes <= self.room:
                 self._states[key] = final.cpu()
             yield logits

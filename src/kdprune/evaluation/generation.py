@@ -10,7 +10,6 @@ The last is 1 − distinct-4 (Li et al. 2016, arXiv:1510.03055) of one continuat
 token like others, so that all continuations are n tokens long.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context
 from kdprune.evaluation.speed import carried
+from kdprune.model.losses import last_logits
 from kdprune.model.placement import input_device
 
 PROMPT, NEW_TOKENS = 64, 64  # of each continuation; less where the context is shorter
@@ -87,7 +87,7 @@ def continuations(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> L
     repetition (1.1 in some), under which a continuation is no longer the model's most probable token after the other.
     The model's mode is as before afterwards.
     """
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    options = last_logits(model, 1)
     parts = []
     with evaluating(model):
         for ids in prompts.split(BATCH):

@@ -18,7 +18,8 @@ from kdprune.model.losses import IGNORED, SLICE
 from kdprune.runtime.distributed import world
 
 LONGEST_WINDOW = 2048
-Forward = Callable[[PreTrainedModel, Sequence[TokenSet]], Iterable[Tensor]]
+# Logits (B, K, V) of each batch, of so many positions K at its end.
+Forward = Callable[[PreTrainedModel, Sequence[TokenSet], Sequence[int]], Iterable[Tensor]]
 LOGITS = 2**27  # most logits, B · T · V, a batch may hold when no batch size is given
 
 
@@ -92,12 +93,12 @@ def window_sums(
         window: tokens a window.
         stride: by which it moves on.
         batch_size: windows a forward pass.
-        measured: of a batch's logits, one (B, W, V) a model, and targets (B, W) → sums (B, K), the first column a
-            loss.
+        measured: of a batch's logits, one (B, K, V) a model, and targets (B, K), those of the K last positions, among
+            which all that are scored are → sums (B, M), the first column a loss.
         forward: how each model gives the logits of batches; none: by its forward pass.
 
     Returns:
-        How many positions were scored, and the sums (windows, K) in float64, in order.
+        How many positions were scored, and the sums (windows, M) in float64, in order.
 
     Raises:
         KDPruneError: window or stride cannot be, nothing was scored, or a loss is not finite.
@@ -106,18 +107,20 @@ def window_sums(
         _check(model, window, stride)
     batches = enumerate(_batches(tokens, window, stride, batch_size))
     own = [(number, *batch) for number, batch in batches if world().owner(number) == world().rank]
+    # A window moves on by less than its length: the head need not see the positions that an earlier one scored.
+    last = [targets.shape[1] - int((targets != IGNORED).any(0).int().argmax()) for _, _, targets in own]
     inputs = [TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), tokens.source) for _, ids, _ in own]  # type: ignore[arg-type]
-    count, wrong = 0, None
+    scored, wrong = 0, None
     sums: dict[int, list[list[float]]] = {}
     with contextlib.ExitStack() as stack:
         for model in models:
             stack.enter_context(evaluating(model))
         passes = forward or [forward_streamed] * len(models)
-        streams = zip(*(one(model, inputs) for one, model in zip(passes, models, strict=True)), strict=True)
-        for (number, _, targets), logits in zip(own, streams, strict=True):
+        streams = zip(*(one(model, inputs, last) for one, model in zip(passes, models, strict=True)), strict=True)
+        for (number, _, targets), count, logits in zip(own, last, streams, strict=True):
             # Plain numbers: small tensors that stay, made between large ones that go, hole the memory.
-            sums[number] = measured(logits, targets).tolist()
-            count += int((targets != IGNORED).sum())
+            sums[number] = measured(logits, targets[:, -count:]).tolist()
+            scored += int((targets != IGNORED).sum())
             loss = sum(row[0] for row in sums[number])
             if not math.isfinite(loss):
                 wrong = (number, loss)
@@ -130,10 +133,10 @@ def window_sums(
             "check the weights, or use --dtype float32"
         )
     every = {number: part for one in world().gather(sums) for number, part in one.items()}
-    count = sum(world().gather(count))
-    if not count:
+    total = sum(world().gather(scored))
+    if not total:
         raise KDPruneError(f"got no token to score in {tokens.source}, expected rows of at least 2 tokens")
-    return count, torch.tensor([row for number in sorted(every) for row in every[number]], dtype=torch.float64)
+    return total, torch.tensor([row for number in sorted(every) for row in every[number]], dtype=torch.float64)
 
 
 def _batch_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Tokens per second for reading a prompt and for writing with a KV cache; bytes the cache takes per token."""
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, longest_context, vocabulary_size
+from kdprune.model.losses import last_logits
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import sharing_copy
@@ -161,8 +161,7 @@ def _prompts(model: PreTrainedModel, batch: int, prompt: int, new_tokens: int, s
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds to read the prompts (B, T), and to write `new_tokens` after them, greedily."""
     wait = _synchroniser(input_device(model))
-    # As generate does: the head sees the last position alone, where the model can be told so.
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    options = last_logits(model, 1)
     wait()
     start = time.perf_counter()
     output: Any = model(input_ids=ids, use_cache=True, **options)

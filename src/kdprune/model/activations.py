@@ -55,12 +55,13 @@ def recorded(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[dict[in
 
 
 @torch.no_grad()
-def logits_and_final(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) of a batch, and h_L (B, T, d), from which ``logits_behind`` gives the same logits again."""
-    last = len(decoder_layers(model))
-    with recorded(model, [last]) as seen:
-        logits = batch_logits(model, batch)
-    return logits, seen[last]
+def logits_and_final(model: PreTrainedModel, batch: TokenSet, last: int | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (B, T, V) of a batch, or of ``last`` positions at its end, and h_L (B, T, d), from which ``logits_behind``
+    gives the same logits again."""
+    end = len(decoder_layers(model))
+    with recorded(model, [end]) as seen:
+        logits = batch_logits(model, batch, last)
+    return logits, seen[end]
 
 
 @torch.no_grad()

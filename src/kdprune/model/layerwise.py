@@ -51,29 +51,38 @@ def streamed_states(
 
 @torch.no_grad()
 def forward_streamed(
-    model: PreTrainedModel, batches: Iterable[TokenSet], *, scratch: Scratch | None = None, notify: Notify = tell,
+    model: PreTrainedModel, batches: Iterable[TokenSet], last: Sequence[int] | None = None, *,
+    scratch: Scratch | None = None, notify: Notify = tell,
 ) -> Iterator[Tensor]:
     """Logits (B, T, V) of each batch, of a model that is streamed or not; equal bit for bit.
 
     What comes behind the layers is the model's own forward pass, with h_L in the place of what its last layer gives.
+
+    Args:
+        model: the model.
+        batches: rows.
+        last: of how many positions at the end of each batch's rows; None: all.
+        scratch: what a streamed model may hold of the states between layers; None: what it was given.
+        notify: told in one line where batches are halved.
     """
     batches = list(batches)
+    counts: Sequence[int | None] = [None] * len(batches) if last is None else last
     if not is_streamed(model):
-        yield from (batch_logits(model, batch) for batch in batches)
+        yield from (batch_logits(model, batch, count) for batch, count in zip(batches, counts, strict=True))
         return
-    last = len(decoder_layers(model))
-    found = streamed_states(model, batches, [[last]] * len(batches), scratch=scratch, notify=notify)
-    for batch, states in zip(batches, found, strict=True):
-        yield logits_behind(model, batch, states[last])
+    end = len(decoder_layers(model))
+    found = streamed_states(model, batches, [[end]] * len(batches), scratch=scratch, notify=notify)
+    for batch, count, states in zip(batches, counts, found, strict=True):
+        yield logits_behind(model, batch, states[end], count)
 
 
 @torch.no_grad()
-def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor) -> Tensor:
+def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor, last: int | None = None) -> Tensor:
     """Logits (B, T, V) of a batch from its h_L (B, T, d), on whatever device: the model's own forward pass, in which no
-    layer is run."""
+    layer is run. ``last``: of the positions at the end alone, as of ``batch_logits``."""
     layers = list(decoder_layers(model))
     with standing_in(layers, _ending_in(final.to(input_device(model)), len(layers))):
-        return batch_logits(model, batch)
+        return batch_logits(model, batch, last)
 
 
 def _ending_in(final: Tensor, count: int) -> Forward:

@@ -1,5 +1,7 @@
 """The language-model loss of a batch, for methods that prune by it and for healing."""
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,11 +22,25 @@ def next_tokens(batch: TokenSet) -> Tensor:
     return targets
 
 
-def batch_logits(model: PreTrainedModel, batch: TokenSet) -> Tensor:
-    """Logits (B, T, V) of a batch, in the model's dtype, with gradients where the caller asks for them."""
+def last_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """What a forward pass is given for the head to see the last ``count`` positions alone; nothing where the model's
+    code cannot be told, and gives the logits of all."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def batch_logits(model: PreTrainedModel, batch: TokenSet, last: int | None = None) -> Tensor:
+    """Logits (B, T, V) of a batch, in the model's dtype, with gradients where the caller asks for them.
+
+    Args:
+        model: the model.
+        batch: rows of T tokens.
+        last: of how many positions at the rows' end, (B, last, V); None: all.
+    """
     device = input_device(model)
     mask = None if batch.mask.all() else batch.mask.to(device).long()
-    return model(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False).logits
+    count = batch.ids.shape[1] if last is None else last
+    options = {} if last is None else last_logits(model, last)
+    return model(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False, **options).logits[:, -count:]
 
 
 def language_loss(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, int]:
