@@ -67,6 +67,14 @@ def test_result(result: kdprune.PruneResult, bench: Bench) -> None:
     assert cache == {"dense": 6 * 2 * 2 * 8 * 4, "pruned": (6 - gone) * 2 * 2 * 8 * 4}
 
 
+def test_the_card_names_the_licence_of_the_dense_models_card(result: kdprune.PruneResult, tmp_path: Path) -> None:
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    of_it = result.results.model_copy(update={"model": str(tmp_path / "dense")})
+    path = dataclasses.replace(result, results=of_it).save(tmp_path / "out")
+    assert "\nlicense: apache-2.0\n" in (path / "README.md").read_text()
+
+
 def test_plain_saving_and_loading(result: kdprune.PruneResult, tmp_path: Path) -> None:
     result.model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

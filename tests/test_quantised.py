@@ -19,7 +19,7 @@ from kdprune.errors import KDPruneError
 from kdprune.model import quantised
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers
-from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised, quantised_share
+from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION
@@ -58,6 +58,18 @@ def decoded(module: Any) -> torch.Tensor:
     with torch.no_grad():
         output = module(inputs[None])[0] - (0 if module.bias is None else module.bias)
     return output.T.float()
+
+
+def quantised_share(model: nn.Module) -> float:
+    """Share of the decoder layers' parameters that are held in fewer bits than they stand for."""
+    whole = held = 0
+    for module in decoder_layers(model).modules():
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            size = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+            low = type(parameter.data) is not torch.Tensor or not parameter.is_floating_point()
+            whole, held = whole + size, held + size * low
+    return held / whole
 
 
 @pytest.mark.parametrize("load_in", HERE)

@@ -15,7 +15,7 @@ from rich.console import Console
 from kdprune.errors import KDPruneError
 from kdprune.report import findings, fit_plots, plots
 from kdprune.report import page as page_module
-from kdprune.report.card import render_card
+from kdprune.report.card import declared_licence, render_card
 from kdprune.report.page import layer_strip, render_page, write_analysis
 from kdprune.report.plots import save_analysis_plot
 from kdprune.report.results import Curve, Fit, Layers, Norms, Outliers, Parameters, Results
@@ -335,7 +335,7 @@ def test_table(run: Results, tmp_path: Path) -> None:
 
 
 def test_card(run: Results) -> None:
-    text = render_card(run, license="apache-2.0")
+    text = render_card(run, {"license": "apache-2.0"})
     _, front, body = text.split("---\n", 2)
     fields = yaml.safe_load(front)
     assert fields["library_name"] == "transformers"
@@ -385,3 +385,25 @@ def test_room_imports_neither_torch_nor_rooms_that_do() -> None:
         if module.split(".")[0] == "kdprune":
             known = module in ("kdprune.errors", "kdprune.store.files") or module.startswith("kdprune.report")
             assert known, (file, module)
+
+
+@pytest.mark.parametrize(("front", "expected"), [
+    ("license: apache-2.0\nlanguage: en", {"license": "apache-2.0"}),
+    ("license: other\nlicense_name: lake\nlicense_link: LICENSE",
+     {"license": "other", "license_name": "lake", "license_link": "LICENSE"}),
+    ("language: en", {}),
+    ("license: [unclosed", {}),
+    (None, {}),
+])
+def test_a_card_carries_the_licence_of_the_dense_model(
+    run: Results, tmp_path: Path, front: str | None, expected: dict[str, str]
+) -> None:
+    (tmp_path / "README.md").write_text("no front matter" if front is None else f"---\n{front}\n---\nwords\n")
+    assert declared_licence(str(tmp_path)) == expected
+    fields = yaml.safe_load(render_card(run, declared_licence(str(tmp_path))).split("---\n", 2)[1])
+    assert {name: fields[name] for name in fields if name.startswith("license")} == expected
+
+
+def test_without_a_card_no_licence_is_said(tmp_path: Path) -> None:
+    assert declared_licence(str(tmp_path)) == declared_licence("nobody/nowhere") == {}
+    assert declared_licence(str(tmp_path / "model.gguf")) == {}

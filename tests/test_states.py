@@ -60,7 +60,7 @@ def test_rows_come_back_in_any_order(make: Make, dtype: torch.dtype) -> None:
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     for rows in order.split(7):
         states.put(rows, values[rows])
-    assert states.complete
+    assert not len(states.missing)
     assert (states.shape, states.dtype, len(states), states.nbytes) == (SHAPE, dtype, 20, values.nbytes)
     wanted = torch.randint(20, (50,), generator=torch.Generator().manual_seed(2))
     for rows in (wanted, slice(3, 17), slice(None), order[:0]):
@@ -74,9 +74,9 @@ def test_what_is_there_and_what_is_missing(make: Make) -> None:
     states.put(torch.tensor([7, 3]), oracle()[[7, 3]])
     states.put(slice(10, 20), oracle()[10:])
     assert states.rows.tolist() == [3, 7, *range(10, 20)]
-    assert not states.complete
+    assert len(states.missing)
     states.put(states.missing, oracle()[states.missing])
-    assert states.complete
+    assert not len(states.missing)
     assert len(states.missing) == 0
     states.forget()
     assert len(states.rows) == 0
@@ -182,7 +182,7 @@ def test_an_accident_between_two_runs(tmp_path: Path, accident: str) -> None:
     assert torch.equal(states[everything], oracle()[everything])
     assert any(re.search(message, line) for line in said), said
     again = SpilledStates(SHAPE, torch.float32, NAME, tmp_path, notify=pytest.fail)
-    assert again.complete
+    assert not len(again.missing)
     assert torch.equal(again[everything], oracle()[everything])
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import family_of
 from kdprune.model.forms import located, quantised_by
 from kdprune.model.loading import from_checkpoint, resolve_dtype
 from kdprune.runtime.machine import only_errors, resolve_device
@@ -72,18 +72,6 @@ def load_quantised(
                 module.support_avx512bf16_for_cpu = False
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every layer and pass: inputs are float16
     return found.requires_grad_(False).eval()
-
-
-def quantised_share(model: PreTrainedModel) -> float:
-    """Share of the decoder layers' parameters that are held in fewer bits than they stand for."""
-    whole = held = 0
-    for module in decoder_layers(model).modules():
-        for parameter in module.parameters(recurse=False):
-            state = getattr(parameter, "quant_state", None)
-            size = parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-            low = type(parameter.data) is not torch.Tensor or not parameter.is_floating_point()
-            whole, held = whole + size, held + size * low
-    return held / whole
 
 
 def _check(model: Any, bits: int) -> None:

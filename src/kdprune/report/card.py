@@ -1,21 +1,41 @@
 """The model card, README.md of a pruned checkpoint, made from `Results` alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 
 from kdprune.report import summary
 from kdprune.report.findings import stand_in
 from kdprune.report.page import environment
 from kdprune.report.results import Results
 
+LICENCE = ("license", "license_name", "license_link")  # as the hub spells it in a card's front matter
 
-def render_card(results: Results, license: str | None = None) -> str:
-    """Markdown with the front matter the Hugging Face hub reads; `license` is the dense model's, if known."""
+
+def declared_licence(model: str) -> dict[str, Any]:
+    """What a model's own card, in its directory or on the hub, says of its licence, by ``LICENCE``'s names.
+
+    Empty where there is no card, where it says nothing or cannot be read, and where the hub cannot be asked.
+    """
+    place = Path(model)
+    if not (place.is_dir() or summary.is_hub_id(model)):
+        return {}
+    try:
+        said = ModelCard.load(place / "README.md" if place.is_dir() else model, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {name: value for name in LICENCE if (value := said.get(name))}
+
+
+def render_card(results: Results, licence: Mapping[str, Any] | None = None) -> str:
+    """Markdown with the front matter the Hugging Face hub reads; ``licence`` as of :func:`declared_licence`."""
     template = environment().get_template("card.md.jinja")
     return template.render(
         results=results,
-        front_matter=_front_matter(results, license),
+        front_matter=_front_matter(results, licence or {}),
         title=f"{summary.model_name(results.model)}, pruned",
         headline=summary.headline(results),
         earlier=summary.earlier(results),
@@ -27,12 +47,11 @@ def render_card(results: Results, license: str | None = None) -> str:
     )
 
 
-def _front_matter(results: Results, license: str | None) -> str:
+def _front_matter(results: Results, licence: Mapping[str, Any]) -> str:
     """YAML the hub understands; the base model only where it is a hub id, not a path on some machine."""
     fields: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if summary.is_hub_id(results.model) and not Path(results.model).exists():
         fields["base_model"] = results.model
-    if license:
-        fields["license"] = license
+    fields.update(licence)
     fields["tags"] = ["kdprune", "pruned", results.method]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).rstrip()

@@ -25,7 +25,7 @@ from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.options import at_home, options_of, recorded, taken, typed_options
 from kdprune.planning.estimate import expected_seconds
-from kdprune.report.card import render_card
+from kdprune.report.card import declared_licence, render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.report.summary import duration
@@ -109,7 +109,8 @@ class PruneResult:
         with staged_directory(directory, overwrite, result=True) as staging:
             save_model(self.model, staging, self.tokenizer)
             verify(staging, self.model, self.probe)
-            (staging / "README.md").write_text(render_card(self.results), encoding="utf-8")
+            card = render_card(self.results, declared_licence(self.results.model))
+            (staging / "README.md").write_text(card, encoding="utf-8")
             self.results.files = sorted([*written_files(staging), RECORD, "report.html"])
             self.results.save(staging / RECORD)
             write_page(self.results, staging / "report.html")

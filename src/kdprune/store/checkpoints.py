@@ -66,12 +66,6 @@ class Checkpoint:
         self._saved = time.monotonic()
         return True
 
-    def remove(self) -> None:
-        """The stage is done: the checkpoint is no longer of use."""
-        if self.path is not None and self.writes:
-            for file in self._files():
-                file.unlink(missing_ok=True)
-
     def _files(self) -> list[Path]:
         assert self.path is not None
         return list(self.path.parent.glob(f"{self.path.name}.*.pt"))

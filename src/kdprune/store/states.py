@@ -66,11 +66,6 @@ class States(ABC):
         """Numbers of the rows that are not there."""
         return (~self._there()).nonzero().flatten()  # type: ignore[return-value]
 
-    @property
-    def complete(self) -> bool:
-        """Whether all N rows are there."""
-        return bool(self._there().all())
-
     def put(self, rows: Rows, values: Tensor) -> None:
         """Writes the states (b, T, d) of these rows (no repeats); rows written before are written over.
 
