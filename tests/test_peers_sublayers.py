@@ -28,7 +28,7 @@ from kdprune.methods.peers.sublayers import (
     sublayer_changes,
     sublayer_edits,
 )
-from kdprune.model.families import decoder_layers, family_of, widest
+from kdprune.model.families import decoder_layers, family_of, norms_from, widest
 from kdprune.model.llama_cpp import check_export
 from kdprune.model.losses import mean_loss
 from kdprune.model.modeling_kdp import FoldedLayer
@@ -52,6 +52,18 @@ def silenced(model: PreTrainedModel, gone: tuple[Sublayer, ...]) -> PreTrainedMo
         layer: Any = decoder_layers(result)[index]
         (layer.self_attn.o_proj if kind == "attention" else layer.mlp.down_proj).weight.data.zero_()
     return result
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "phi", "gpt_neox", "olmo2", "gemma3"])
+def test_what_was_left_out_has_no_norm_that_reads_the_stream(name: str) -> None:
+    model, gone = build(name), {(3, "attention"), (4, "mlp")}
+    norms = norms_from(model, 2)
+    pruned = apply_edits(model, sublayer_edits(gone))
+    places = itertools.product(range(2, LAYERS), ("attention", "mlp"))
+    left = [norm for place, norm in zip(places, norms, strict=True) if place not in gone]
+    found = norms_from(pruned, 2)
+    assert [type(norm) for norm in found] == [type(norm) for norm in left]
+    assert [[*norm.parameters()] for norm in found] == [[*norm.parameters()] for norm in left]  # the tensors themselves
 
 
 # ------------------------------------------------------------------------------------------ by loss

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError, one_line
 from ..runtime.machine import quiet_libraries
-from .modeling_kdp import FAMILIES, PREFIX, Family, NoMLP, StandIn, columns_of
+from .modeling_kdp import FAMILIES, PREFIX, Family, NoMLP, StandIn, columns_of, lacking
 
 GUIDE = "docs/add-a-family.md in the sources"
 TABLE = "python -m kdprune.cli.families_page"  # prints what works for which family
@@ -234,10 +234,14 @@ def norm_of_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
 
 def norms_from(model: PreTrainedModel, boundary: int) -> list[nn.Module]:
     """The norms through which the sublayers of layer ``boundary`` and of those behind it read the stream, or the final
-    one where there are none; Identity where one reads the stream itself."""
-    family, layers = family_of(model), list(decoder_layers(model))[boundary:]
-    found = [norm for layer in layers
-             for norm in (_norm(layer, family, family.attention_norm), norm_before_mlp(model, layer))]
+    one where there are none; Identity where one reads the stream itself. A sublayer that was left out reads nothing."""
+    family, found = family_of(model), []
+    for layer in list(decoder_layers(model))[boundary:]:
+        without = lacking(layer, family)
+        if without != "attention":
+            found.append(_norm(layer, family, family.attention_norm))
+        if without != "mlp":
+            found.append(norm_before_mlp(model, layer))
     return found or [final_norm(model)]
 
 
