@@ -37,7 +37,9 @@ def mean(found: Stat | None) -> float | None:
 
 
 def title(found: Iterable[Comparison], name: str) -> str:
-    """A variant as tables show it, with its name where that says more."""
+    """A variant as tables show it: a method's title and name, or what is typed for one with options."""
+    if ":" in name:
+        return f"`{name}`"
     shown = next(row.variant.title for comparison in found if (row := row_of(comparison, name)))
     return shown if name in (shown, shown.lower()) else f"{shown} `{name}`"
 
