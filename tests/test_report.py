@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import report_example
 import yaml
+from huggingface_hub import ModelInfo
 from rich.console import Console
 
 from kdprune.errors import KDPruneError
-from kdprune.report import findings, fit_plots, plots
+from kdprune.report import card, findings, fit_plots, plots
 from kdprune.report import page as page_module
 from kdprune.report.card import declared_licence, render_card
 from kdprune.report.page import layer_strip, render_page, write_analysis
@@ -407,3 +408,13 @@ def test_a_card_carries_the_licence_of_the_dense_model(
 def test_without_a_card_no_licence_is_said(tmp_path: Path) -> None:
     assert declared_licence(str(tmp_path)) == declared_licence("nobody/nowhere") == {}
     assert declared_licence(str(tmp_path / "model.gguf")) == {}
+
+
+def test_the_licence_of_a_model_on_the_hub_is_what_the_hub_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(name: str, timeout: float) -> ModelInfo:
+        return ModelInfo(id=name, private=False, tags=[], downloads=0, likes=0,
+                         cardData={"license": "apache-2.0", "language": "en"} if name == "owner/model" else None)
+
+    monkeypatch.setattr(card, "model_info", answer)  # no network in tests
+    assert declared_licence("owner/model") == {"license": "apache-2.0"}
+    assert declared_licence("owner/without-a-card") == {}

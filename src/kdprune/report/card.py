@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, model_info
 
 from kdprune.report import summary
 from kdprune.report.findings import stand_in
 from kdprune.report.page import environment
 from kdprune.report.results import Results
 
+PATIENCE = 10.0  # seconds that the hub has to answer; a licence is worth no more
 LICENCE = ("license", "license_name", "license_link")  # as the hub spells it in a card's front matter
 
 
@@ -21,11 +22,14 @@ def declared_licence(model: str) -> dict[str, Any]:
     Empty where there is no card, where it says nothing or cannot be read, and where the hub cannot be asked.
     """
     place = Path(model)
-    if not (place.is_dir() or summary.is_hub_id(model)):
-        return {}
     try:
-        said = ModelCard.load(place / "README.md" if place.is_dir() else model, ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError):
+        if place.is_dir():
+            said = ModelCard.load(place / "README.md", ignore_metadata_errors=True).data
+        elif summary.is_hub_id(model):
+            said = model_info(model, timeout=PATIENCE).card_data or {}
+        else:
+            return {}
+    except Exception:  # the hub client raises many kinds; a result is saved without a licence
         return {}
     return {name: value for name in LICENCE if (value := said.get(name))}
 
