@@ -239,7 +239,6 @@ def test_without_a_directory_nothing_is_kept(tmp_path: Path, monkeypatch: pytest
             assert work.spill_directory("states", KEY) is None
             checkpoint = work.checkpoint("fit", KEY, seconds=0)
             assert (checkpoint.due, checkpoint.save({"a": 1}, force=True), checkpoint.load()) == (False, False, None)
-            checkpoint.remove()
         work.clean()
     assert not list(tmp_path.iterdir())
 
@@ -277,9 +276,6 @@ def test_a_fit_goes_on_from_its_checkpoint(place: Path) -> None:
             found = steps(stop, work)
     assert torch.equal(found, expected)
     assert len(list((place / "checkpoints").iterdir())) == 1
-    with Cache(place, IDENTITY) as work:
-        work.checkpoint("fit", KEY).remove()
-        assert work.checkpoint("fit", KEY).load() is None
 
 
 def test_checkpoints_are_not_saved_too_often(place: Path) -> None:
