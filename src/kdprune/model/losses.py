@@ -38,9 +38,9 @@ def batch_logits(model: PreTrainedModel, batch: TokenSet, last: int | None = Non
     """
     device = input_device(model)
     mask = None if batch.mask.all() else batch.mask.to(device).long()
-    count = batch.ids.shape[1] if last is None else last
     options = {} if last is None else last_logits(model, last)
-    return model(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False, **options).logits[:, -count:]
+    logits = model(input_ids=batch.ids.to(device), attention_mask=mask, use_cache=False, **options).logits
+    return logits if last is None else logits[:, -last:]  # a slice of all would have a gradient of its own, (B, T, V)
 
 
 def language_loss(model: PreTrainedModel, batch: TokenSet) -> tuple[Tensor, int]:

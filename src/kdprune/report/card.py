@@ -1,4 +1,4 @@
-"""The model card, README.md of a pruned checkpoint, made from `Results` alone."""
+"""The model card, README.md of a pruned checkpoint, made from `Results` and the licence of the dense model."""
 
 from collections.abc import Mapping
 from pathlib import Path
