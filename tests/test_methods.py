@@ -3,11 +3,16 @@
 import dataclasses
 import itertools
 import math
+import shutil
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import TRIED
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.errors import KDPruneError
@@ -17,14 +22,17 @@ from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.diagnostics import norm_decay
-from kdprune.methods.kdp.fit_block import BANDWIDTHS
+from kdprune.methods.kdp.fit_block import BANDWIDTHS, fit_block
+from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks, index_after
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold
 from kdprune.model.activations import layer_states
-from kdprune.model.block_states import PathRows, collect_block_states
+from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
+from kdprune.store.cache import Cache
+from kdprune.testing import with_random_weights
 from kdprune.train.loop import Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -329,6 +337,43 @@ def test_states_are_those_between_the_layers(tiny_model) -> None:
         torch.testing.assert_close(torch.cat([batch[index] for batch in seen]), hidden[index])
     last = torch.cat([batch[6] for batch in seen])
     torch.testing.assert_close(model.model.norm(last), hidden[6])  # h_L is taken before the final norm
+
+
+@pytest.mark.parametrize("folded", [(), (0,), (1,), (1, 2), (0, 1, 2)], ids=str)
+def test_what_enters_later_blocks_is_what_the_pruned_model_gives(
+    folded: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind stand-ins with a layer of their own, from which the next pass goes on, and ones folded into a kept layer;
+    in memory, in files, and where an earlier run left its fits but no states."""
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=12,
+                         num_attention_heads=4, max_position_embeddings=64)
+    model = with_random_weights(AutoModelForCausalLM.from_config(config), 0, 0.15)
+    tokens, blocks = random_tokens(), [range(1, 3), range(4, 6), range(7, 8), range(10, 11)]
+    shapes = [Shape(32, "linear", 0, 0, True, context=number not in folded) for number in range(len(blocks))]
+    settings = KDP(kernel="linear", refine=False).settings(shapes[0], tokens)
+    plan = FitPlan(blocks, shapes, settings, 2, PathRows(0, 0), sequential=True)
+    entering: list[Tensor] = []
+
+    def fit(model: PreTrainedModel, states: BlockStates, *rest: Any) -> MethodResult:
+        entering.append(states.inputs[slice(None)])
+        return fit_block(model, states, *rest)
+
+    monkeypatch.setattr("kdprune.methods.kdp.fit_blocks.fit_block", fit)
+    edits = fit_blocks(model, tokens, plan, Run(batch_size=3)).edits
+    for _ in range(2):
+        with closing(Cache(tmp_path / "work", {"model": "tiny"})) as cache:
+            fit_blocks(model, tokens, plan, Run(batch_size=3, cache=cache))
+        [last], states = (tmp_path / "work").glob("stages/fit-10-11-*"), tmp_path / "work" / "states"
+        for folder in (last, states):
+            shutil.rmtree(folder)
+    for number, block in enumerate(blocks):
+        before = apply_edits(model, edits[:number]) if number else model
+        index = index_after(edits[:number], block.start)
+        expected = torch.cat([states[index] for _, states in layer_states(before, tokens, [index], 3)])
+        assert torch.equal(entering[number], expected), number
+        assert torch.equal(entering[len(blocks) + number], expected), number
+    assert torch.equal(entering[-1], entering[len(blocks) - 1])
+    assert len(entering) == 2 * len(blocks) + 1
 
 
 def test_not_finite_states_name_layer_and_batch(tiny_model) -> None:

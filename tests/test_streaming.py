@@ -20,6 +20,7 @@ from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.layerwise import forward_streamed
 from kdprune.model.loading import load_model
 from kdprune.model.modeling_kdp import StandIn, key_value_heads
+from kdprune.model.passes import Begin
 from kdprune.model.streaming import (
     Scratch,
     checkpoint_bytes,
@@ -224,6 +225,32 @@ def test_states_by_batch_are_those_of_all_batches(saved: Saved) -> None:
     for number, (one, other) in enumerate(zip(every, some, strict=True)):
         assert other.keys() == set(range(number + 1))
         assert all(torch.equal(one[index], other[index]) for index in other)
+
+
+@pytest.mark.parametrize(("name", "room"), [
+    *((name, None) for name in WIRINGS), ("llama3.1", "memory"), ("gemma3", "small"), ("opt-350m", "files")])
+def test_a_pass_may_begin_at_a_boundary_whose_states_are_known(
+    saved: Saved, tmp_path: Path, name: str, room: str | None
+) -> None:
+    """Of a resident model and of a streamed one; no layer before it is run, and none is from the last boundary on."""
+    whole, streamed = pair(saved[name])
+    model, tokens = whole if room is None else streamed, rows(padded=True)
+    indices = [[2, 5], [], [LAYERS]]
+    every = [states for _, states in layer_states(whole, tokens, range(LAYERS + 1), 3)]
+    ran: set[int] = set()
+    hooks = [layer.self_attn.register_forward_hook(lambda *_, number=number: ran.add(number))
+             for number, layer in enumerate(decoder_layers(model)) if hasattr(layer, "self_attn")]
+    try:
+        passes = list(layer_states(
+            model, tokens, lambda number: indices[number], 3, begin=Begin(2, lambda number: every[number][2]),
+            scratch=None if room is None else scratch(room, tmp_path)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == (set(range(2, LAYERS)) if hooks else set())
+    for own, one, (_, other) in zip(indices, every, passes, strict=True):
+        assert sorted(other) == own
+        assert all(torch.equal(one[index], other[index]) for index in own)
 
 
 def test_a_pass_that_is_given_up_leaves_nothing_behind(saved: Saved, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ _DOING = {
     "analyse": "passes through the layers, and kernels of tokens with each other",
     "damage": "passes through the layers behind candidate blocks",
     "layer states": "passes through the layers",
-    "corrected states": "passes through the layers, with the earlier stand-ins in place",
+    "corrected states": "passes through the layers between blocks, with the earlier stand-ins in place",
     "kernel": "solves for the operators, in float64",
     "inverse": "gradient steps, in float32",
     "refine": "gradient steps on the stand-ins, in bfloat16 without Fourier features",

@@ -17,7 +17,17 @@ from kdprune.errors import KDPruneError
 from kdprune.model.families import decoder_layers, family_of, final_norm
 from kdprune.model.layerwise import streamed_states
 from kdprune.model.losses import batch_logits
-from kdprune.model.passes import Arguments, RowLimit, entering, joined, let_pass, run_layers, standing_in
+from kdprune.model.passes import (
+    Arguments,
+    Begin,
+    RowLimit,
+    ending_in,
+    entering,
+    joined,
+    let_pass,
+    run_layers,
+    standing_in,
+)
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed
 from kdprune.store.files import Notify, tell
@@ -67,7 +77,7 @@ def logits_and_final(model: PreTrainedModel, batch: TokenSet, last: int | None =
 @torch.no_grad()
 def layer_states(
     model: PreTrainedModel, tokens: TokenSet, indices: Indices, batch_size: int, *,
-    scratch: Scratch | None = None, notify: Notify = tell,
+    begin: Begin | None = None, scratch: Scratch | None = None, notify: Notify = tell,
 ) -> Iterator[tuple[TokenSet, dict[int, Tensor]]]:
     """Batches of the token set with their states {l: (B, T, d)}, layers from the highest wanted one on not run.
 
@@ -77,6 +87,7 @@ def layer_states(
 
     Args:
         indices: the wanted l, of all batches or by the number of a batch. Nothing is given where no batch wants any.
+        begin: the boundary, none of the wanted l before it, whose states are known; None: the embeddings.
         scratch: what a streamed model may hold of the states between layers; None: what it was given.
         notify: told in one line where batches are halved.
 
@@ -90,9 +101,9 @@ def layer_states(
     if not any(wanted):
         return
     if is_streamed(model):
-        passes = streamed_states(model, batches, wanted, scratch=scratch, notify=notify)
+        passes = streamed_states(model, batches, wanted, begin=begin, scratch=scratch, notify=notify)
     else:
-        passes = _resident_states(model, batches, wanted, RowLimit(notify))
+        passes = _resident_states(model, batches, wanted, begin, RowLimit(notify))
     for number, (batch, states) in enumerate(zip(batches, passes, strict=True)):
         for index, state in states.items():
             # A sum is not finite either then, and is asked for in a twentieth of the time.
@@ -107,15 +118,24 @@ def layer_states(
 
 
 def _resident_states(
-    model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], limit: RowLimit
+    model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], begin: Begin | None,
+    limit: RowLimit,
 ) -> Iterator[dict[int, Tensor]]:
     """For each batch its states on the device of the token ids, of a model whose layers are all there."""
     layers, device = list(decoder_layers(model)), input_device(model)
-    for batch, own in zip(batches, wanted, strict=True):
+    for number, (batch, own) in enumerate(zip(batches, wanted, strict=True)):
 
-        def work(part: TokenSet, _: slice, own: Sequence[int] = own, rows: int = len(batch)) -> dict[int, Tensor]:
-            # h_l enters layer l, so layer l itself is called, for its hook, but need not compute (h_L leaves the last).
-            with standing_in(layers[own[-1]:], let_pass), recorded(model, own) as seen:
+        def work(
+            part: TokenSet, place: slice, number: int = number, own: Sequence[int] = own, rows: int = len(batch)
+        ) -> dict[int, Tensor]:
+            with contextlib.ExitStack() as stack:
+                if begin is not None:
+                    state = begin.states(number)[place].to(device)
+                    stack.enter_context(standing_in(layers[: begin.index], ending_in(state, begin.index)))
+                # h_l enters layer l, so layer l itself is called, for its hook, but need not compute (h_L leaves the
+                # last).
+                stack.enter_context(standing_in(layers[own[-1]:], let_pass))
+                seen = stack.enter_context(recorded(model, own))
                 run_layers(model, part)
             return {index: seen[index].to(device if len(part) == rows else "cpu") for index in own}
 

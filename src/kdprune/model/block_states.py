@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_states, place
+from kdprune.model.passes import Begin
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 from kdprune.store.files import Notify, tell
@@ -98,18 +99,19 @@ def collect_block_states(
 
 def boundary_states(
     model: PreTrainedModel, tokens: TokenSet, indices: Iterable[int], run: Run, *, stage: str,
-    spill: Spill = lambda _: None, notify: Notify = tell,
+    begin: tuple[int, States] | None = None, spill: Spill = lambda _: None, notify: Notify = tell,
 ) -> dict[int, States]:
     """The states at some boundaries of all rows (this process's share of them), in one pass.
 
     Args:
         model: the model that runs, a pruned one among them.
         stage: the name under which the pass is shown.
+        begin: a boundary before all of them with its states, where the pass begins; None: the embeddings.
         spill: the spill directory of a boundary, None: memory.
         notify: as above.
     """
     with run.stage(stage, len(tokens)) as progress:
-        walk = _Walk(model, tokens, run.batch_size, progress)
+        walk = _Walk(model, tokens, run.batch_size, progress, begin)
         states = {index: walk.opened(index, spill(index), notify) for index in indices}
         walk.run(states, [], PathRows(0, 0))
     return states
@@ -154,6 +156,7 @@ class _Walk:
     tokens: TokenSet
     batch_size: int
     progress: Callable[[int], None]
+    begin: tuple[int, States] | None = None
 
     def opened(self, index: int, spill: Path | None, notify: Notify) -> States:
         """Room for the states at this boundary, with what is in its spill directory already."""
@@ -176,7 +179,8 @@ class _Walk:
         self.progress(sum(map(len, batches)) - sum(map(len, needed)))
         chosen = self.tokens.select(torch.cat([torch.empty(0, dtype=torch.long), *needed]))
         wanted = [inside if on_path[rows].any() else sorted(ends) for rows in needed]
-        passes = layer_states(self.model, chosen, lambda number: wanted[number], self.batch_size)
+        passes = layer_states(
+            self.model, chosen, lambda number: wanted[number], self.batch_size, begin=self.beginning(needed))
         for rows, (_, states) in zip(needed, passes, strict=True):
             for index, store in ends.items():
                 if _lacks(store, rows):
@@ -194,11 +198,19 @@ class _Walk:
 
         return paths
 
+    def beginning(self, batches: Sequence[Tensor]) -> Begin | None:
+        """Where passes over these batches of row numbers begin."""
+        if self.begin is None:
+            return None
+        index, states = self.begin
+        return Begin(index, lambda number: states[batches[number]])
+
     def states_of(self, index: int) -> Callable[[LongTensor], Tensor]:
         """What computes states at this boundary again: (b,) row numbers, a whole batch of them → (b, T, d)."""
 
         def compute(rows: LongTensor) -> Tensor:
-            found = layer_states(self.model, self.tokens.select(rows), [index], max(len(rows), 1))
+            found = layer_states(
+                self.model, self.tokens.select(rows), [index], max(len(rows), 1), begin=self.beginning([rows]))
             return torch.cat([states[index].cpu() for _, states in found])
 
         return compute

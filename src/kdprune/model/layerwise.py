@@ -19,7 +19,7 @@ from kdprune.errors import DiskError, KDPruneError
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
-from kdprune.model.passes import Arguments, Forward, RowLimit, entering, joined, standing_in
+from kdprune.model.passes import Arguments, Begin, RowLimit, ending_in, entering, joined, standing_in
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
 from kdprune.store.chunks import BrokenChunk, Chunk, write_chunk
@@ -31,13 +31,13 @@ ByIndex = dict[int, Tensor]  # boundary → states (B, T, d)
 @torch.no_grad()
 def streamed_states(
     model: PreTrainedModel, batches: Sequence[TokenSet], wanted: Sequence[Sequence[int]], *,
-    scratch: Scratch | None = None, notify: Notify = tell,
+    begin: Begin | None = None, scratch: Scratch | None = None, notify: Notify = tell,
 ) -> Iterator[ByIndex]:
     """For each batch its states {l: (B, T, d)} on the model's device, l in its ``wanted``; layers read one at a time.
 
     Equal bit for bit to what the model computes when it is resident: every layer gets the arguments that the model's
     own forward pass gives it. Without a scratch folder there are as many groups as the states need that are held at
-    once; every group reads all layers.
+    once; every group reads all layers, those before ``begin`` excepted.
     """
     scratch = scratch or scratch_of(model)
     size = [batch.ids.numel() * model.config.hidden_size * model.dtype.itemsize * (1 + len(own))
@@ -46,7 +46,9 @@ def streamed_states(
     limit = RowLimit(notify)
     for group in [list(range(len(batches)))] if scratch.folder else _groups(size, scratch.host_bytes):
         with _shelf(scratch.folder if spill else None) as shelf:
-            yield from _Group(model, [batches[n] for n in group], [wanted[n] for n in group], shelf, limit).states()
+            own = begin and begin.of(group)
+            yield from _Group(
+                model, [batches[n] for n in group], [wanted[n] for n in group], own, shelf, limit).states()
 
 
 @torch.no_grad()
@@ -81,13 +83,8 @@ def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor, last: 
     """Logits (B, T, V) of a batch from its h_L (B, T, d), on whatever device: the model's own forward pass, in which no
     layer is run. ``last``: of the positions at the end alone, as of ``batch_logits``."""
     layers = list(decoder_layers(model))
-    with standing_in(layers, _ending_in(final.to(input_device(model)), len(layers))):
+    with standing_in(layers, ending_in(final.to(input_device(model)), len(layers))):
         return batch_logits(model, batch, last)
-
-
-def _ending_in(final: Tensor, count: int) -> Forward:
-    """Of ``count`` layers the last gives ``final`` and the others do nothing."""
-    return lambda index, hidden, _: final if index == count - 1 else hidden
 
 
 Way = Mapping[int, Callable[[], Substitute]]  # first layer of a block → what gives the edit that takes its place
@@ -161,21 +158,21 @@ class _Group:
     """Batches that go through the layers together."""
 
     def __init__(
-        self, model: PreTrainedModel, batches: list[TokenSet], wanted: list[Sequence[int]], shelf: "_Shelf",
-        limit: RowLimit,
+        self, model: PreTrainedModel, batches: list[TokenSet], wanted: list[Sequence[int]], begin: Begin | None,
+        shelf: "_Shelf", limit: RowLimit,
     ) -> None:
         self.model, self.batches, self.wanted, self.shelf, self.limit = model, batches, wanted, shelf, limit
+        self.begin = begin or Begin(0, self._embedded)
         self._unpadded: dict[torch.Size, list[Arguments]] = {}
         self._padded: tuple[object, list[Arguments]] = (None, [])
 
     def states(self) -> Iterator[ByIndex]:
         """What is wanted of each batch, batch by batch."""
         layers, top = decoder_layers(self.model), [max(own, default=-1) for own in self.wanted]
-        for number, batch in enumerate(self.batches):
+        for number in range(len(self.batches)):
             if top[number] >= 0:
-                parts = self.limit.over(batch, lambda part, _: entering(self.model, part)[0].cpu())
-                self.shelf.put(0, number, torch.cat(parts))
-        for index, layer in enumerate(layers):
+                self.shelf.put(self.begin.index, number, self.begin.states(number).cpu())
+        for index, layer in list(enumerate(layers))[self.begin.index :]:
             numbers = [number for number in range(len(self.batches)) if top[number] > index]
             if not numbers:
                 break
@@ -186,6 +183,10 @@ class _Group:
             yield {index: self.shelf.get(index, number).to(self.model.device) for index in own}
             for index in own:
                 self.shelf.drop(index, number)
+
+    def _embedded(self, number: int) -> Tensor:
+        """h_0 of a batch."""
+        return torch.cat(self.limit.over(self.batches[number], lambda part, _: entering(self.model, part)[0].cpu()))
 
     def _step(self, index: int, number: int) -> None:
         """Takes one batch through one layer."""

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,28 @@ def standing_in(layers: Sequence[nn.Module], forward: Forward) -> Iterator[None]
 def let_pass(index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
     """A layer that does nothing, for :func:`standing_in`."""
     return hidden
+
+
+def ending_in(state: Tensor, count: int) -> Forward:
+    """For :func:`standing_in`: of ``count`` layers the last gives ``state`` and the others do nothing."""
+    return lambda index, hidden, _: state if index == count - 1 else hidden
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where passes over batches begin: at a boundary whose states are known, so that no layer before it is run.
+
+    Attributes:
+        index: the boundary.
+        states: number of a batch → its states there, (B, T, d), on whatever device.
+    """
+
+    index: int
+    states: Callable[[int], Tensor]
+
+    def of(self, batches: Sequence[int]) -> "Begin":
+        """The same for some of the batches."""
+        return Begin(self.index, lambda number: self.states(batches[number]))
 
 
 @torch.no_grad()

@@ -236,11 +236,15 @@ class Job:
             "layer states": Work(model=self.tokens * depth * self.layer),
             "corrected states": Work(), "kernel": Work(), "inverse": Work(), "refine": Work(), "rest": Work(),
         }
-        removed = 0
-        for block in self.blocks:
-            if self.sequential and removed:
-                found["corrected states"] += Work(model=self.tokens * (block.start - removed) * self.layer)
-            removed += len(block) - self.shape.context
+        # From one block to the next, where a stand-in is a layer: one that is folded into another has no start.
+        reached, passed = 0, 0.0
+        for number, block in enumerate(self.blocks):
+            passed += (block.start - reached) * self.layer
+            if self.sequential and number:
+                found["corrected states"] += Work(model=self.tokens * passed)
+            if self.shape.context:
+                passed = 0.0
+            reached, passed = block.stop, passed + self.replacement
             for name, work in self._fit(block).items():
                 found[name] += work
         return {name: work for name, work in found.items() if work != Work()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
@@ -15,6 +15,7 @@ from kdprune.model.block_states import BlockStates, PathRows, boundary_states, c
 from kdprune.model.surgery import Edit, Substitute, apply_edits
 from kdprune.runtime.run import Run
 from kdprune.store.hashing import digest
+from kdprune.store.states import States
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class _Collected:
     tokens: TokenSet
     plan: FitPlan
     run: Run
-    _states: list[BlockStates] | None = None
+    _dense: list[BlockStates] | None = None
+    _inputs: dict[int, States] = field(default_factory=dict)  # of blocks, as the edits in front of them leave them
 
     def states(self, number: int, edits: Sequence[Edit]) -> BlockStates:
         """States of block ``number``: the dense model's, but for what enters a later block in a sequential fit.
@@ -72,19 +74,30 @@ class _Collected:
         Args:
             edits: of the blocks in front of it.
         """
-        plan, run = self.plan, self.run
-        if self._states is None:
-            self._states = collect_block_states(
-                self.model, self.tokens, plan.blocks, run, held=plan.held, path=plan.path)
-        states = self._states[number]
-        if not (plan.sequential and edits):
+        if self._dense is None:
+            self._dense = collect_block_states(
+                self.model, self.tokens, self.plan.blocks, self.run, held=self.plan.held, path=self.plan.path)
+        states = self._dense[number]
+        if not (self.plan.sequential and edits):
             return states
-        start = states.block.start
-        index, follows_from = index_after(edits, start), [plan.identity(), number]
-        found = boundary_states(
-            apply_edits(self.model, edits), self.tokens, [index], run, stage="corrected states",
-            spill=lambda _: run.spill_directory(start, follows_from))
-        return dataclasses.replace(states, inputs=found[index])
+        return dataclasses.replace(states, inputs=self._corrected(number, edits))
+
+    def _corrected(self, number: int, edits: Sequence[Edit]) -> States:
+        """h_s of block ``number`` in the model with these edits, from that of the last block before it whose stand-in
+        is a layer of its own on: of the layers those between the two blocks alone are run."""
+        if number in self._inputs:
+            return self._inputs[number]
+        begin, start = None, self.plan.blocks[number].start
+        layered = [before for before, edit in enumerate(edits) if isinstance(edit, Substitute) and edit.context]
+        if layered:
+            last = layered[-1]
+            known = self.states(last, edits[:last]).inputs
+            begin = index_after(edits[:last], self.plan.blocks[last].start), known
+        index, follows_from = index_after(edits, start), [self.plan.identity(), number]
+        self._inputs |= {number: boundary_states(
+            apply_edits(self.model, edits), self.tokens, [index], self.run, stage="corrected states", begin=begin,
+            spill=lambda _: self.run.spill_directory(start, follows_from))[index]}
+        return self._inputs[number]
 
 
 def index_after(edits: Sequence[Edit], boundary: int) -> int:
