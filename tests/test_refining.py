@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.methods.common.block_data import block_states
 from kdprune.methods.common.stand_in_fit import StandInFit
-from kdprune.methods.kdp.fit_block import REFINE_RATES
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.families import decoder_layers, family_of, final_norm
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.structures import gains_from
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
+from kdprune.train.trial import RATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOUNDARY = 3
@@ -130,7 +130,7 @@ def test_a_rate_that_is_not_given_is_the_one_that_held_out_rows_find_best(
     options = {"blocks": ((1, 3),), "kernel": kernel, "kernel_epochs": 1, "refine_epochs": 2}
     found = KDP(**options)(model, tokens, Run(batch_size=4))
     [rate] = found.rates
-    assert [pair[0] for pair in told] == list(REFINE_RATES[: len(told)])
+    assert [pair[0] for pair in told] == list(RATES[: len(told)])
     assert rate == min(told, key=lambda pair: pair[1])[0]
     # The same draws, so the same bits as with that rate given.
     again = KDP(**options, rate=rate)(model, tokens, Run(batch_size=4))

@@ -17,7 +17,7 @@ from pruned import stand_in
 from torch import Tensor, nn
 
 from kdprune.data.tokens import TokenSet
-from kdprune.errors import KDPruneError
+from kdprune.errors import Diverged, KDPruneError
 from kdprune.model.surgery import Substitute, apply_edits
 from kdprune.run.heal import Heal, heal
 from kdprune.runtime.distributed import world
@@ -28,12 +28,35 @@ from kdprune.store.checkpoints import Checkpoint
 from kdprune.train import loop as training
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit
+from kdprune.train.trial import best_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("figures", "best", "tried"), [
+    ([3.0, 2.0, 2.5, 1.0], 1, 3), ([None, 0.1, 0.2, 0.9], 1, 3), ([0.5, math.nan, 0.1, 0.1], 0, 2),
+    ([math.nan, None, math.inf, 0.9], 3, 4), ([None] * 4, 3, 4)])
+def test_the_best_rate_is_the_first_that_beats_the_next(
+    figures: list[float | None], best: int, tried: int
+) -> None:
+    """None: diverges. What diverges is passed over, and parameters start every trial as they were."""
+    rates, told, parameter = [8.0, 4.0, 2.0, 1.0], [], nn.Parameter(torch.ones(2))
+
+    def trial(rate: float) -> float:
+        assert torch.equal(parameter, torch.ones(2))
+        parameter.data += rate
+        value = figures[rates.index(rate)]
+        if value is None:
+            raise Diverged("it does")
+        return value
+
+    assert best_rate([parameter], rates, trial, lambda *pair: told.append(pair)) == rates[best]
+    assert torch.equal(parameter, torch.ones(2))
+    assert [pair[0] for pair in told] == rates[:tried]
 
 
 SCHEDULE = Schedule(3, 4, 0.05, clip=0.5, weight_decay=0.01)

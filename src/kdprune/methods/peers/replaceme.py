@@ -80,7 +80,7 @@ class ReplaceMe(ComparingMethod):
     ridge: float = option(1e-6, "relative ridge of least squares", least=0, rare=True)
     epochs: int = option(10, "epochs of the cosine solver", least=1)
     rate: float | None = option(
-        None, "peak learning rate of the cosine solver (the best of 3e-3, 1e-3, 3e-4, 1e-4 on held-out rows)",
+        None, "peak learning rate of the cosine solver (the best of 1e-2, 3e-3, 1e-3, 3e-4, 1e-4 on held-out rows)",
         above=0, rare=True)
     batch: int = option(2, "rows (sequences) a step of the cosine solver", least=1, rare=True)
     compared: Literal["stream", "update"] = option(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import block_states, candidates, check_rows, choose, fit_record
+from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.method import ComparingMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
@@ -65,7 +66,7 @@ class Streamline(ComparingMethod):
         "layer", "what replaces the run: nothing, a ReLU network of 4d units, or one decoder layer")
     epochs: int = option(10, "epochs of its training", least=1)
     rate: float | None = option(
-        None, "peak learning rate (the best of 3e-3, 1e-3, 3e-4, 1e-4 on held-out rows)", above=0, rare=True)
+        None, "peak learning rate (the best of 1e-2, 3e-3, 1e-3, 3e-4, 1e-4 on held-out rows)", above=0, rare=True)
     batch: int = option(8, "rows (sequences) a step", least=1, rare=True)
     clip: float = option(5.0, "largest norm of a step's gradient", above=0, rare=True)
     weight_decay: float = option(1e-3, "weight decay of AdamW", least=0, rare=True)
@@ -97,7 +98,7 @@ class Streamline(ComparingMethod):
         if self.stand_in == "ffn":
             return _ffn_shape(model.config.hidden_size).parameters()
         if self.stand_in == "layer":
-            return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model))
+            return max(layer_sizes(model))
         return 0
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
