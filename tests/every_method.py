@@ -17,7 +17,7 @@ from kdprune.runtime.distributed import world
 
 ROWS = 40  # batches hold 16 rows: both processes have some
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "kdp-options": ("kdp", {"without": ("alpha", "cosine_term"), "context": "none", "hidden": 4}),
+    "kdp-options": ("kdp", {"without": ("alpha", "cosine_term"), "context": "none", "kernel": "learned", "hidden": 4}),
     "kdp-damage": ("kdp", {"kernel": "linear+learned+data", "refine": False}),  # paths too are dealt out
     "healed": ("linear", {"heal": "lm", "heal_tokens": 400}),
 }

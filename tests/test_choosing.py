@@ -116,7 +116,8 @@ def padded_tokens() -> TokenSet:
 
 @pytest.mark.parametrize("options", [
     {}, {"context": "none"}, {"kernel": "mlp"}, {"kernel": "mlp", "context": "none"}, {"kernel": "linear"},
-    {"kernel": "linear", "context": "none"}, {"inverse": "direct"}, {"without": ("operators",)},
+    {"kernel": "linear", "context": "none"}, {"kernel": "fixed", "inverse": "direct"}, {"kernel": "fixed"},
+    {"without": ("operators",)},
     {"kernel": "linear+data"}, {"kernel": "linear+fixed+data", "context": "none"},
 ])
 def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_model) -> None:

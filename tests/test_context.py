@@ -15,7 +15,7 @@ from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import PathRows, collect_block_states
-from kdprune.model.families import decoder_layers, norm_of_mlp
+from kdprune.model.families import decoder_layers, norm_before_mlp
 from kdprune.model.surgery import Substitute, apply_edits, context_layer
 from kdprune.runtime.run import Run
 
@@ -49,7 +49,7 @@ def test_a_fit_sees_what_the_pruned_model_computes(source: int, name: str, tiny_
     fitting = site_of(model, source)
     with torch.no_grad():
         torch.testing.assert_close(fitting.predict(torch.arange(4)), in_the_model(model, fitting), rtol=1e-4, atol=1e-4)
-    norm = norm_of_mlp(model, decoder_layers(model)[source])
+    norm = norm_before_mlp(model, decoder_layers(model)[source])
     states = torch.randn(3, 32, generator=generator())
     assert torch.equal(fitting.to_kernel(states), norm(states))
 

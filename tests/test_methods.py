@@ -197,11 +197,32 @@ def test_the_fit_beats_dropping_the_block(tiny_model) -> None:
 
 
 def test_a_direct_inverse_goes_without_context_and_given_features_stay() -> None:
-    assert KDP(inverse="direct").context == "none"
+    assert KDP(inverse="direct", kernel="learned").context == "none"
     assert KDP(kernel="learned", features=64).fill is False
     assert KDP(kernel="learned", features=64, fill=True).fill is True
     with pytest.raises(KDPruneError, match="inverse 'direct' with context 'attention'"):
-        KDP(inverse="direct", context="attention")
+        KDP(inverse="direct", kernel="learned", context="attention")
+    with pytest.raises(KDPruneError, match=r"inverse 'direct' with kernel 'linear\+data'"):
+        KDP(inverse="direct")
+    with pytest.raises(KDPruneError, match=r"hidden 8 with kernel 'linear\+data'"):
+        KDP(hidden=8)
+
+
+def test_where_a_row_stands_between_padding_does_not_enter_step_1(tiny_model) -> None:
+    """Rows padded at the left, and columns of padding behind all rows."""
+    model, plain = tiny_model("llama3"), random_tokens()
+    found = []
+    for left, right in ((0, 0), (3, 0), (0, 5)):
+        ids = torch.nn.functional.pad(plain.ids, (left, right), value=7)
+        mask = torch.nn.functional.pad(torch.ones_like(plain.ids), (left, right))
+        rows, length = {"input_ids": ids, "attention_mask": mask}, ids.shape[1]
+        tokens = load_tokens(rows, None, samples=None, length=length, seed=0)
+        states = collect_block_states(model, tokens, [range(1, 3)], Run(batch_size=8), held=2, path=PathRows(4, 1))[0]
+        assert torch.equal(states.path_position, torch.arange(12).repeat(4))
+        method = KDP(**{**QUICK, "blocks": ((1, 3),), "preset": "paper", "hidden": 0, "kernel_tokens": 1000})
+        found.append(apply_edits(model, method(model, tokens, Run(batch_size=8)).edits)(plain.ids).logits)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kernel", ["fixed", "linear+fixed+data"])

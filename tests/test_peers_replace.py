@@ -9,6 +9,7 @@ import torch
 from families import WIDTH, WIRINGS, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pruned import bypassed
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ from kdprune.methods.peers.streamline import LayerFit, Streamline, new_ffn
 from kdprune.model.activations import layer_states
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.model.modeling_kdp import StandIn
-from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits, bypassed
+from kdprune.model.surgery import Drop, Rewrite, Substitute, apply_edits
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit

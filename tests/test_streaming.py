@@ -9,6 +9,7 @@ from shutil import copytree
 import pytest
 import torch
 from families import EARLIER_FAMILIES, LAYERS, VOCABULARY, WIDTH, WIRINGS, build
+from pruned import bypassed
 from safetensors.torch import load_file, save_file
 from streamed_memory import added
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -29,7 +30,7 @@ from kdprune.model.streaming import (
     resident,
     set_scratch,
 )
-from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, apply_edits, bypassed, context_layer
+from kdprune.model.surgery import Drop, Edit, Resize, Rewrite, Substitute, apply_edits, context_layer
 
 NAMES = tuple(dict.fromkeys((*EARLIER_FAMILIES, *WIRINGS)))  # a config of every family, and of every way of wiring
 Saved = dict[str, Path]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import LAYERS, WIRINGS
-from pruned import edits, in_context, prune, stand_in
+from pruned import bypassed, edits, in_context, prune, stand_in
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,7 +19,6 @@ from kdprune.model.surgery import (
     Edit,
     Substitute,
     apply_edits,
-    bypassed,
     context_layer,
     layers_replaced,
 )

@@ -131,7 +131,7 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
     ranks = [rank for rank in (0, 4, 16, 64) if rank <= width]
     samples = sorted({max(2, rows // share) for share in (16, 8, 4, 2)})
     lengths = range(2, min(8, layers // 2) + 1)
-    token_wise = "inverse=residual:context=none"
+    token_wise = "kernel=learned:context=none"
     return [
         AblationPart("kernel", "The kernel", {
             "kernel=linear": "without kernel: a linear map", "kernel=learned": "Fourier features alone",
@@ -146,8 +146,8 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
             of=learned),
         AblationPart("operators", "Operators", {"without=operators": "without operators"}, of=drawn),
         AblationPart("alpha", "α", {"without=alpha": "without α"}, of=drawn),
-        AblationPart("inverse", "Inverse network, token by token", {
-            token_wise: "residual, no attention", "inverse=direct": "direct, no attention"}),
+        AblationPart("inverse", "Inverse network of Fourier features, token by token", {
+            f"{token_wise}:inverse=residual": "residual", f"{token_wise}:inverse=direct": "direct"}),
         AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in sizes}, "features m", drawn),
         AblationPart("channels", "Channels c", {f"channels={c}": f"c = {c}" for c in sizes}, "channels c", ("data",)),
         AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r", learned),

@@ -91,16 +91,6 @@ class FourierFeatures(nn.Module):
         """W = D^{1/2} ε₁ + L ε₂, shape (d, m)."""
         return (0.5 * self.log_diagonal).exp().unsqueeze(-1) * self.draw_diagonal + self.low_rank @ self.draw_low_rank
 
-    def covariance(self) -> Tensor:
-        """Σ = D + LLᵀ, shape (d, d)."""
-        diagonal = self.log_diagonal.exp().expand(self.width)
-        return torch.diag(diagonal) + self.low_rank @ self.low_rank.T
-
-    def kernel(self, x: Tensor, y: Tensor) -> Tensor:
-        """The exact kernel k(x, y) that φ(x)ᵀφ(y) approaches at rate 1/√m; (n, d), (p, d) → (n, p)."""
-        root = torch.linalg.cholesky(self.covariance())
-        return (-0.5 * torch.cdist(x @ root, y @ root).square()).exp()
-
     def forward(self, x: Tensor) -> Tensor:
         """φ(x): (…, d) → (…, 2m)."""
         phase = x @ self.frequencies() + self.offset

@@ -21,7 +21,6 @@ from kdprune.model.passes import (
     Arguments,
     Begin,
     RowLimit,
-    ending_in,
     entering,
     joined,
     let_pass,
@@ -131,7 +130,7 @@ def _resident_states(
             with contextlib.ExitStack() as stack:
                 if begin is not None:
                     state = begin.states(number)[place].to(device)
-                    stack.enter_context(standing_in(layers[: begin.index], ending_in(state, begin.index)))
+                    stack.enter_context(standing_in(layers[: begin.index], lambda *_: state))
                 # h_l enters layer l, so layer l itself is called, for its hook, but need not compute (h_L leaves the
                 # last).
                 stack.enter_context(standing_in(layers[own[-1]:], let_pass))

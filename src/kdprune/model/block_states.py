@@ -29,7 +29,7 @@ class BlockStates:
         inputs: h_s, shape (N, T, d), in the model's dtype; ``states[rows]`` reads rows.
         outputs: h_e, likewise.
         path: all k+1 states h_s … h_e of the tokens of a few rows (step 1), shape (k+1, n, d), float32.
-        path_position: position of those tokens in their row, shape (n,).
+        path_position: position of those tokens among the real ones of their row, shape (n,).
         path_held: the same states for tokens of held-out rows, shape (k+1, n', d).
         local: (N,), which rows this process holds states of. The paths are whole in every process.
     """
@@ -87,7 +87,7 @@ def collect_block_states(
         paths = walk.run(ends, blocks, path)
     local = local_rows(tokens, run)
     fit_rows, held_rows = path.of(len(tokens))
-    position = torch.arange(tokens.ids.shape[1]).expand(len(tokens), -1)
+    position = tokens.mask.cumsum(1) - 1
     return [
         BlockStates(
             block, tokens, held, ends[block.start], ends[block.stop], paths(block, fit_rows),
@@ -135,7 +135,7 @@ def states_between(
            for row in range(path) if here[row]}
     rows = {row: states for part in world().gather(own) for row, states in part.items()}
     states = [torch.cat([rows[row][number] for row in range(path)]) for number in range(len(inside))]
-    position = torch.arange(tokens.ids.shape[1]).expand(path, -1)[mask]
+    position = (mask.cumsum(1) - 1)[mask]
     return BlockStates(
         block, tokens, held, boundaries[block.start], boundaries[block.stop],
         torch.stack(states) if states else torch.empty(0), position, torch.empty(0), here)

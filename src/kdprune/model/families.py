@@ -225,13 +225,6 @@ def norm_before_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     return _norm(layer, family, family.attention_norm if behind else family.mlp_norm)
 
 
-def norm_of_mlp(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
-    """The norm of ``layer`` that belongs to its MLP, in front of it or, with post-norm, behind the sum; Identity where
-    there is none."""
-    family = family_of(model)
-    return _norm(layer, family, family.mlp_norm)
-
-
 def norms_from(model: PreTrainedModel, boundary: int) -> list[nn.Module]:
     """The norms through which the sublayers of layer ``boundary`` and of those behind it read the stream, or the final
     one where there are none; Identity where one reads the stream itself. A sublayer that was left out reads nothing."""

@@ -19,7 +19,7 @@ from kdprune.errors import DiskError, KDPruneError
 from kdprune.model.edits import Substitute
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import batch_logits
-from kdprune.model.passes import Arguments, Begin, RowLimit, ending_in, entering, joined, standing_in
+from kdprune.model.passes import Arguments, Begin, RowLimit, entering, joined, standing_in
 from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed, resident, scratch_of
 from kdprune.store.chunks import BrokenChunk, Chunk, write_chunk
@@ -83,7 +83,8 @@ def logits_behind(model: PreTrainedModel, batch: TokenSet, final: Tensor, last: 
     """Logits (B, T, V) of a batch from its h_L (B, T, d), on whatever device: the model's own forward pass, in which no
     layer is run. ``last``: of the positions at the end alone, as of ``batch_logits``."""
     layers = list(decoder_layers(model))
-    with standing_in(layers, ending_in(final.to(input_device(model)), len(layers))):
+    final = final.to(input_device(model))
+    with standing_in(layers, lambda *_: final):
         return batch_logits(model, batch, last)
 
 

@@ -62,11 +62,6 @@ def let_pass(index: int, hidden: Tensor, arguments: Arguments) -> Tensor:
     return hidden
 
 
-def ending_in(state: Tensor, count: int) -> Forward:
-    """For :func:`standing_in`: of ``count`` layers the last gives ``state`` and the others do nothing."""
-    return lambda index, hidden, _: state if index == count - 1 else hidden
-
-
 @dataclass(frozen=True)
 class Begin:
     """Where passes over batches begin: at a boundary whose states are known, so that no layer before it is run.

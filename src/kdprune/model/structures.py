@@ -136,7 +136,8 @@ class Channels:
     Attributes:
         lines: [g, u] or u alone, (c, 2 or 1, d).
         biases: [a, b] or b, (c, 2 or 1).
-        outgoing: the norm of what one unit of a channel adds to the state, (c,).
+        outgoing: the norm of what one unit of a channel adds to the state, in front of a norm behind the MLP where
+            the family has one, (c,).
     """
 
     lines: Tensor

@@ -1,7 +1,7 @@
 """Application of edits to a model.
 
 A block is a half-open ``range(s, e)`` of layer indices. :func:`apply_edits` builds a new model;
-:func:`layers_replaced` and :func:`bypassed` change one for a while. None of them copies a weight that stays.
+``layers_replaced`` and ``running_from`` change one for a while. None of them copies a weight that stays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -62,7 +62,7 @@ from .streaming import resident
 from .widths import joined_widths, resize_layers, rewrite
 
 __all__ = [
-    "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "bypassed", "check_model", "context_layer",
+    "Drop", "Edit", "Resize", "Rewrite", "Substitute", "apply_edits", "check_model", "context_layer",
     "earlier_blocks", "layers_replaced", "ordinary_layer", "plain_copy", "running_from", "without_sublayer",
 ]  # fmt: skip
 
@@ -170,14 +170,6 @@ def running_from(model: PreTrainedModel, layers: Sequence[nn.Module], start: int
     (B, T, d): those in front of it compute nothing. As :func:`layers_replaced` otherwise."""
     with layers_replaced(model, layers), standing_in(layers[:start], lambda *_: state):
         yield
-
-
-def bypassed(model: PreTrainedModel, block: range) -> AbstractContextManager[None]:
-    """A context in which ``model`` runs without the layers of ``block``. Raises KDPruneError as apply_edits
-    does."""
-    own = decoder_layers(model)
-    _check_blocks([block], len(own))
-    return layers_replaced(model, [layer for index, layer in enumerate(own) if index not in block])
 
 
 def ordinary_layer(

@@ -14,13 +14,13 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.analysis import CHUNK, ENOUGH, STATES
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import PASS_TOKENS
-from kdprune.methods.kdp.fit_block import REFINE_RATES, FitSettings
+from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.landmarks import inputs_of, tokens_for
 from kdprune.methods.kdp.measuring import HELD
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
-from kdprune.train.trial import trial_rows
+from kdprune.train.trial import RATES, trial_rows
 
 # Of operations counted: what a stage takes on one CPU thread over what its count says.
 ANALYSE = 1.13    # scores of all pairs beside the pass that gives the states (1.02 to 1.28 measured)
@@ -269,7 +269,7 @@ class Job:
         if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
             schedule, passed = self.settings.step3, self.settings.step3.epochs * fitted
             if self.settings.on_trial:  # every rate, at most
-                passed += len(REFINE_RATES) * trial_rows(self.rows - self.held, schedule) * self.length
+                passed += len(RATES) * trial_rows(self.rows - self.held, schedule) * self.length
             trained = REFINE * 3 * passed * self.replacement
             found["refine"] = Work(single=trained) if "fourier" in self.shape.parts else Work(half=trained)
         return found

@@ -188,9 +188,9 @@ class Fit(Record):
     """One block and the module that stands in for it. Errors are taken on held-out tokens."""
 
     block: Block = Field(description="[s, e) in the dense model")
-    place: Literal["after", "before", "mlp"] = Field(
-        description="folded into the kept layer in front of the block (after) or behind it (before), or "
-        "the MLP of a decoder layer of its own (mlp)"
+    place: Literal["beside", "after", "before", "mlp"] = Field(
+        description="folded into a kept layer beside the block (beside; earlier records say after the one in front of "
+        "it, or before the one behind it), or the MLP of a decoder layer of its own (mlp)"
     )
     kind: str = Field(description="parts of the feature map, joined by +: linear, fourier (KDP), mlp, data")
     features: int = Field(description="m, random frequencies (2m features)")

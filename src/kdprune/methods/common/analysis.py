@@ -57,7 +57,7 @@ class Scores(Mapping[str, np.ndarray]):
         return len(self.arrays)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The arrays as tensors, for a method's selection."""
+        """The arrays as tensors."""
         return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
     @staticmethod

@@ -74,7 +74,7 @@ def fit_record(fitting: StandInFit, energy: float, curves: dict[str, list[float]
     """
     block, stand_in = fitting.states.block, fitting.stand_in
     return {
-        "block": (block.start, block.stop), "place": "before" if block.start == 0 else "after",
+        "block": (block.start, block.stop), "place": "beside",
         "kind": stand_in.kind, "features": stand_in.features, "hidden": stand_in.hidden, "context": "none",
         "parameters": sum(parameter.numel() for parameter in stand_in.parameters()), "step2": curves,
         "trained": fitting.trained,

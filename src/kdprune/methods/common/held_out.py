@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdprune.kernel.operators import Moments
 from kdprune.methods.common.stand_in_fit import StandInFit
 from kdprune.runtime.distributed import world
 
@@ -19,12 +18,7 @@ def held_out(fitting: StandInFit, energy: float) -> dict[str, Any]:
 
     Errors are Σ‖· − h_e‖² over held-out tokens in units of the fitted tokens' mean ‖h_e − h_s‖².
     """
-    linear = Moments(fitting.states.inputs.shape[-1], fitting.states.inputs.shape[-1], fitting.device)
-    for rows in fitting.passes():
-        target, mask = fitting.target(rows)
-        inputs = fitting.states.inputs[rows].to(fitting.device).float()[mask]
-        linear.update(inputs, target[mask] - inputs)
-    matrix, offset = (value.float() for value in linear.add_processes().solve_affine(1e-6))
+    matrix, offset = (value.float() for value in fitting.affine(1e-6))
     shown = _shown_tokens(fitting)
     sums, squares = torch.zeros(4, dtype=torch.float64), torch.zeros(len(offset), dtype=torch.float64)
     seen: list[tuple[int, Tensor, Tensor]] = []

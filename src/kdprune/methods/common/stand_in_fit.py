@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,9 +12,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
 from kdprune.kernel.features import rms_normalize
+from kdprune.kernel.operators import Moments
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of, mlp_source, norm_of_mlp, norms_behind_mlp
+from kdprune.model.families import decoder_layers, family_of, mlp_source, norm_before_mlp, norms_behind_mlp
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
 from kdprune.model.structures import gains_from, has_mlp_biases, mlp_weights, norm_affine, reciprocal
@@ -25,7 +26,7 @@ from kdprune.runtime.run import Run
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule, advancing, fit
-from kdprune.train.trial import RATES, rate_on_trial
+from kdprune.train.trial import rate_on_trial
 
 PASS_TOKENS = 4096  # a pass when nothing is trained, at least one row: regressors of all of them, float64, are held
 Seen: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # errors of states and the true ones (n, d) → what counts of them
@@ -89,7 +90,7 @@ class StandInFit:
         if context is not None:
             self.module = context_layer(model, context, self.stand_in).float().to(device)
             self.module.requires_grad_(True)
-            self._norm = plain_copy(norm_of_mlp(model, decoder_layers(model)[context])).float().to(device)
+            self._norm = plain_copy(norm_before_mlp(model, decoder_layers(model)[context])).float().to(device)
             self.multiplier = family_of(model).multiplier(decoder_layers(model)[context])
             for name in norms_behind_mlp(family_of(model)) if ordinary else ():
                 source = decoder_layers(model)[mlp_source(model, context, template.channels)]
@@ -183,6 +184,17 @@ class StandInFit:
         rows = self.states.local_rows(torch.arange(first, last))
         return iter(rows.split(max(1, PASS_TOKENS // length))) if len(rows) else iter(())
 
+    @torch.no_grad()
+    def affine(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """(M, c) of the least-squares map of h_e − h_s on h_s over the fitted tokens, (d, d) and (d,), float64."""
+        width = self.states.inputs.shape[-1]
+        moments = Moments(width, width, self.device)
+        for rows in self.passes():
+            target, mask = self.target(rows)
+            inputs = self.states.inputs[rows].to(self.device).float()[mask]
+            moments.update(inputs, target[mask] - inputs)
+        return moments.add_processes().solve_affine(ridge)
+
     def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""
         return self._update(as_it_is)
@@ -257,7 +269,7 @@ class StandInFit:
 
     def rate(
         self, parameters: Iterable[nn.Parameter], loss_function: LossFunction, look: Callable[[], float],
-        schedule: Schedule, draw: torch.Generator, run: Run, rates: Sequence[float] = RATES,
+        schedule: Schedule, draw: torch.Generator, run: Run,
     ) -> float:
         """The learning rate for such a training that serves best on the held-out rows, of those tried
         (:func:`kdprune.train.trial.rate_on_trial`); ``look`` is what :meth:`train` would watch, other arguments are as
@@ -270,7 +282,7 @@ class StandInFit:
 
         with run.stage(f"rate {name}"):
             return rate_on_trial(
-                parameters, train, look, self.fit_rows, schedule, draw, saying(run, name), rates)
+                parameters, train, look, self.fit_rows, schedule, draw, saying(run, name))
 
     def edit(self) -> Substitute:
         """The architecture change this fitting stands for."""

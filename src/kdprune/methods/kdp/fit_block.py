@@ -23,21 +23,16 @@ from kdprune.runtime.machine import mixed_precision
 from kdprune.runtime.run import Run
 from kdprune.train.gradients import LossFunction, Sums
 from kdprune.train.loop import Schedule
-from kdprune.train.trial import RATES
 
 # Of which the frequencies' scale is chosen where none is given: on models of 4 M parameters 2 times the median
 # heuristic serves best, on really trained ones .3, at which states far apart still have features in common.
 BANDWIDTHS = (0.1, 0.3, 0.6, 1.0, 2.0)
 
-# Of which step 3's rate is chosen where none is given. SmolLM2's block is served best by 7e-3, Gemma-3's by 1e-4, and
-# does not come back from 3e-3.
-REFINE_RATES = (1e-2, *RATES)
-
 
 @dataclass(frozen=True)
 class FitSettings:
     """How a block is fitted; names as in ``KDP``. bandwidth None: chosen for every block, of ``BANDWIDTHS``; with
-    ``on_trial`` step 3's rate likewise, of ``REFINE_RATES``."""
+    ``on_trial`` step 3's rate likewise, of ``RATES``."""
 
     kernel: str
     rank: int
@@ -117,9 +112,8 @@ def fit_block(
     if "data" in shape.parts:
         place_landmarks(model, fitting, settings.ridge)
     if "fourier" in shape.parts:
-        if settings.bandwidth is None:
-            settings = replace(settings, bandwidth=choose_bandwidth(this, energy))
-            this = replace(this, settings=settings)
+        this = _with_bandwidth(this, energy)
+        settings = this.settings
         step1 = _step1(this)
         record["step1"] = step1.curves
         record |= _step2(this, step1, energy)
@@ -133,7 +127,7 @@ def fit_block(
         rates = [rate] if settings.on_trial else []
     record |= held_out(fitting, energy)
     edit = fitting.edit()
-    place = "mlp" if shape.context else ("before" if block.start == 0 else "after")
+    place = "mlp" if shape.context else "beside"
     added: Any = edit.context if edit.context is not None else edit.stand_in
     record |= {
         "bandwidth": settings.bandwidth if "fourier" in shape.parts else None,
@@ -162,7 +156,7 @@ def fit_closed_form(model: PreTrainedModel, this: Fit) -> None:
     if "data" in shape.parts:
         place_landmarks(model, fitting, ridge)
     if "fourier" in shape.parts:
-        _solve_kernel(this)
+        _solve_kernel(_with_bandwidth(this, fitting.update_energy()))
     else:
         _solve_plain(fitting, ridge)
 
@@ -182,6 +176,13 @@ def choose_bandwidth(this: Fit, energy: float) -> float:
     return min(errors, key=errors.__getitem__)
 
 
+def _with_bandwidth(this: Fit, energy: float) -> Fit:
+    """The same with a bandwidth, chosen where none is given."""
+    if this.settings.bandwidth is not None:
+        return this
+    return replace(this, settings=replace(this.settings, bandwidth=choose_bandwidth(this, energy)))
+
+
 def _solve_kernel(this: Fit) -> None:
     """The kernel as drawn, its operators and read-out by least squares, folded into the stand-in."""
     fitting, shape, ridge = this.fitting, this.shape, this.settings.ridge
@@ -198,7 +199,7 @@ def _solve_kernel(this: Fit) -> None:
 def _step1(this: Fit) -> Step1:
     features, path = _draw_kernel(this)
     settings, states = this.settings, this.fitting.states
-    weights = position_weights(states.path_position, states.tokens.ids.shape[1])
+    weights = position_weights(states.path_position, int(states.tokens.mask.sum(1).max()))
     if "position_weights" in settings.without:
         weights = torch.ones_like(weights)
     with this.run.stage(f"kernel {this.fitting.states.name}", settings.step1.epochs) as progress:
@@ -219,7 +220,8 @@ def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
     path = fitting.to_kernel(fitting.states.path.to(fitting.device))
     features = FourierFeatures(
         shape.width, shape.features, settings.rank, this.draw, anisotropic="anisotropy" not in settings.without)
-    features.to(fitting.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth or 1.0)
+    assert settings.bandwidth is not None
+    features.to(fitting.device).init_median(path.flatten(0, 1), this.draw, settings.bandwidth)
     return features, path
 
 
@@ -255,7 +257,7 @@ def _solve_inverse(
     moments = Moments(inverse.readout.in_features, inverse.readout.out_features, fitting.device)
     for rows in fitting.passes():
         probe = fitting.probe(rows)
-        moments.update(inverse.hidden(mapped(probe)), (probe.target - probe.base) / fitting.multiplier)
+        moments.update(inverse.hidden(mapped(probe)), fitting.wanted(probe))
     solve_readout(inverse, moments.add_processes(), ridge)
 
 
@@ -317,7 +319,7 @@ def _step3(this: Fit) -> tuple[dict[str, list[float]], float]:
     trained = [parameter for parameter in fitting.module.parameters() if parameter.requires_grad]
     if this.settings.on_trial:
         schedule = replace(
-            schedule, rate=fitting.rate(trained, stepping, look, schedule, this.draw, this.run, REFINE_RATES))
+            schedule, rate=fitting.rate(trained, stepping, look, schedule, this.draw, this.run))
     return this.train("refine", trained, stepping, schedule, look), schedule.rate
 
 

@@ -84,12 +84,13 @@ class _Collected:
 
     def _corrected(self, number: int, edits: Sequence[Edit]) -> States:
         """h_s of block ``number`` in the model with these edits, from that of the last block before it whose stand-in
-        is a layer of its own on: of the layers those between the two blocks alone are run."""
+        is a layer of its own on: of the layers those between the two blocks alone are run. Where states come from a
+        copy in fewer bits, which edits are not made to, all layers are."""
         if number in self._inputs:
             return self._inputs[number]
         begin, start = None, self.plan.blocks[number].start
         layered = [before for before, edit in enumerate(edits) if isinstance(edit, Substitute) and edit.context]
-        if layered:
+        if layered and self.run.states_model is None:
             last = layered[-1]
             known = self.states(last, edits[:last]).inputs
             begin = index_after(edits[:last], self.plan.blocks[last].start), known

@@ -32,7 +32,8 @@ def place_landmarks(model: PreTrainedModel, fitting: StandInFit, ridge: float) -
 
         rms(ψ_j) ‖w_j‖
 
-    with ψ over the fitted tokens as the stand-in will read them, and w_j what one unit of channel j adds to the state.
+    with ψ over the fitted tokens as the stand-in will read them, and w_j what one unit of channel j adds to the state
+    (where a norm stands behind the MLP, in front of that: with its gain counted in, Gemma-3's choice was no better).
     On these, and on x̂ where the kernel has a linear part, what the stand-in has to add is regressed; those stay
     without which the error would grow most,
 

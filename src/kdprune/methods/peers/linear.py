@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.kernel.operators import Moments
 from kdprune.methods.common.block_data import block_states, check_rows, fit_record, fitted_error
 from kdprune.methods.common.budget import Budget, check_budget, choose_blocks
 from kdprune.methods.common.method import RankedMethod
@@ -23,7 +22,7 @@ from kdprune.runtime.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(RankedMethod):
-    """Replaces blocks, chosen as KDP chooses them, by linear maps of the state itself.
+    """Replaces blocks, chosen as KDP does with ranking="similarity", by linear maps of the state itself.
 
         S(h) = h + M h + c,   (M, c) = argmin Σ ‖M h_s + c − (h_e − h_s)‖² + ρ‖M‖²,   ρ = ridge · tr(Cov h_s · n)/d
 
@@ -80,12 +79,7 @@ def fit_affine(model: PreTrainedModel, states: BlockStates, ridge: float, run: R
     width = states.inputs.shape[-1]
     stand_in = StandIn(width, kind="linear", features=0, residual=True, normalize=False)
     fitting = StandInFit(model, states, stand_in, None, run)
-    moments = Moments(width, width, fitting.device)
-    for rows in fitting.passes():
-        target, mask = fitting.target(rows)
-        inputs = states.inputs[rows].to(fitting.device).float()[mask]
-        moments.update(inputs, target[mask] - inputs)
-    matrix, offset = moments.add_processes().solve_affine(ridge)
+    matrix, offset = fitting.affine(ridge)
     stand_in.readout.weight.copy_(matrix)
     stand_in.readout.bias.copy_(offset)
     return fitting

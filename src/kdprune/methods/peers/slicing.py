@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_arguments, layer_states
-from kdprune.model.families import decoder_layers, family_of, final_norm, norm_of_mlp
+from kdprune.model.families import decoder_layers, family_of, final_norm, norm_before_mlp
 from kdprune.model.modeling_kdp import Family, SlicedLayer, norms_and_readers, slice_layer
 from kdprune.model.surgery import Resize
 
@@ -155,7 +155,7 @@ def measure_cuts(
     family, device, width = family_of(model), model.device, model.config.hidden_size
     first = decoder_layers(model)[0]
     batches = list(tokens.batches(batch_size))
-    stream = [centred(states[0].float().cpu(), norm_of_mlp(model, first))
+    stream = [centred(states[0].float().cpu(), norm_before_mlp(model, first))
               for _, states in layer_states(model, tokens, [0], batch_size)]
     sizes = iter(widths)
     rotations = [_cut(stream, batches, next(sizes), device)]
