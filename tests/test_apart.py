@@ -126,5 +126,5 @@ def test_a_page_does_not_replace_its_results(tmp_path: Path) -> None:
 def test_a_comparison_leaves_other_runs_alone(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "runs").mkdir(parents=True)
     (tmp_path / "out" / "runs" / "events").write_text("of a training")
-    refused("runs/ are not those of a comparison", "compare", mine / "model", "-o", tmp_path / "out", "--overwrite",
+    refused("holds no comparison", "compare", mine / "model", "-o", tmp_path / "out", "--overwrite",
             folder=tmp_path)

@@ -394,9 +394,66 @@ def test_eval_and_report_of_what_is_not_there(bench: Bench, tmp_path: Path) -> N
     refused("no such directory", "eval", tmp_path / "none", folder=tmp_path)
     refused("window 65, expected 2 to 64", "eval", bench.model, "--text", bench.heldout, "--window", 65,
             folder=tmp_path)
+    for flag, value, message in (
+        ("--window", 0, "got window 0"), ("--stride", 0, "got stride 0"), ("--text-field", "body", "without --text"),
+        ("--batch-size", 3, "--batch-size without --suite"), ("--text", "", "got an empty text"),
+        ("--json", "", "got an empty --json"),
+    ):
+        refused(message, "eval", bench.model, flag, value, folder=tmp_path)
     refused("does not exist", "report", tmp_path, folder=tmp_path)
     (tmp_path / "results.json").write_text("{}")
     refused("schema version", "report", tmp_path, folder=tmp_path)
+
+
+def test_the_figures_of_eval_on_standard_output(bench: Bench) -> None:
+    outcome = command("eval", bench.model, "--text", bench.heldout, "--json", "-")
+    assert outcome.status == 0
+    assert f"perplexity {json.loads(outcome.out)['perplexity']['value']:.3f} on" in outcome.err
+
+
+def test_a_single_text_may_have_a_name(bench: Bench, tmp_path: Path) -> None:
+    run = ("prune", bench.model, "-o", tmp_path / "out", "--method", "shortgpt", "--calibration", bench.calibration)
+    assert command(*run, "--samples", 12, "--length", 32, "--heldout", f"books={bench.heldout}").status == 0
+    assert Results.load(tmp_path / "out").perplexity.dataset == "books"
+
+
+def test_options_that_would_mean_something_else(bench: Bench, tmp_path: Path) -> None:
+    run = ("prune", bench.model, "-o", tmp_path / "out")
+    refused("got an empty calibration", *run, "--calibration", "", folder=tmp_path)
+    refused("got length 5000, expected 2 to 64 tokens", *run, "--length", 5000, folder=tmp_path)
+    for name, how in (("compare", "write it into a variant, kdp:kernel="), ("ablate", "write it into --base"),
+                      ("analyze", "kdprune analyze has none of it")):
+        refused(how, name, bench.model, "--kernel", "linear", folder=tmp_path)
+    outcome = command(*run, *bench.flags, "--samples", 8000)
+    assert re.search(r"calibration\.txt has \d+ rows of 32 tokens; 8,000 were asked for", outcome.out)
+
+
+def test_a_prompt_that_cannot_be_continued_costs_no_run(bench: Bench, tmp_path: Path) -> None:
+    """Held-out text that begins with special tokens; a context hardly longer than a prompt."""
+    text = tmp_path / "text.txt"
+    text.write_text(40 * "<|endoftext|>" + bench.heldout.read_text(encoding="utf-8"), encoding="utf-8")
+    short = tmp_path / "short"
+    shutil.copytree(bench.model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32}))
+    for number, (model, heldout) in enumerate(((bench.model, text), (short, bench.heldout))):
+        outcome = command("prune", model, "-o", tmp_path / str(number), "--calibration", bench.calibration, "--samples",
+                          12, "--length", 32, "--method", "shortgpt", "--heldout", heldout)
+        assert outcome.status == 0, outcome.err
+
+
+def test_chains_of_a_later_version_and_broken_ones(bench: Bench, tmp_path: Path) -> None:
+    assert command("prune", bench.model, "-o", tmp_path / "once", *bench.flags).status == 0
+    file = tmp_path / "once" / "config.json"
+    config = json.loads(file.read_text())
+    config["kdp"]["chain"][0]["more"] = 1
+    file.write_text(json.dumps(config))
+    run = ("prune", tmp_path / "once", "-o", tmp_path / "twice", "--method", "shortgpt", "--ratio", 0.1,
+           "--calibration", bench.calibration, "--samples", 12, "--length", 32, "--heldout", bench.heldout)
+    assert command(*run).status == 0
+    config["kdp"]["chain"][0]["blocks"] = "none"
+    file.write_text(json.dumps(config))
+    refused("whose kdp.chain is not one of earlier prunings", *run, "--overwrite", folder=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ outputs it refuses

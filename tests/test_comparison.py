@@ -1,6 +1,7 @@
 """``kdprune.compare`` and ``kdprune.ablate``: one model, many variants, one protocol."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
 from kdprune.report.comparison_table import render_markdown
 from kdprune.runtime.run import Run
+from kdprune.store.cache import Cache
 from kdprune.train.trial import RATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,6 +172,62 @@ def test_an_interrupted_comparison_continues(
     monkeypatch.setattr("kdprune.comparison.units.code_identity", lambda: "another release")
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, **arguments)
     assert measured[7:] == [(LINEAR, 0)]
+
+
+def test_a_work_directory_of_its_own_continues_and_starts_anew(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, measure = [], UnitBench._measure
+    monkeypatch.setattr(UnitBench, "_measure", lambda *given: measured.append(given[1].name) or measure(*given))
+    given = {"seeds": 1, "output_dir": tmp_path / "out", "work_dir": tmp_path / "work", **options(bench)}
+    for anew, count in ((False, 1), (False, 1), (True, 2)):
+        kdprune.compare(str(bench.model), ["shortgpt"], overwrite=anew, **given)
+        assert len(measured) == count
+    kdprune.compare(str(bench.model), ["shortgpt"], **{**given, "work_dir": "none"})
+    with Cache(tmp_path / "work"), pytest.raises(KDPruneError, match=f"process {os.getpid()} .*is using"):
+        kdprune.compare(str(bench.model), ["shortgpt"], overwrite=True, **given)
+    assert list((tmp_path / "work" / "stages").glob("shortgpt-seed0-*"))
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_python_does_not_replace_what_is_no_comparison(bench: Bench, tmp_path: Path) -> None:
+    for name in ("runs/tb/events", "results.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(KDPruneError, match="holds no comparison"):
+        kdprune.compare(str(bench.model), ["shortgpt"], output_dir=tmp_path, overwrite=True, **options(bench))
+    assert (tmp_path / "runs" / "tb" / "events").read_text() == (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_what_was_healed_on_other_text_is_measured_again(bench: Bench, tmp_path: Path) -> None:
+    """Healing reads on in the calibration text: a file that grew leaves the rows of the fit as they were."""
+    text = tmp_path / "text.txt"
+    given = {**options(bench), "calibration": text, "blocks": ((2, 4),), "heal": "lm", "heal_tokens": 2000,
+             "heal_rate": 0.01, "method": "linear"}
+    variant = "linear:blocks=2-4:heal=lm:heal-tokens=2000:heal-rate=0.01"
+    found = []
+    for size in (2, 3):
+        text.write_text(f"{bench.calibration.read_text(encoding='utf-8')}\n" * size, encoding="utf-8")
+        run = kdprune.prune(str(bench.model), work_dir=tmp_path / "work", **given)
+        fresh = kdprune.prune(str(bench.model), **given)
+        units = [kdprune.compare(str(bench.model), [variant], seeds=1, output_dir=folder,
+                                 **{**options(bench), "calibration": text}).units[0]
+                 for folder in (tmp_path / "out", tmp_path / f"fresh-{size}")]
+        assert run.results.perplexity == fresh.results.perplexity
+        assert units[0].perplexity == units[1].perplexity
+        found.append(run.results.perplexity.pruned)
+    assert found[0] != found[1]
+
+
+def test_null_rows_are_counted_in_every_record(bench: Bench, tmp_path: Path) -> None:
+    rows = [*({"text": line} for line in bench.calibration.read_text(encoding="utf-8").splitlines()), {"text": None}]
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    given = {**options(bench), "calibration": text, "heldout": text, "heldout_tokens": 200}
+    run = kdprune.prune(str(bench.model), method="shortgpt", **given).results
+    found = kdprune.compare(str(bench.model), ["shortgpt"], seeds=1, **given)
+    assert run.calibration.skipped == found.calibration.skipped == 1
+    assert run.perplexity.skipped == found.units[0].perplexity.skipped == 1
 
 
 def test_the_passes_of_a_search_are_told() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +78,37 @@ def test_one_long_document_is_one_document(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a.txt").write_text(f"{lines}\n<|endoftext|>\n{lines}", encoding="utf-8")
     ids = load_stream(tmp_path / "a.txt", word_tokenizer()).ids[0]
     assert ids.tolist() == [*range(3, 303), EOS] * 2
+
+
+@pytest.mark.parametrize("name", ["line.txt", "row.jsonl", "row.parquet", "list"])
+def test_what_is_one_line_or_row_is_tokenised_in_parts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reading stops where there is enough."""
+    for module in ("readers", "tokens"):
+        monkeypatch.setattr(f"kdprune.data.{module}.PIECE_CHARACTERS", 4 * 25)
+    monkeypatch.setattr("kdprune.data.tokens.BATCH_CHARACTERS", 100)
+    text = "".join(f"w{100 + index % 100} "[:5] for index in range(4000))[: 5 * 4000]
+    (tmp_path / "line.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "row.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "row.parquet")
+    tokenizer, seen = word_tokenizer(), []
+
+    def reading(texts: Any, **rest: Any) -> Any:
+        seen.extend(texts if isinstance(texts, list) else [texts])
+        return tokenizer(texts, **rest)
+
+    reading.bos_token_id, reading.eos_token_id, reading.pad_token_id = None, EOS, None  # type: ignore[attr-defined]
+    found = load_tokens([text] if name == "list" else tmp_path / name, reading, samples=2, length=32, seed=0)
+    assert found.tokens == 64
+    assert max(map(len, seen)) <= 100
+    assert sum(map(len, seen)) < len(text) / 2
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    text = f"{words(0, 200)} \ud83d {words(200, 200)}"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    assert set(range(3, 403)) <= as_set(load_stream(tmp_path / "a.jsonl", word_tokenizer()))
 
 
 def test_same_seed_same_rows_other_seed_other_order() -> None:
@@ -223,6 +255,8 @@ def test_bad_files_get_one_line(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("id;text\n1;w1\n", encoding="utf-8")
     (tmp_path / "table.xls").write_text("text\nw1\n", encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
+    (tmp_path / "digits.json").write_text(f'[{{"text": {"9" * 5000}}}]', encoding="utf-8")
+    (tmp_path / "digits.jsonl").write_text(f'{{"text": {"9" * 5000}}}', encoding="utf-8")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "w1"}' * 9)[:-9])
     (tmp_path / "plain.txt.gz").write_bytes(b"w1")
     (tmp_path / "none").mkdir()
@@ -237,6 +271,8 @@ def test_bad_files_get_one_line(tmp_path: Path) -> None:
         "table.csv": "got id;text in .*table.csv, expected a field 'text'.*--text-field",
         "table.xls": "expected one of .txt, .jsonl, .parquet",
         "deep.json": "nested too deeply",
+        "digits.json": "cannot be read .*digits",
+        "digits.jsonl": "invalid JSON in .* line 1",
         "cut.jsonl.gz": "cannot read .*cut.jsonl.gz: Compressed file ended",
         "plain.txt.gz": "cannot read .*Not a gzipped file",
         "none": "without text",

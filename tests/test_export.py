@@ -17,7 +17,7 @@ from families import build
 from test_command_line import refused
 from tiny_checkpoint import CONTEXT, WIDTH, WORDS, Bench, command, random_ids, tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kdprune.errors import KDPruneError
 from kdprune.model.checkpoint import save_model
@@ -153,6 +153,22 @@ def test_a_window_that_the_file_lacks_is_told(bench: Bench, tmp_path: Path) -> N
 def test_what_cannot_be_expressed_is_told(name: str, kind: str, message: str, bench: Bench, tmp_path: Path) -> None:
     model = build(name)
     folder = saved(apply_edits(model, edits_of(model, kind)), tmp_path / "model", bench)
+    refused(message, "export-gguf", folder, "-o", tmp_path / "out.gguf", folder=tmp_path)
+
+
+@pytest.mark.parametrize(("model_type", "options", "message"), [
+    ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4}, r"out of their order \(layer_types\)"),
+    ("olmo3", {"num_hidden_layers": 8}, r"out of their order \(layer_types\)"),
+    ("exaone4", {"num_hidden_layers": 8, "sliding_window": 4, "sliding_window_pattern": 4}, "layers of several kinds"),
+])
+def test_layers_whose_kind_goes_by_their_number(
+    model_type: str, options: dict[str, Any], message: str, bench: Bench, tmp_path: Path
+) -> None:
+    """Of families without a row too, whose layers can be dropped."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": WORDS, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **options}))
+    folder = saved(apply_edits(model, [Drop(range(2, 3))]), tmp_path / "model", bench)
     refused(message, "export-gguf", folder, "-o", tmp_path / "out.gguf", folder=tmp_path)
 
 

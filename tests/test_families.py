@@ -65,6 +65,7 @@ def test_the_page_of_families_is_current() -> None:
     ("codegen", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),  # tuples
     ("gpt_oss", {"num_local_experts": 4, "head_dim": 8, "sliding_window": 4}),  # windows on every other layer
     ("qwen3_5_text", {**_LINEAR, "num_hidden_layers": 8}),  # linear attention and attention, by config.layer_types
+    ("gpt_neo", {"num_layers": 4, "num_heads": 4, "attention_types": [[["global"], 4]]}),  # numbers called layer_id
     ("mamba", {"state_size": 4}),  # states instead of keys and values; layer_types follow from the count
 ])
 @pytest.mark.parametrize("method", [ShortGPT, SLEB])
@@ -76,6 +77,9 @@ def test_layers_of_an_unknown_family_are_dropped(
     edits = run_method(method(ratio=0.2), model).edits
     pruned = apply_edits(model, edits)
     assert torch.equal(logits_of(pruned), reference_logits(model, edits))
+    ids, options = CALIBRATION.ids[:1], {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+    written = [pruned.generate(ids, use_cache=cached, **options) for cached in (True, False)]
+    assert torch.equal(*written)
     assert type(saved_and_loaded(pruned, tmp_path)) is type(model)
 
 
@@ -112,6 +116,7 @@ def test_an_unknown_family_is_pruned_from_a_checkpoint_and_refused_in_one_line_o
                      **_ROUTED}),
     ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 2}),
     ("llama4_text", {**_LLAMA4, "interleave_moe_layer_step": 1}),  # a list of who has experts, by number
+    ("diffllama", {"head_dim": 8}),  # a constant of every layer's attention
     ("jamba", {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
                "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4}),
 ])
@@ -120,6 +125,14 @@ def test_layers_that_differ_by_number_are_not_dropped_unknown(model_type: str, o
     with pytest.raises(KDPruneError, match=f"unknown model family '{model_type}', whose layers differ") as error:
         ShortGPT(ratio=0.2).check(model, CALIBRATION)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_the_code_beside_a_checkpoint_is_refused() -> None:
+    """Its layers are of other classes than those that edits look for."""
+    model = build("llama3")
+    model.config.__class__ = type("Remote", (type(model.config),), {"model_type": "kdp_llama"})
+    with pytest.raises(KDPruneError, match=r"of the code beside its checkpoint, .*after `import kdprune`"):
+        family_of(model)
 
 
 def test_a_model_whose_layers_may_be_dropped_may_not_be_pruned_otherwise() -> None:

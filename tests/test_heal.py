@@ -160,6 +160,30 @@ def test_layers_that_are_run_again_give_the_same_gradient_from_less_memory(name:
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("name", ["opt", "falcon"])
+def test_layers_that_are_run_again_leave_dropout_off(name: str) -> None:
+    """Whose code asks the layer itself whether it is in training."""
+    model, batch = build(name), tokens()
+    for module in model.modules():
+        for rate in ("dropout", "hidden_dropout"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.5)
+    model.config.hidden_dropout = model.config.attention_dropout = 0.5
+    plain = language_loss(model, batch)[0]
+    with recomputing(model):
+        again = [language_loss(model, batch)[0] for _ in range(2)]
+    assert torch.equal(again[0], plain)
+    assert torch.equal(again[1], plain)
+
+
+def test_copies_of_weights_are_no_activations() -> None:
+    """Under autocast weights have some in bfloat16, which are kept for the gradient and do not grow with the row."""
+    model, batch = build("llama3"), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = activation_bytes(model, batch)
+    assert 0 < found < 1.2 * activation_bytes(model, batch)
+
+
 def test_healing_ends_where_held_out_rows_gain_nothing_and_keeps_what_was_best() -> None:
     model = build("llama3")
     _, _, record = healed(

@@ -4,6 +4,7 @@ Needs bitsandbytes (pip install kdprune[quantised]); skipped where it is missing
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from families import EARLIER, build
 from methods import quick
+from test_forms import gemma, llava
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,6 +52,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wide")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("make", [gemma, llava])
+def test_of_a_multimodal_model_the_layers_of_its_text_part(make: Callable[[], Any], tmp_path: Path) -> None:
+    needs("8bit")
+    make().save_pretrained(tmp_path)
+    found = load_quantised(tmp_path, 8, device="cpu")
+    linear = {name: type(module) for name, module in found.named_modules() if isinstance(module, nn.Linear)}
+    assert linear.pop("lm_head") is nn.Linear
+    assert linear
+    assert nn.Linear not in linear.values()
 
 
 def decoded(module: Any) -> torch.Tensor:

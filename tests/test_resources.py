@@ -16,18 +16,24 @@ from kdprune.run.inputs import inputs_of
 from kdprune.run.recipe import check_options
 from kdprune.run.resources import Resources
 from kdprune.runtime import memory
-from kdprune.runtime.memory import Memory
+from kdprune.runtime.memory import Memory, parse_bytes
 from kdprune.store.directories import check_apart
 from kdprune.store.hashing import model_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_pictures")
 
 
+@pytest.mark.parametrize(("text", "found"), [
+    ("6GiB", 6 * 2**30), ("6gib", 6 * 2**30), ("500MB", 500_000_000), ("500mb", 500_000_000), ("1024", 1024)])
+def test_memory_is_given_in_bytes(text: str, found: int) -> None:
+    assert parse_bytes(text) == found
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"device_memory": "much"}, "got memory 'much', expected an amount such as 6GiB"),
-        ({"work_dir": ""}, "got an empty work_dir, expected a directory, or none"),
+        ({"work_dir": ""}, "got an empty work_dir, expected a name"),
         ({"work_dir": "out"}, "got output out, which is the work directory .out."),
         ({"work_dir": "out/work"}, "got output out, which holds the work directory .out/work."),
     ],

@@ -55,6 +55,14 @@ def sciq_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_dense_model_that_is_not_there_is_said_before_any_work(bench: Bench, tmp_path: Path) -> None:
+    write(tmp_path, "sciq", sciq_rows(4))
+    run = ("eval", bench.model, "--suite", "sciq", "--suite-data", tmp_path)
+    outcome = command(*run, "--dense", tmp_path / "nosuch")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "nosuch', which is no such directory" in outcome.err
+
+
 @pytest.fixture(scope="module", params=["made", pytest.param("real", marks=pytest.mark.skipif(
     not BENCH.is_dir(), reason="no benchmark data here"))])
 def sciq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:

@@ -261,6 +261,8 @@ def _typed(item: Option, value: Any) -> Any:
         value = at_home(value, each=get_origin(item.kind) is tuple)
         if isinstance(value, str | Path) and "\0" in str(value):
             raise KDPruneError(f"got {item.name} {shortened(value)} with a NUL, which no name holds; give a path")
+        if (isinstance(value, str) and not value) or (isinstance(value, list | tuple) and "" in list(value)):
+            raise KDPruneError(f"got an empty {item.name}, expected a name; leave it out for the default")
     if item.parse is not None and not item.several and isinstance(value, str):
         return item.parse(value)
     if takes_several(item.kind) and isinstance(value, str):

@@ -112,7 +112,14 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
     except torch.OutOfMemoryError as error:
-        return _fail(f"out of memory on the device ({one_line(error)}); lower --batch, --samples or --length")
+        return _fail(f"out of memory on the device ({one_line(error)}); give it less at once: shorter or fewer rows, "
+                     "or a smaller model")
+    except MemoryError as error:
+        return _fail(f"out of memory ({one_line(error) or 'the host'}); give it less at once: shorter or fewer rows")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        return _fail(f"out of memory ({one_line(error)}); give it less at once: shorter or fewer rows")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
@@ -124,7 +131,11 @@ def _usage(error: Any) -> str:
     name = getattr(error, "option_name", "")
     owners = [key for key, method in METHODS.items() if name[2:].replace("-", "_") in method.__dataclass_fields__]
     if name and owners:
-        return f"got option {name}, which belongs to {', '.join(owners)}; choose that with --method"
+        command = getattr(getattr(getattr(error, "ctx", None), "command", None), "name", "")
+        how = {"prune": "choose that with --method", "compare": f"write it into a variant, {owners[0]}:{name[2:]}=…",
+               "ablate": f"write it into --base, {owners[0]}:{name[2:]}=…"}
+        return f"got option {name}, which belongs to {', '.join(owners)}; " + how.get(
+            command, f"kdprune {command} has none of it")
     near = difflib.get_close_matches(name, getattr(error, "possibilities", None) or [], n=1, cutoff=0.7)
     return f"{error.message}; did you mean {near[0]}?" if near else str(error.format_message())
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_window, perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
-from kdprune.model.loading import load_tokenizer
+from kdprune.model.loading import checkpoint_errors, load_tokenizer, read_config
 from kdprune.model.placement import reads_weights
 from kdprune.options import at_home, option, options_of, same_option, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
@@ -47,8 +48,8 @@ class EvalOptions:
     text: str | None = option(
         None, "text file or hub data set for perplexity (the bundled text)", group="data", path=True)
     text_field: str | None = same_option(TextOptions, "text_field")
-    window: int | None = option(None, "tokens a window (the model's context, at most 2048)", group="data")
-    stride: int | None = option(None, "tokens between windows (half the window)", group="data")
+    window: int | None = option(None, "tokens a window (the model's context, at most 2048)", group="data", least=2)
+    stride: int | None = option(None, "tokens between windows (half the window)", group="data", least=1)
     batch_size: int | None = option(
         None, "requests of tasks a forward pass (64; 8 on a CPU)", group="resources", least=1)
     dense: str | None = option(
@@ -74,17 +75,30 @@ def eval_command(
     checkpoint = at_home(checkpoint)
     chosen = typed_options(options, EVAL)
     wanted, suite, resources = taken(EvalOptions, chosen), taken(SuiteOptions, chosen), make_resources(chosen)
-    data = [Path(folder) for folder in suite.suite_data]
-    _check(suite.suite, data, suite.limit, wanted.dense)
+    _check(wanted, suite)
     json_file = at_home(json_file)
-    if json_file:
+    if json_file == "":
+        raise KDPruneError("got an empty --json, expected a file, or - for standard output")
+    if json_file not in (None, "-"):
         for read in (checkpoint, wanted.dense):
-            check_file(json_file, inputs_of(read, texts=[wanted.text], folders=data), "perplexity")
-    text = in_column(wanted.text, wanted.text_field)
-    check_source(text)
+            check_file(json_file, inputs_of(read, texts=[wanted.text], folders=_folders(suite)), "perplexity")
+    check_source(in_column(wanted.text, wanted.text_field))
+    if wanted.dense is not None:
+        with checkpoint_errors(wanted.dense, wanted.trust_remote_code):
+            read_config(wanted.dense, wanted.trust_remote_code)
+    with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
+        record = json.dumps(_measured(checkpoint, wanted, suite, resources), indent=1)
+    if json_file == "-":
+        typer.echo(record)
+    elif json_file:
+        write_file(json_file, record + "\n")
+
+
+def _measured(checkpoint: str, wanted: EvalOptions, suite: SuiteOptions, resources: Resources) -> dict[str, Any]:
+    """Measures, prints and returns the figures."""
+    text = in_column(wanted.text, wanted.text_field) or bundled_heldout()
     with opened(checkpoint, wanted, resources) as (model, tokenizer):
-        tokens = load_stream(
-            text or bundled_heldout(), tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
+        tokens = load_stream(text, tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
         found = perplexity(model, tokens, wanted.window, wanted.stride)
         typer.echo(
             f"perplexity {found.value:.3f} on {tokens.source} ({found.tokens} tokens, window {found.window}, "
@@ -93,15 +107,14 @@ def eval_command(
             "model": checkpoint, "perplexity": {**dataclasses.asdict(found), "dataset": tokens.source,
                                                  "skipped": tokens.skipped},
             "speed": _speed(model), "parameters": model.num_parameters()}
-        scores = None if suite.suite is None else _scores(model, tokenizer, suite.suite, data, suite, wanted)
-    if suite.suite is not None and scores is not None:
-        dense = None
-        if wanted.dense is not None:
-            with opened(wanted.dense, wanted, resources) as (other, reader):
-                dense = _scores(other, reader, suite.suite, data, suite, wanted)
-        record |= _tasks(scores, dense, model, suite.limit)
-    if json_file:
-        write_file(json_file, json.dumps(record, indent=1) + "\n")
+        scores = None if suite.suite is None else _scores(model, tokenizer, suite, wanted)
+    if scores is None:
+        return record
+    dense = None
+    if wanted.dense is not None:
+        with opened(wanted.dense, wanted, resources) as (other, reader):
+            dense = _scores(other, reader, suite, wanted)
+    return record | _tasks(scores, dense, model, suite.limit)
 
 
 @contextlib.contextmanager
@@ -131,18 +144,26 @@ def _speed(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _scores(
-    model: PreTrainedModel, tokenizer: Any, names: str, data: Sequence[Path], suite: SuiteOptions, wanted: EvalOptions,
+    model: PreTrainedModel, tokenizer: Any, suite: SuiteOptions, wanted: EvalOptions
 ) -> list[TaskScore]:
-    return run_suite(model, tokenizer, names, data=data, limit=suite.limit, batch_size=wanted.batch_size,
-                     stages=Stages(show=True))
+    assert suite.suite is not None
+    return run_suite(model, tokenizer, suite.suite, data=_folders(suite), limit=suite.limit,
+                     batch_size=wanted.batch_size, stages=Stages(show=True))
 
 
-def _check(suite: str | None, data: Sequence[Path], limit: int | None, dense: str | None) -> None:
-    """Refuses, before a model is loaded, tasks that cannot be had and options that say nothing without them."""
-    if suite is not None:
-        check_suite(suite, data)
+def _folders(suite: SuiteOptions) -> list[Path]:
+    return [Path(folder) for folder in suite.suite_data]
+
+
+def _check(wanted: EvalOptions, suite: SuiteOptions) -> None:
+    """Refuses, before a model is loaded, tasks that cannot be had and options that say nothing without others."""
+    if wanted.text_field is not None and wanted.text is None:
+        raise KDPruneError("got --text-field without --text, expected both: the bundled text has no columns")
+    if suite.suite is not None:
+        check_suite(suite.suite, _folders(suite))
         return
-    for name, given in (("--suite-data", data), ("--limit", limit), ("--dense", dense)):
+    for name, given in (("--suite-data", suite.suite_data), ("--limit", suite.limit), ("--dense", wanted.dense),
+                        ("--batch-size", wanted.batch_size)):
         if given:
             raise KDPruneError(f"got {name} without --suite, expected both; add --suite small")
 

@@ -74,6 +74,11 @@ def _table(options: Iterable[Option], commands: bool = False) -> list[str]:
     for item in options:
         cells = [_name(item), _meaning(item)]
         if commands:
+            others: dict[str, list[str]] = {}  # what it means elsewhere, by command
+            for command, known in _COMMANDS.items():
+                if item.name in known and known[item.name].help != item.help:
+                    others.setdefault(known[item.name].text, []).append(command)
+            cells[1] += "".join(f"; {', '.join(names)}: {text}" for text, names in others.items())
             cells.append(", ".join(command for command, known in _COMMANDS.items() if item.name in known))
         lines.append(f"| {' | '.join(cells)} |")
     return lines

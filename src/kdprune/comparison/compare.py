@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from kdprune.methods.common.method import boundaries_held
 from kdprune.model.families import decoder_layers, family_of
 from kdprune.options import options_of, recorded, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
-from kdprune.report.comparison_records import Comparison, Failure, Unit
+from kdprune.report.comparison_records import Comparison, Failure, Unit, is_comparison
 from kdprune.report.comparison_records import Variant as VariantRecord
 from kdprune.report.results import Calibration
 from kdprune.run.heal import HEAL_OPTIONS
@@ -47,7 +46,10 @@ from kdprune.run.record import software_versions
 from kdprune.run.resources import make_resources
 from kdprune.run.session import Session
 from kdprune.runtime.stages import Stages
+from kdprune.store.cache import LOCK, MANIFEST
 from kdprune.store.directories import check_apart, check_output
+
+RUNS = "runs"  # the work directory in a comparison's folder
 
 
 @spelled_out(COMPARE)
@@ -124,10 +126,12 @@ def _run(
         check_apart(output.output_dir, inputs_of(
             subject.model, texts=(data.calibration, data.heldout), tokenizer=subject.tokenizer,
             folders=suite.suite_data, resources=resources))
-    folder = None if output.output_dir is None else _prepare(Path(output.output_dir), output.overwrite)
+    folder = None if output.output_dir is None else _prepare(Path(output.output_dir))
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(
             data, suite, writing, session, wanted.ratio, folder, output.progress) as bench:
+        if output.overwrite:  # only now: nobody else is at work there
+            bench.cache.clean("")
         variants = variants_for(bench)
         refused = _refusals(bench, variants, seeds, blocks_from)
         dense = bench.dense(seeds[0])
@@ -147,7 +151,8 @@ def _run(
                 **recorded(data, suite, writing, resources), **recipe, "dtype": subject.dtype, "seeds": seeds,
                 **text_sources(data)}),
             calibration=Calibration(
-                source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1]),
+                source=tokens.source, samples=len(tokens), tokens=tokens.tokens, length=tokens.ids.shape[1],
+                skipped=tokens.skipped),
             device=str(session.model.device), dense=dense,
             variants=[_record(variant, session.model, blocks_from) for variant in variants],
             units=units, failures=failures, versions=software_versions())
@@ -175,7 +180,7 @@ def _bench(
     protocol.check(session)
     texts = Texts(data.calibration, data.samples, data.length)
     held = boundaries_held(session.model, ratio)
-    with session.cache(tokens, held, None if folder is None else folder / "runs") as cache:
+    with session.cache(tokens, held, None if folder is None else folder / RUNS) as cache:
         yield Bench(session, texts, protocol, cache, show)
 
 
@@ -250,17 +255,20 @@ def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
             for name, value in options.items() if value is not None and value != ()}
 
 
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    """A folder that is new, empty or an earlier comparison's; emptied of that with ``overwrite``."""
+def _prepare(folder: Path) -> Path:
+    """A folder that is new, empty or an earlier comparison's, finished or not."""
     check_output(folder, overwrite=True)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "runs").is_dir():
+    runs, names = folder / RUNS, _names(folder)
+    begun = (runs / MANIFEST).is_file()
+    if (not begun and _names(runs) - {LOCK}) or (not begun and names - {RUNS} and not is_comparison(folder)):
         raise KDPruneError(
             f"got output {folder}, which is not empty and holds no comparison; choose a new directory")
-    if overwrite:
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        for name in ("results.json", "table.md", "report.html"):
-            (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder; nothing in one that is not there."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _say(found: Unit | Failure, number: int, total: int, show: bool) -> None:

@@ -26,7 +26,7 @@ from kdprune.report.heal_record import Heal
 from kdprune.report.size_records import KVCache, Layers
 from kdprune.report.task_records import TaskScore
 from kdprune.run.pipeline import RunOutcome, run_method
-from kdprune.run.record import measured_speed, parameters, perplexity_record, software_versions
+from kdprune.run.record import count_skipped, measured_speed, parameters, perplexity_record, software_versions
 from kdprune.run.session import Session
 from kdprune.runtime.machine import Meter, metered
 from kdprune.runtime.run import Run
@@ -164,16 +164,25 @@ class Bench:
         What an interrupted run finished of it is found; afterwards only the unit's record stays.
         """
         run, name = self.run(seed, variant), f"{variant.options['method']}-seed{seed}"
+        rows = self._healing_rows(variant, run)
         found = run.cached(
-            name, variant.options, lambda: self._measure(variant, run, dense), JsonCodec(Unit), shown=None)
+            name, [variant.options, *([] if rows is None else [rows.identity()])],
+            lambda: self._measure(variant, run, dense), JsonCodec(Unit), shown=None)
+        count_skipped([found.perplexity, *found.texts], self.protocol.heldout)
         return found.model_copy(update={"variant": variant.name})
+
+    def _healing_rows(self, variant: Variant, run: Run) -> TokenSet | None:
+        """The rows that the variant is healed on; None where it is not."""
+        if variant.heal is None:
+            return None
+        return self.session.again(run.seed, run.stages).healing_rows(
+            self.texts.source, self.tokens(run.seed, variant), variant.method.held, variant.heal.tokens)
 
     def _measure(self, variant: Variant, run: Run, dense: Dense) -> Unit:
         tokens, seed = self.tokens(run.seed, variant), run.seed
         scores, shared = self._similarity(variant, run)
         run = dataclasses.replace(run, scores=scores)
-        rows = None if variant.heal is None else self.session.again(run.seed, run.stages).healing_rows(
-            self.texts.source, tokens, variant.method.held, variant.heal.tokens)
+        rows = self._healing_rows(variant, run)
         with metered(self._known.nbytes) as cost:
             made = run_method(self.session.model, variant.method, tokens, run, variant.heal, rows)
         outcome, healed = made.outcome, made.healed or {}

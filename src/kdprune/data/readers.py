@@ -114,7 +114,7 @@ def _read_txt(path: Path, columns: Columns) -> Iterator[Piece]:
     lines: list[str] = []
     size = 0
     with _opened(path) as file:
-        for line in file:
+        for line in iter(lambda: file.readline(PIECE_CHARACTERS), ""):  # some texts are one line
             ends = line.strip() == SEPARATOR
             if not ends:
                 lines.append(line)
@@ -133,7 +133,7 @@ def _read_jsonl(path: Path, columns: Columns) -> Iterator[Piece]:
             where = f"{path} line {number}"
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: of a number of thousands of digits, too
                 raise KDPruneError(f"got invalid JSON in {where}, expected an object") from error
             if (text := columns.text(row, where)) is not None:
                 yield text, True
@@ -152,6 +152,9 @@ def _read_json(path: Path, columns: Columns) -> Iterator[Piece]:
         return
     except RecursionError as error:
         raise KDPruneError(f"got JSON nested too deeply in {path}, expected an array of rows") from error
+    except ValueError as error:
+        raise KDPruneError(f"got JSON in {path} that cannot be read ({one_line(error)}), expected an array of rows"
+                           ) from error
     yield from read_rows(rows if isinstance(rows, list) else [rows], columns, str(path))
 
 

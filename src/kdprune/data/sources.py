@@ -80,11 +80,11 @@ def parse_weighted(values: Sequence[str]) -> str | list[tuple[str, float]]:
 
 
 def parse_named(values: Sequence[str]) -> str | dict[str, str]:
-    """``["a.txt", "chat=b.jsonl"]`` → {"a.txt": "a.txt", "chat": "b.jsonl"}; a single value stays a string.
+    """``["a.txt", "chat=b.jsonl"]`` → {"a.txt": "a.txt", "chat": "b.jsonl"}; one value without a name stays a string.
 
     A file whose own name holds ``=`` is taken as that file.
     """
-    if len(values) == 1:
+    if len(values) == 1 and (is_there(values[0]) or "=" not in values[0]):
         return values[0]
     pairs = [(value, "", value) if is_there(value) else value.partition("=") for value in values]
     return {name: source or name for name, _, source in pairs}

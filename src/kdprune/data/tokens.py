@@ -5,6 +5,7 @@ tokenizer puts a beginning-of-text token before a text by itself, every row star
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from kdprune.data.columns import Columns
-from kdprune.data.readers import Piece
+from kdprune.data.readers import PIECE_CHARACTERS, Piece
 from kdprune.data.sources import (
     as_given,
     bundled_calibration,
@@ -279,8 +280,10 @@ def _piece_batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     """Pieces with text in them, and the ends of such, in lists of about BATCH_CHARACTERS."""
     batch: list[Piece] = []
     size, inside = 0, False
-    for text, ends in pieces:
+    for text, ends in itertools.chain.from_iterable(map(_short, pieces)):
         text = text.strip("\n") if ends else text
+        if not text.isascii():  # half of a pair of surrogates, as JSON may hold it, is no text
+            text = text.encode("utf-8", "replace").decode()
         if text.strip() or (inside and ends):
             batch.append((text, ends))
             size, inside = size + len(text), not ends
@@ -289,6 +292,14 @@ def _piece_batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _short(piece: Piece) -> Iterator[Piece]:
+    """A piece in parts of a bounded length: some documents are longer than what can be tokenised at once."""
+    text, ends = piece
+    for start in range(0, max(len(text), 1), PIECE_CHARACTERS):
+        stop = start + PIECE_CHARACTERS
+        yield text[start:stop], ends and stop >= len(text)
 
 
 def _leading_token(tokenizer: Any) -> int | None:
@@ -344,7 +355,8 @@ def _token_set(ids: Tensor, mask: Tensor, source: str, bos: int | None, skipped:
 def _needed(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise KDPruneError(
-            "got text without a tokenizer, expected the model's; give tokenizer=, or token ids (N, T)"
+            "got text without a tokenizer, expected the model's: put its files beside the model, or give tokenizer= or "
+            "token ids (N, T)"
         )
     return tokenizer
 

@@ -64,6 +64,7 @@ def perplexity(
     """
     window = default_window(model) if window is None else window
     stride = default_stride(window) if stride is None else stride
+    _check(model, window, stride)
     size = batch_size or default_batch(model, window)
     count, sums = window_sums([model], tokens, window, stride, size,
                               lambda logits, targets: _batch_loss(logits[0], targets)[:, None])

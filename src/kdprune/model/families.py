@@ -14,9 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import KDPruneError, one_line
 from ..runtime.machine import quiet_libraries
-from .modeling_kdp import FAMILIES, PREFIX, Family, NoMLP, StandIn, columns_of, lacking
+from .modeling_kdp import FAMILIES, PREFIX, Family, NoMLP, PrunedModel, StandIn, columns_of, lacking
 
 GUIDE = "docs/add-a-family.md in the sources"
+NUMBERS = ("layer_idx", "layer_id")  # how modules call the number of their layer; the second is GPT-Neo's
 TABLE = "python -m kdprune.cli.families_page"  # prints what works for which family
 # By the class of the causal LM and its config's lists with an entry a layer.
 _INFERRED: dict[tuple[type, tuple[str, ...]], Family] = {}
@@ -48,6 +49,9 @@ def family_of(model: nn.Module) -> Family:
     """
     if not isinstance(model, PreTrainedModel):
         raise KDPruneError(f"got {type(model).__name__}, expected a PreTrainedModel (merge adapters, unwrap first)")
+    if model.config.model_type.startswith(PREFIX) and not isinstance(model, PrunedModel):
+        raise KDPruneError(f"got {type(model).__name__} of the code beside its checkpoint, expected kdprune's own "
+                           "class: load it again after `import kdprune`, or give its directory")
     known = model.config.model_type.removeprefix(PREFIX) in FAMILIES or model.config.is_encoder_decoder
     family = find_family(model.config) if known else _inferred(model)
     if family.causal_lm not in {base.__name__ for base in type(model).__mro__}:
@@ -178,8 +182,13 @@ def _follow_config(model: PreTrainedModel, family: Family) -> bool:
 
 
 def _form(layer: nn.Module) -> tuple[Any, ...]:
-    """Class and parameters of a layer."""
-    return (type(layer).__name__, *((name, tuple(weight.shape)) for name, weight in layer.named_parameters()))
+    """Class and parameters of a layer, and what its parts know beside their own number: DiffLlama's attention, a
+    constant of the layer's."""
+    known = ((f"{name}.{key}", value) for name, part in layer.named_modules() for key, value in sorted(
+        vars(part).items()) if isinstance(value, int | float | str) and not isinstance(value, bool)
+        and key not in (*NUMBERS, "num_hidden_layers") and not key.startswith("_"))
+    shapes = ((name, tuple(weight.shape)) for name, weight in layer.named_parameters())
+    return (type(layer).__name__, *shapes, *known)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -323,8 +332,20 @@ def holds_stand_ins(config: PreTrainedConfig) -> bool:
 
 
 def numbered_modules(layer: nn.Module) -> list[Any]:
-    """The modules of ``layer`` that hold its number, the address of its KV-cache entry, as ``layer_idx``."""
-    return [module for module in layer.modules() if "layer_idx" in module.__dict__]
+    """The modules of ``layer`` that hold its number, the address of its KV-cache entry."""
+    return [module for module in layer.modules() if any(name in module.__dict__ for name in NUMBERS)]
+
+
+def number_of(module: Any) -> int:
+    """The number that one of :func:`numbered_modules` holds."""
+    return next(module.__dict__[name] for name in NUMBERS if name in module.__dict__)
+
+
+def set_number(module: Any, number: int) -> None:
+    """Gives one of :func:`numbered_modules` another number."""
+    for name in NUMBERS:
+        if name in module.__dict__:
+            setattr(module, name, number)
 
 
 def layer_types_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[str] | None:
@@ -350,7 +371,7 @@ def install_layers(own: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
     own._modules.update((str(index), layer) for index, layer in enumerate(layers))
     for index, layer in enumerate(layers):
         for part in numbered_modules(layer):
-            part.layer_idx = index
+            set_number(part, index)
 
 
 def layer_output(layer: nn.Module, state: Tensor) -> Any:
@@ -397,7 +418,7 @@ def _stated_type(layer: nn.Module) -> Any:
 
 def _numbered_type(layer: nn.Module, types: Sequence[str]) -> str | None:
     """Of these the type at the number of ``layer``, None where it has none."""
-    numbers = {part.layer_idx for part in numbered_modules(layer)}
+    numbers = {number_of(part) for part in numbered_modules(layer)}
     number = numbers.pop() if len(numbers) == 1 else None
     return types[number] if number is not None and 0 <= number < len(types) else None
 

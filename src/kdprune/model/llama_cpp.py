@@ -36,6 +36,9 @@ _BY_NUMBER: Mapping[str, tuple[str, Callable[[int], Any]]] = {
     "gemma2": ("layer_types", lambda i: "full_attention" if i % 2 == 1 else "sliding_attention"),
     "gemma3_text": ("layer_types", lambda i: "full_attention" if i % 6 == 5 else "sliding_attention"),
     "smollm3": ("no_rope_layers", lambda i: int(i % 4 != 3)),
+    "gpt_oss": ("layer_types", lambda i: "full_attention" if i % 2 == 1 else "sliding_attention"),
+    "olmo3": ("layer_types", lambda i: "full_attention" if i % 4 == 3 else "sliding_attention"),
+    "cohere2": ("layer_types", lambda i: "full_attention" if i % 4 == 3 else "sliding_attention"),
 }
 # What the converter reads of a config that releases of transformers from 5 on write elsewhere or not at all.
 _RENAMED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
@@ -157,13 +160,18 @@ def _check_expressible(path: Path, config: Any) -> None:
 
 
 def _check_numbers(path: Path, config: Any) -> None:
-    """Refuses layers that are not of the kind that llama.cpp takes them for, by their number."""
+    """Refuses layers that are not of the kind that llama.cpp takes them for, by their number, and those of several
+    kinds where that is not known."""
     name, kind = _BY_NUMBER.get(config.model_type, ("", lambda _: None))
     found = getattr(config, name, None) if name else None
     if found is not None and list(found) != [kind(index) for index in range(len(found))]:
         raise KDPruneError(
             f"got {path}, a {config.model_type} model whose layers are out of their order ({name}), which llama.cpp "
             "takes for granted; expected one that has lost whole periods of layers: name such blocks (--blocks)")
+    if not name and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise KDPruneError(
+            f"got {path}, a {config.model_type} model with layers of several kinds, which llama.cpp may tell apart by "
+            f"their number; expected a family in which that is known: {', '.join(_BY_NUMBER)}")
 
 
 def _window(config: Any) -> int | None:

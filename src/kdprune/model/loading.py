@@ -318,6 +318,8 @@ def _check_causal(config: PreTrainedConfig, name: str, trust_remote_code: bool) 
     saved = getattr(config, "architectures", None) or []
     if config.is_encoder_decoder:
         problem = f"an encoder-decoder ({config.model_type})"
+    elif getattr(config, "num_hidden_layers", 1) == 0:
+        problem = "a model without layers"
     elif own_code:
         return
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

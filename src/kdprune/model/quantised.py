@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from kdprune.errors import KDPruneError
-from kdprune.model.families import family_of
-from kdprune.model.forms import located, quantised_by
+from kdprune.model.families import decoder_layers, family_of, find_family
+from kdprune.model.forms import located, quantised_by, text_tower
 from kdprune.model.loading import from_checkpoint, resolve_dtype
 from kdprune.runtime.machine import only_errors, resolve_device
 
@@ -97,20 +103,26 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _kept_whole(model: str | Path, bits: int, trust_remote_code: bool) -> list[str]:
     """Names of the linear maps that are not quantised, from the architecture alone."""
     try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        text = text_tower(config, model)
+        auto = AutoModelForCausalLM if text is None else AutoModelForImageTextToText
         with torch.device("meta"):
-            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except KDPruneError:
+        raise
     except Exception:  # whatever it is, loading says it better
         return []
     if (method := quantised_by(config)) is not None:
         raise KDPruneError(f"got {model} to load in fewer bits, which is quantised with {method} already; leave "
                            "load_in out, or give the model it was made from")
-    inside = f"{family_of(skeleton).layers}."
+    layers = decoder_layers(skeleton) if text is None else skeleton.get_decoder().get_submodule(
+        find_family(text).layers.partition(".")[2])
+    inside = {id(module) for module in layers.modules()}
     kept, quantised = [], 0
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             inputs = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-            if name.startswith(inside) and (bits == 8 or inputs % GROUP == 0):
+            if id(module) in inside and (bits == 8 or inputs % GROUP == 0):
                 quantised += 1
             else:
                 kept.append(name)

@@ -29,10 +29,12 @@ from .families import (
     layer_widths,
     mlp_source,
     number_layers,
+    number_of,
     numbered_modules,
     own_channels,
     restore_rotations,
     set_depth,
+    set_number,
 )
 from .modeling_kdp import (
     NARROWED_VERSION,
@@ -152,7 +154,7 @@ def layers_replaced(
     if types is not None and len(types) != len(layers):
         raise KDPruneError(f"got {len(types)} layer types for {len(layers)} layers")
     types_before = getattr(config, "layer_types", None)
-    numbers = [(part, part.layer_idx) for layer in {*before, *layers} for part in numbered_modules(layer)]
+    numbers = [(part, number_of(part)) for layer in {*before, *layers} for part in numbered_modules(layer)]
     try:
         install_layers(own, layers)
         set_depth(config, len(layers), None if types_before is None else types)
@@ -160,7 +162,7 @@ def layers_replaced(
     finally:
         install_layers(own, before)
         for part, number in numbers:
-            part.layer_idx = number
+            set_number(part, number)
         set_depth(config, len(before), types_before)
 
 

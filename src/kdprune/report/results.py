@@ -106,6 +106,14 @@ class Results(Record):
             return {"chain": steps, **{key: value for key, value in record.items() if key != "earlier"}}
         return record
 
+    @model_validator(mode="after")
+    def _within(self) -> "Results":
+        """Blocks are of layers that there are."""
+        for start, end in self.blocks:
+            if not 0 <= start < end <= self.layers.dense:
+                raise ValueError(f"block [{start}, {end}) of a model of {self.layers.dense} layers")
+        return self
+
     @classmethod
     def load(cls, path: str | Path) -> "Results":
         """Read a results.json (or the one in a run's folder); every mistake is one KDPruneError line."""

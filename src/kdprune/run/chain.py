@@ -1,11 +1,13 @@
 """How a model had been pruned before: from its config, or from the record of the run that wrote it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from kdprune.errors import KDPruneError
+from kdprune.errors import KDPruneError, one_line
 from kdprune.model.surgery import earlier_blocks
 from kdprune.report.chain_record import Step
 from kdprune.report.results import Results
@@ -21,11 +23,20 @@ def chain_of(model: PreTrainedModel) -> list[Step]:
     """
     record: dict[str, Any] = getattr(model.config, "kdp", None) or {}
     if "chain" in record:
-        return [Step(**step) for step in record["chain"]]
+        return [_step(step, model.config.name_or_path or "a model") for step in record["chain"]]
     found = _beside(model)
     if found is not None:
         return [*found.chain, step_of(found)]
     return [Step(blocks=[(start, end) for start, end in blocks]) for blocks in earlier_blocks(model.config)]
+
+
+def _step(said: Mapping[str, Any], name: str) -> Step:
+    """A step as a config says it; what a later version says besides is passed over."""
+    try:
+        return Step(**{key: value for key, value in said.items() if key in Step.model_fields})
+    except ValidationError as error:
+        raise KDPruneError(f"got config.json of {name}, whose kdp.chain is not one of earlier prunings "
+                           f"({one_line(error)}); take the entry out, or fetch the model again") from error
 
 
 def step_of(results: Results) -> Step:

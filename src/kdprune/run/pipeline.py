@@ -29,7 +29,7 @@ from kdprune.report.card import declared_licence, render_card
 from kdprune.report.page import write_analysis, write_page
 from kdprune.report.results import Results
 from kdprune.report.summary import duration
-from kdprune.run.chain import write_chain
+from kdprune.run.chain import chain_of, write_chain
 from kdprune.run.heal import Heal, make_heal
 from kdprune.run.heal import heal as heal_model
 from kdprune.run.inputs import inputs_of
@@ -48,7 +48,7 @@ from kdprune.run.option_groups import (
     spelled_out,
 )
 from kdprune.run.recipe import run_options
-from kdprune.run.record import Evaluation, analysis_results, evaluate, pruning_results
+from kdprune.run.record import Evaluation, analysis_results, count_skipped, evaluate, pruning_results
 from kdprune.run.resources import Resources, make_resources
 from kdprune.run.session import Session, plain_source
 from kdprune.runtime.distributed import World, start_world
@@ -168,14 +168,11 @@ def prune(
             rows = None if healing is None else session.healing_rows(
                 data.calibration, tokens, settings.held, healing.tokens)
             made = run_method(session.model, settings, tokens, run, healing, rows)
-            measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run)
+            measured = evaluated(session, settings, healing, session.rounded(made.pruned), heldout, run, rows)
             base = analysis_results(session.name, session.model, record, tokens, run, name.method)
             results = pruning_results(base, session.model, made.pruned, made.outcome, measured, made.healed)
             write_chain(made.pruned, results)
-            skipped = {text.source: text.skipped for text in heldout.texts}  # not what an evaluation is found again by
-            for measure in (results.perplexity, *results.texts):
-                if measure is not None:
-                    measure.skipped = skipped.get(measure.dataset, 0)
+            count_skipped([results.perplexity, *results.texts], heldout)
             probe = tokens.ids[:1, :VERIFIED_TOKENS]
             result = PruneResult(session.as_stored(made.pruned), results, session.tokenizer, probe, inputs)
             if output.output_dir is not None:
@@ -183,7 +180,7 @@ def prune(
                     if here.first:
                         result.save(output.output_dir, output.overwrite)
                     here.barrier()
-                run.cache.clean()
+            run.cache.clean()
     return result
 
 
@@ -244,6 +241,7 @@ def check_run(session: Session, method: Method, tokens: TokenSet, heal: Heal | N
         check_heal(session, method, tokens, heal)
     if session.states_model is not None:
         method.check_states_model()
+    chain_of(session.model)
     method.check(session.model, tokens)
 
 
@@ -289,10 +287,10 @@ def method_identity(method: Method) -> list[Any]:
 
 def evaluated(
     session: Session, method: Method, heal: Heal | None, pruned: PreTrainedModel, heldout: HeldOut,
-    run: Run,
+    run: Run, rows: TokenSet | None = None,
 ) -> Evaluation:
-    """Both models measured, found in the cache or made."""
-    healing = None if heal is None else dataclasses.asdict(heal)
+    """Both models measured, found in the cache or made; ``rows``: those of healing."""
+    healing = None if heal is None or rows is None else [dataclasses.asdict(heal), rows.identity()]
     tokenizer = session.tokenizer
     reader = None if tokenizer is None else [type(tokenizer).__name__, tokenizer.name_or_path]  # of samples
     return run.cached(

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdprune.data.tokens import TokenSet
 from kdprune.evaluation.fidelity import Fidelity, HeldOut, fidelities
+from kdprune.evaluation.models import longest_context
 from kdprune.evaluation.samples import compare_samples
 from kdprune.evaluation.speed import compare_speed, kv_cache_bytes_per_token
 from kdprune.methods.common.analysis import Scores
@@ -85,8 +86,9 @@ def evaluate(
         samples: list[Sample] = []
         if tokenizer is not None and not streamed and world().first:
             text = heldout.texts[0]
-            start = text.ids[0][text.mask[0]][:PROMPT_TOKENS]
-            prompts = [str(tokenizer.decode(start, skip_special_tokens=True))]
+            most = min(PROMPT_TOKENS, (longest_context(dense) or 2 * PROMPT_TOKENS) // 2)
+            prompt = str(tokenizer.decode(text.ids[0][text.mask[0]][:most], skip_special_tokens=True))
+            prompts = [prompt] if tokenizer(prompt)["input_ids"] else []  # special tokens alone are no prompt
             samples = [
                 Sample(prompt=found.prompt, dense=found.dense, pruned=found.pruned)
                 for found in compare_samples(dense, pruned, tokenizer, prompts)
@@ -109,6 +111,14 @@ def perplexity_record(found: Fidelity) -> Perplexity:
     return Perplexity(
         dense=dense.value, pruned=found.pruned.value, dataset=found.dataset, window=dense.window, stride=dense.stride,
         tokens=dense.tokens, divergence=found.divergence, agreement=found.agreement)
+
+
+def count_skipped(measures: Iterable[Perplexity | None], heldout: HeldOut) -> None:
+    """Puts how many null rows a text had into what was measured on it: no evaluation is found again by that."""
+    skipped = {text.source: text.skipped for text in heldout.texts}
+    for measure in measures:
+        if measure is not None:
+            measure.skipped = skipped.get(measure.dataset, 0)
 
 
 def measured_speed(dense: PreTrainedModel, pruned: PreTrainedModel) -> Speed | None:

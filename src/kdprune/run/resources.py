@@ -57,8 +57,6 @@ class Resources:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.work_dir == "":
-            raise KDPruneError("got an empty work_dir, expected a directory, or none")
 
     def memory(self, device: str) -> Memory:
         """The budgets in bytes. Raises KDPruneError for amounts that are none, or that the libraries alone exceed."""

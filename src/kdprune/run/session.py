@@ -23,6 +23,7 @@ from kdprune.data.tokens import (
     load_stream,
     load_tokens,
 )
+from kdprune.errors import KDPruneError
 from kdprune.evaluation.fidelity import HeldOut
 from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.evaluation.perplexity import check_window, default_window
@@ -115,7 +116,20 @@ class Session:
         return run
 
     def calibration(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
-        """Calibration tokens; the bundled text when no source is given."""
+        """Calibration tokens; the bundled text when no source is given.
+
+        Raises KDPruneError for rows longer than the model's context. That there are fewer than asked for is said.
+        """
+        longest = longest_context(self.model)
+        if length is not None and longest and length > longest:
+            raise KDPruneError(f"got length {length}, expected 2 to {longest} tokens, the model's context")
+        found = self._rows(source, samples, length)
+        if samples is not None and len(found) < samples:
+            self.stages.tell(f"{found.source} has {len(found):,} rows of {found.ids.shape[1]:,} tokens; "
+                             f"{samples:,} were asked for")
+        return found
+
+    def _rows(self, source: Any, samples: int | None, length: int | None) -> TokenSet:
         rows = (BUNDLED_SAMPLES if self.bundled else DEFAULT_SAMPLES) if samples is None else samples
         row = min(LONGEST_ROW if length is None else length, longest_context(self.model) or LONGEST_ROW)
         with self.stages.stage("calibration text"):
@@ -137,7 +151,7 @@ class Session:
         if budget <= fitted.tokens:
             return tokens
         rows = len(tokens) + -(-(budget - fitted.tokens) * len(fitted) // fitted.tokens)
-        more = self.calibration(source, rows, tokens.ids.shape[1])
+        more = self._rows(source, rows, tokens.ids.shape[1])
         return more.without(watched).followed_by(watched) if more.ids.shape[1] == tokens.ids.shape[1] else tokens
 
     def heldout(
@@ -170,8 +184,8 @@ class Session:
         texts = []
         for name, text in named.items():
             found = load_stream(text, self.tokenizer, limit=most, vocabulary=vocabulary_size(self.model))
-            found = found if limit is None else found.first(limit)  # of token ids, which stay in their rows
-            texts.append(dataclasses.replace(found, source=name or found.source))
+            rows = found if limit is None else found.first(limit)  # of token ids, which stay in their rows
+            texts.append(dataclasses.replace(rows, source=name or found.source, skipped=found.skipped))
         return HeldOut(tuple(texts), windows)
 
     def rounded(self, pruned: PreTrainedModel) -> PreTrainedModel:

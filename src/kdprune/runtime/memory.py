@@ -17,13 +17,14 @@ SCRATCH_SHARE = 0.25  # of the same: states between two layers of a streamed mod
 
 
 def parse_bytes(text: str | int) -> int:
-    """``"6GiB"`` → 6 · 2³⁰, ``"500MB"`` → 5 · 10⁸, a number → itself.
+    """``"6GiB"`` → 6 · 2³⁰, ``"500MB"`` → 5 · 10⁸, a number → itself; in any case of letters: no memory is meant in
+    bits.
 
     Raises:
         KDPruneError: it is no amount of memory.
     """
     try:
-        found = convert_file_size_to_int(int(text) if str(text).isdigit() else text)
+        found = convert_file_size_to_int(int(text) if str(text).isdigit() else str(text).upper())
     except ValueError:
         found = 0
     if found <= 0:

@@ -33,8 +33,9 @@ class Target:
 
     @property
     def parameters(self) -> int:
-        """The fewest whole parameters that are the ratio at least; what is put in counts against those removed."""
-        return math.ceil(self.ratio * self.total - 1e-6)
+        """The fewest whole parameters that are the ratio at least, and one; what is put in counts against those
+        removed."""
+        return max(1, math.ceil(self.ratio * self.total - 1e-6))
 
     def check(self, reachable: int, what: str, advice: str) -> None:
         """Raises KDPruneError where the ratio is out of reach, with the largest that is not, of the same parameters.
