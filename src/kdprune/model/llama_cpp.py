@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.model.forms import WEIGHTS, check_adapter, quantised_by
 from kdprune.model.loading import TOKENIZER_FILES, read_config
-from kdprune.model.modeling_kdp import PREFIX, key_value_heads
+from kdprune.model.modeling_kdp import FAMILIES, PREFIX, key_value_heads
 from kdprune.runtime.machine import only_errors, quiet_libraries
 from kdprune.store.files import is_there, whole_file
 
@@ -161,14 +161,14 @@ def _check_expressible(path: Path, config: Any) -> None:
 
 def _check_numbers(path: Path, config: Any) -> None:
     """Refuses layers that are not of the kind that llama.cpp takes them for, by their number, and those of several
-    kinds where that is not known."""
+    kinds in a family that nothing is known of."""
     name, kind = _BY_NUMBER.get(config.model_type, ("", lambda _: None))
     found = getattr(config, name, None) if name else None
     if found is not None and list(found) != [kind(index) for index in range(len(found))]:
         raise KDPruneError(
             f"got {path}, a {config.model_type} model whose layers are out of their order ({name}), which llama.cpp "
             "takes for granted; expected one that has lost whole periods of layers: name such blocks (--blocks)")
-    if not name and len(set(getattr(config, "layer_types", None) or ())) > 1:
+    if not name and config.model_type not in FAMILIES and len(set(getattr(config, "layer_types", None) or ())) > 1:
         raise KDPruneError(
             f"got {path}, a {config.model_type} model with layers of several kinds, which llama.cpp may tell apart by "
             f"their number; expected a family in which that is known: {', '.join(_BY_NUMBER)}")
