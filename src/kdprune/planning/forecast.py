@@ -26,9 +26,9 @@ from kdprune.train.trial import RATES, trial_rows
 ANALYSE = 1.13    # scores of all pairs beside the pass that gives the states (1.02 to 1.28 measured)
 REFINE = 1.15     # optimiser, loss and held-out rows beside three times the stand-in's forward pass
 GRADIENT = 10     # float32 operations a token, operator and entry of A in a gradient step of step 1; 6 by count
-SOLVE = 20        # float64 operations · D³ to restart one operator: equations, norms, product (12 by count)
+SOLVE = 22        # float64 operations · D³ to restart one operator: equations, norms, product (12 by count)
 RANK = 8          # float64 operations · D³ a block: effective rank and the residuals of the whole map
-THEORY = 21       # float64 operations · D³ an operator in the rest: Theorem 2's risks
+THEORY = 23       # float64 operations · D³ an operator in the rest: Theorem 2's risks
 PATH = 7          # float64 operations · D² a path token and operator in the rest
 PASSES = 5        # forward passes of a stand-in over all tokens in the rest: energy, moments, errors
 MOMENT = 4        # float64 operations a token and entry of the moments of a regression; 2 by count
