@@ -82,21 +82,23 @@ def eval_command(
     if json_file not in (None, "-"):
         for read in (checkpoint, wanted.dense):
             check_file(json_file, inputs_of(read, texts=[wanted.text], folders=_folders(suite)), "perplexity")
-    check_source(in_column(wanted.text, wanted.text_field))
+    text = in_column(wanted.text, wanted.text_field)
+    check_source(text)
     if wanted.dense is not None:
         with checkpoint_errors(wanted.dense, wanted.trust_remote_code):
             read_config(wanted.dense, wanted.trust_remote_code)
     with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
-        record = json.dumps(_measured(checkpoint, wanted, suite, resources), indent=1)
+        record = json.dumps(_measured(checkpoint, text or bundled_heldout(), wanted, suite, resources), indent=1)
     if json_file == "-":
         typer.echo(record)
     elif json_file:
         write_file(json_file, record + "\n")
 
 
-def _measured(checkpoint: str, wanted: EvalOptions, suite: SuiteOptions, resources: Resources) -> dict[str, Any]:
+def _measured(
+    checkpoint: str, text: Any, wanted: EvalOptions, suite: SuiteOptions, resources: Resources
+) -> dict[str, Any]:
     """Measures, prints and returns the figures."""
-    text = in_column(wanted.text, wanted.text_field) or bundled_heldout()
     with opened(checkpoint, wanted, resources) as (model, tokenizer):
         tokens = load_stream(text, tokenizer, limit=HELD_OUT_TOKENS, vocabulary=vocabulary_size(model))
         found = perplexity(model, tokens, wanted.window, wanted.stride)

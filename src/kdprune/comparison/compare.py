@@ -260,7 +260,7 @@ def _prepare(folder: Path) -> Path:
     check_output(folder, overwrite=True)
     runs, names = folder / RUNS, _names(folder)
     begun = (runs / MANIFEST).is_file()
-    if (not begun and _names(runs) - {LOCK}) or (not begun and names - {RUNS} and not is_comparison(folder)):
+    if not begun and (_names(runs) - {LOCK} or (names - {RUNS} and not is_comparison(folder))):
         raise KDPruneError(
             f"got output {folder}, which is not empty and holds no comparison; choose a new directory")
     return folder

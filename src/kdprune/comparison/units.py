@@ -172,11 +172,14 @@ class Bench:
         return found.model_copy(update={"variant": variant.name})
 
     def _healing_rows(self, variant: Variant, run: Run) -> TokenSet | None:
-        """The rows that the variant is healed on; None where it is not."""
+        """The rows that the variant is healed on, read once; None where it is not."""
         if variant.heal is None:
             return None
-        return self.session.again(run.seed, run.stages).healing_rows(
-            self.texts.source, self.tokens(run.seed, variant), variant.method.held, variant.heal.tokens)
+        key = (*self._rows(run.seed, variant), variant.method.held, variant.heal.tokens)
+        if key not in self._tokens:
+            self._tokens[key] = self.session.again(run.seed, run.stages).healing_rows(
+                self.texts.source, self.tokens(run.seed, variant), variant.method.held, variant.heal.tokens)
+        return self._tokens[key]
 
     def _measure(self, variant: Variant, run: Run, dense: Dense) -> Unit:
         tokens, seed = self.tokens(run.seed, variant), run.seed

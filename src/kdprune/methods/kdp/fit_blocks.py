@@ -95,10 +95,11 @@ class _Collected:
             known = self.states(last, edits[:last]).inputs
             begin = index_after(edits[:last], self.plan.blocks[last].start), known
         index, follows_from = index_after(edits, start), [self.plan.identity(), number]
-        self._inputs |= {number: boundary_states(
+        found = boundary_states(
             apply_edits(self.model, edits), self.tokens, [index], self.run, stage="corrected states", begin=begin,
-            spill=lambda _: self.run.spill_directory(start, follows_from))[index]}
-        return self._inputs[number]
+            spill=lambda _: self.run.spill_directory(start, follows_from))
+        self._inputs[number] = found[index]
+        return found[index]
 
 
 def index_after(edits: Sequence[Edit], boundary: int) -> int:
