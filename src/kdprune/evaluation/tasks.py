@@ -89,8 +89,10 @@ def run_suite(
         raise KDPruneError("got a model without a tokenizer, expected one beside it: tasks are text")
     check_suite(suite, data)
     rows, scores = suite_rows(suite), []
+    from kdprune.evaluation.shared_contexts import SharedContexts  # it imports lm-eval, which takes seconds
+
     with silenced(), evaluating(model):
-        wrapped = harness().models.huggingface.HFLM(
+        wrapped = SharedContexts(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal",
             batch_size=batch_size or (CPU_BATCH if input_device(model).type == "cpu" else BATCH),
             softmax_dtype="float32")
