@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from faults import largest_file
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import DAMAGE, Bench, Outcome, command, no_drawing, tiny_llama, tree
 from transformers import BertConfig, BertForMaskedLM, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
+from kdprune import cli
 from kdprune.cli.options_page import markdown
 from kdprune.methods import METHODS
 from kdprune.options import HEADINGS, options_of
@@ -476,6 +478,22 @@ def test_a_disk_that_is_full(bench: Bench, tmp_path: Path) -> None:
     with largest_file(20_000):
         refused("cannot write.*File too large", "prune", bench.model, "-o", tmp_path / "new" / "out", *bench.flags,
                 folder=tmp_path)
+
+
+@pytest.mark.parametrize("take", [lambda: torch.empty(2**56), lambda: bytearray(2**56),
+                                  lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))])
+def test_memory_that_there_is_not(take: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_app", lambda method: lambda **given: take())
+    outcome = command("families")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert outcome.err.startswith("kdprune: error: out of memory (")
+    assert "give it less at once" in outcome.err
+
+
+def test_an_error_of_ours_is_none_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_app", lambda method: lambda **given: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command("families")
 
 
 def test_a_process_of_its_own(tmp_path: Path) -> None:

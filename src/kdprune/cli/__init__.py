@@ -111,15 +111,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", INTERRUPTED)
-    except torch.OutOfMemoryError as error:
-        return _fail(f"out of memory on the device ({one_line(error)}); give it less at once: shorter or fewer rows, "
-                     "or a smaller model")
-    except MemoryError as error:
-        return _fail(f"out of memory ({one_line(error) or 'the host'}); give it less at once: shorter or fewer rows")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch's of a host has no class of its own
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        return _fail(f"out of memory ({one_line(error)}); give it less at once: shorter or fewer rows")
+        return _fail(f"out of memory ({one_line(error) or 'the host'}); give it less at once: shorter or fewer rows, "
+                     "or a smaller model")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
