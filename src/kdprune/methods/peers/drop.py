@@ -100,6 +100,39 @@ class DropMethod(DepthMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossDrop(DropMethod):
+    """A drop that asks for the loss of the model without what may go, on some of the calibration rows."""
+
+    sequences: int = option(
+        128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
+
+    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
+        """Raises KDPruneError as other drops do, and for rows in which no token follows another."""
+        super().check(model, tokens)
+        if self.asks_for_losses and not (next_tokens(self.rows(tokens)) != IGNORED).any():
+            raise KDPruneError(f"got calibration rows without two tokens in a row from {tokens.source}, expected text "
+                               f"to take a loss on: give longer rows (length=…)")
+
+    @property
+    def asks_for_losses(self) -> bool:
+        """Whether it does, as it is set."""
+        return self.blocks is None
+
+    def rows(self, tokens: TokenSet) -> TokenSet:
+        """The rows the loss is measured on."""
+        return tokens.select(slice(0, self.sequences))
+
+
+def least_loss(losses: Mapping[Key, float], what: str) -> Key:
+    """Without which the loss is least; raises KDPruneError where it is infinite without any ``what``."""
+    best = min(losses, key=losses.__getitem__)
+    if math.isinf(losses[best]):
+        raise KDPruneError(f"got no finite loss after removing any one {what} more, expected one: load the model in "
+                           "another dtype (--dtype float32)")
+    return best
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShortGPT(DropMethod, ComparingMethod):
     """Takes out the layers that change the state least, wherever they stand. Source: Men et al. 2024, section 3.
 
@@ -162,7 +195,7 @@ class UIDL(DropMethod, ComparingMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SLEB(DropMethod):
+class SLEB(LossDrop):
     """Takes out, again and again, the layer whose removal costs least loss. Source: Song et al. 2024, section 4.
 
         l* = argmin_{l alive, not first or last}  E[ −log p(x_t | x_<t) ]  of the model without l and without those gone
@@ -180,20 +213,6 @@ class SLEB(DropMethod):
     spreads: ClassVar[bool] = True
     ends: ClassVar[tuple[int, int]] = (1, 1)
 
-    sequences: int = option(
-        128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
-
-    def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
-        """Raises KDPruneError as the others do, and for rows in which no token follows another."""
-        super().check(model, tokens)
-        if self.blocks is None and not (next_tokens(self.rows(tokens)) != IGNORED).any():
-            raise KDPruneError(f"got calibration rows without two tokens in a row from {tokens.source}, expected text "
-                               f"to take a loss on: give longer rows (length=…)")
-
-    def rows(self, tokens: TokenSet) -> TokenSet:
-        """The rows the loss is measured on."""
-        return tokens.select(slice(0, self.sequences))
-
     def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
         """Greedy search over whole layers; arguments as in :meth:`DropMethod.choose`."""
         rows, sizes, allowed = self.rows(tokens), layer_sizes(model), list(self.allowed(model))
@@ -205,10 +224,7 @@ class SLEB(DropMethod):
             while sum(sizes[layer] for layer in gone) < target:
                 candidates = [layer for layer in allowed if layer not in gone]
                 losses = losses_without(model, rows, gone, candidates, run.batch_size, progress)
-                gone.append(min(losses, key=lambda layer: losses[layer]))
-                if math.isinf(losses[gone[-1]]):
-                    raise KDPruneError("got no finite loss after removing any one layer more, expected one: load the "
-                                       "model in another dtype (--dtype float32)")
+                gone.append(least_loss(losses, "layer"))
         return runs(gone), rows.tokens
 
 

@@ -1,6 +1,5 @@
 """Sublayer dropping: attention sublayers and MLPs are left out one by one (LLM-Drop, BlockPruner)."""
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -14,10 +13,9 @@ from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.distance import UNDEFINED
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.peers.drop import DropMethod, check_reach, losses_changed, runs
+from kdprune.methods.peers.drop import LossDrop, check_reach, least_loss, losses_changed, runs
 from kdprune.model.edits import Drop, Edit, Resize
 from kdprune.model.families import decoder_layers, family_of
-from kdprune.model.losses import IGNORED, next_tokens
 from kdprune.model.modeling_kdp import SUBLAYERS, FoldedLayer, lacking, sublayer_parts, unfold
 from kdprune.model.passes import run_layers
 from kdprune.model.surgery import check_model, sharing_copy, without_sublayer
@@ -28,7 +26,7 @@ Sublayer: TypeAlias = tuple[int, str]  # a layer, and "attention" or "mlp"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sublayers(DropMethod):
+class Sublayers(LossDrop):
     """Leaves out sublayers, attention or MLP, each with the norms that nothing else reads, until the ratio is met.
 
     ``ranking``:
@@ -53,8 +51,6 @@ class Sublayers(DropMethod):
     what: Literal["both", "attention", "mlp"] = option("both", "sublayers that may go", group="size")
     ranking: Literal["loss", "similarity"] = option(
         "loss", "what says which go: the loss without each, greedily, or how little each changes the state")
-    sequences: int = option(
-        128, "calibration rows the loss is measured on, fewer if there are not as many", least=1, group="data")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -62,16 +58,17 @@ class Sublayers(DropMethod):
         return SUBLAYERS if self.what == "both" else (self.what,)
 
     def check(self, model: PreTrainedModel, tokens: TokenSet) -> None:
-        """Raises KDPruneError as other drops do, and for rows in which no token follows another."""
+        """Raises KDPruneError as other drops by loss do, and for blocks without what may go."""
         check_model(model, substitutes=True)  # what lacks a sublayer is of the package's class
         super().check(model, tokens)
         if self.blocks is not None and not self._named(model):
             raise KDPruneError(f"got blocks whose layers have no {self.what} any more, expected some to leave out: "
                                "name other layers (blocks=…)")
-        losses = self.blocks is None and self.ranking == "loss"
-        if losses and not (next_tokens(self.rows(tokens)) != IGNORED).any():
-            raise KDPruneError(f"got calibration rows without two tokens in a row from {tokens.source}, expected text "
-                               f"to take a loss on: give longer rows (length=…)")
+
+    @property
+    def asks_for_losses(self) -> bool:
+        """By ``ranking``, where no blocks are named."""
+        return super().asks_for_losses and self.ranking == "loss"
 
     def check_ratio(self, model: PreTrainedModel) -> None:
         """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
@@ -93,10 +90,6 @@ class Sublayers(DropMethod):
     def _present(self, model: PreTrainedModel, layers: Iterable[int]) -> list[Sublayer]:
         gone = left_out(model)
         return [(layer, kind) for layer in layers for kind in self.kinds if (layer, kind) not in gone]
-
-    def rows(self, tokens: TokenSet) -> TokenSet:
-        """The rows the loss is measured on."""
-        return tokens.select(slice(0, self.sequences))
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses sublayers and returns drops of layers and of sublayers. Nothing is drawn at random."""
@@ -130,11 +123,7 @@ class Sublayers(DropMethod):
             while sizes.removed(stack.gone) < target:
                 left = [candidate for candidate in candidates if candidate not in stack.gone]
                 losses = stack.losses(rows, left, run.batch_size, progress)
-                best = min(losses, key=losses.__getitem__)
-                if math.isinf(losses[best]):
-                    raise KDPruneError("got no finite loss after removing any one sublayer more, expected one: load "
-                                       "the model in another dtype (--dtype float32)")
-                stack.leave_out(best)
+                stack.leave_out(least_loss(losses, "sublayer"))
         return list(stack.gone)
 
 
