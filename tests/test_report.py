@@ -14,7 +14,7 @@ from huggingface_hub import ModelInfo
 from rich.console import Console
 
 from kdprune.errors import KDPruneError
-from kdprune.report import card, findings, fit_plots, plots
+from kdprune.report import card, findings, fit_plots, gallery, plots
 from kdprune.report import page as page_module
 from kdprune.report.card import declared_licence, render_card
 from kdprune.report.page import layer_strip, render_page, write_analysis
@@ -294,6 +294,15 @@ def test_what_held_out_rows_said_of_training_is_told(run: Results) -> None:
     assert "held-out rows" not in fit_plots.training(run.fit[0], 2)
     assert ("dense model" in plots.healing(run), "dense model" in plots.healing(
         run.model_copy(update={"heal": heal.model_copy(update={"loss": "kl"})}))) == (True, False)
+
+
+def test_a_step_that_was_solved_at_once_has_no_picture_and_one_alone_is_wide(run: Results) -> None:
+    fit = run.fit[0]
+    assert (gallery.solved_steps(fit), [picture.width for picture in gallery.training_pictures(fit)]) == ([], [2, 2, 2])
+    solved = fit.model_copy(update={"step1": None, "step2": Curve(loss=[0.4], cosine=[0.97])})
+    assert gallery.solved_steps(solved) == [("Step 2: inverse network", "Solved at once: loss 0.4, cosine 0.97.")]
+    assert [(one.title, one.width) for one in gallery.training_pictures(solved)] == [("Step 3: both together", 6)]
+    assert "Solved at once: loss 0.4" in Page(render_page(run.model_copy(update={"fit": [solved]}))).text
 
 
 def test_strip_covers_every_layer_once() -> None:

@@ -66,13 +66,14 @@ def _leftovers(fit: Fit) -> tuple[tuple[str, float | None, str], ...]:
     )
 
 
-def training(fit: Fit, step: int) -> str:
-    """Loss of step 1, 2 or 3 and the cosine with the target, over epochs."""
+def training(fit: Fit, step: int, wide: bool = False) -> str:
+    """Loss of step 1, 2 or 3 and the cosine with the target, over epochs, one under the other or, wide, beside it."""
     curve: KernelTraining | Curve | None = (fit.step1, fit.step2, fit.step3)[step - 1]
     assert curve is not None
-    canvas = Canvas(f"Step {step}, layers {layer_range(fit.block)}", 3.6, 3.3)
+    canvas = Canvas(f"Step {step}, layers {layer_range(fit.block)}", *((10.7, 3.1) if wide else (3.6, 3.3)))
     with canvas as figure:
-        loss, cosine = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        loss, cosine = (figure.subplots(1, 2) if wide else
+                        figure.subplots(2, 1, sharex=True, height_ratios=(3, 2)))
         watched = curve.watched if isinstance(curve, Curve) else []
         _over_epochs(loss, curve.loss, BLUE, "loss", "fitted rows" if watched else None)
         spread(loss, [*curve.loss, *watched], 10)
@@ -88,8 +89,9 @@ def training(fit: Fit, step: int) -> str:
             cosine.axhline(fit.step2.cosine[-1], color=MUTED, linestyle="--", linewidth=1.1, label="after step 2")
             cosine.margins(y=0.15)  # else it lies on the axis
             cosine.legend(loc="lower right")
-        legend_below(figure, loss, 2)
-        cosine.set_xlabel("epoch")
+        legend_below(figure, loss, 3 if wide else 2)
+        for axes in (loss, cosine) if wide else (cosine,):
+            axes.set_xlabel("epoch")
     return canvas.svg
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from kdprune.report import findings, fit_plots, plots
-from kdprune.report.records import Fit
+from kdprune.report.records import Curve, Fit, KernelTraining
 from kdprune.report.results import Results
 
 
@@ -168,18 +168,26 @@ _STEPS = (
 )
 
 
+def solved_steps(fit: Fit) -> list[tuple[str, str]]:
+    """Name and result of the steps that were solved at once: they have no curve."""
+    return [(title, findings.training(curve)) for _, curve, (title, _, _) in _steps(fit) if len(curve.loss) == 1]
+
+
 def training_pictures(fit: Fit) -> list[Picture]:
-    """Loss and cosine of the steps that were taken."""
-    pictures = []
-    for step, (curve, (title, reading, formula)) in enumerate(
-        zip((fit.step1, fit.step2, fit.step3), _STEPS, strict=True), start=1
-    ):
-        if curve is not None and len(curve.loss) == 1:  # a closed form has no curve
-            pictures.append(Picture(title, Markup(""), findings.training(curve), reading, Markup(formula), 2))
-        elif curve is not None and curve.loss:
-            svg = Markup(fit_plots.training(fit, step))
-            pictures.append(Picture(title, svg, findings.training(curve), reading, Markup(formula), 2))
-    return pictures
+    """Loss and cosine of the steps that were trained."""
+    trained = [step for step in _steps(fit) if len(step[1].loss) > 1]
+    alone = len(trained) == 1
+    return [
+        Picture(title, Markup(fit_plots.training(fit, step, wide=alone)), findings.training(curve), reading,
+                Markup(formula), 6 if alone else 2)
+        for step, curve, (title, reading, formula) in trained
+    ]
+
+
+def _steps(fit: Fit) -> list[tuple[int, KernelTraining | Curve, tuple[str, str, str]]]:
+    """Number, record and texts of the steps that were taken."""
+    curves = enumerate((fit.step1, fit.step2, fit.step3), start=1)
+    return [(step, curve, _STEPS[step - 1]) for step, curve in curves if curve is not None]
 
 
 def theory_pictures(fit: Fit) -> list[Picture]:

@@ -63,6 +63,7 @@ def render_page(results: Results) -> str:
         {
             "fit": fit,
             "stand_in": stand_in(fit),
+            "solved": gallery.solved_steps(fit),
             "training": gallery.training_pictures(fit),
             "theory": gallery.theory_pictures(fit),
         }
