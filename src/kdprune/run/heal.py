@@ -1,4 +1,4 @@
-"""Healing: training a pruned model on the calibration text (the variants marked † in tables)."""
+"""Healing: training a pruned model on the calibration text."""
 
 import copy
 import dataclasses

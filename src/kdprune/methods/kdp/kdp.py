@@ -140,7 +140,7 @@ class KDP(RankedMethod):
         None, "peak learning rate of step 3 (chosen for every block by trials on held-out rows) and of step 2 (half "
         "the batch / the width)", above=0, rare=True)
     batch: int | None = option(
-        None, "rows (sequences) a step in steps 2 and 3 (4; thorough and fourier: 8)", least=1, rare=True)
+        None, "rows (sequences) a step in steps 2 and 3 (4; thorough, fourier and paper: 8)", least=1, rare=True)
     without: tuple[Literal["alpha", "anisotropy", "cosine_term", "ols_start", "operators", "position_weights"], ...] = (
         option((), "parts of the method left out, to see what they bring: alpha (1 instead), anisotropy (one width for "
                "all dimensions), cosine_term and position_weights of step 1's loss, ols_start (operators start at I), "
