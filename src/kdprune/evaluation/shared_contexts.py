@@ -2,11 +2,12 @@
 
 Of an answer a_1 … a_n to a context c,
 
-    log p(a | c) = log p(a_1 | c) + Σ_{t=2…n} log p(a_t | c, a_1 … a_{t−1})
+    log p(a | c) = Σ_{t=1…n} log p(a_t | c, a_1 … a_{t−1})
 
 a pass over c gives the first term of all of its answers, and a pass over a_1 … a_{n−1} that goes on from the keys and
 values of c gives the rest; lm-eval's own pass reads c again for every answer, and has the head score all of it.
-Contexts of one length go together, so that none has padding; that of an answer stands behind it, where none sees it.
+Contexts of about one length go together: read are as many tokens of each as the shortest has, so that none has padding,
+and what a longer one has beyond them is read with each of its answers.
 """
 
 import copy
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from kdprune.model.losses import last_logits
 from kdprune.model.placement import input_device
 
+STEP = {"cpu": 1, "accelerator": 16}  # lengths of contexts that go together: fewer tokens, or fewer passes
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # the text, or None, tokens of context and of answer
 T = TypeVar("T")
 Tokens = tuple[int, ...]
@@ -30,8 +32,11 @@ Score = tuple[float, bool]  # summed log-probability in nats, and whether each t
 
 
 class SharedContexts(HFLM):
-    """HFLM, faster where a question has several answers; it reads what it has to itself where keys and values cannot
-    be gone on from (states of a recurrence, a cache of the model's own) and requests longer than the model's context.
+    """HFLM, faster where a question has several answers or the vocabulary is large.
+
+    It reads as HFLM does where keys and values cannot be gone on from (states of a recurrence, a cache of the model's
+    own), requests that are longer than the model's context or than the rotations of its first positions reach, those
+    that HFLM refuses, and contexts of which it would not read less.
     """
 
     @torch.no_grad()
@@ -41,17 +46,27 @@ class SharedContexts(HFLM):
         pairs = [(tuple(context), tuple(answer)) for _, context, answer in requests]
         answers: dict[Tokens, list[Tokens]] = {}  # of each context; what is asked twice is read once, and ties
         for context, answer in dict.fromkeys(pairs):
-            if len(context) + len(answer) <= self.max_length:
+            if context and answer and len(context) + len(answer) <= self._longest:
                 answers.setdefault(context, []).append(answer)
         found: dict[tuple[Tokens, Tokens], Score] = {}
         if answers and self._goes_on():
             contexts = sorted(answers, key=lambda context: (-len(context), context))
-            for _, equal in groupby(contexts, key=len):
-                for chunk in _batches(list(equal), self.batch_size):
+            for _, alike in groupby(contexts, key=lambda context: len(context) // self._step):
+                for chunk in _batches(list(alike), self.batch_size):
                     found |= self._scored({context: answers[context] for context in chunk})
         rest = [request for request, pair in zip(requests, pairs, strict=True) if pair not in found]
         theirs = iter(super()._loglikelihood_tokens(rest, disable_tqdm, override_bs))
         return [found[pair] if pair in found else next(theirs) for pair in pairs]
+
+    @property
+    def _longest(self) -> int:
+        """Tokens up to which keys do not depend on how many follow: "longrope" has two sets of factors."""
+        return min(self.max_length, getattr(self.model.config, "original_max_position_embeddings", self.max_length))
+
+    @property
+    def _step(self) -> int:
+        """Lengths of contexts that go together."""
+        return STEP["cpu" if input_device(self.model).type == "cpu" else "accelerator"]
 
     def _goes_on(self) -> bool:
         """Whether a pass leaves keys and values alone behind, of which rows can be taken."""
@@ -61,30 +76,43 @@ class SharedContexts(HFLM):
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
 
     def _scored(self, answers: Mapping[Tokens, Sequence[Tokens]]) -> dict[tuple[Tokens, Tokens], Score]:
-        """Scores of the answers to contexts of one length."""
-        read = self._read(torch.tensor(list(answers)), **last_logits(self.model, 1))
-        first = read.logits[:, -1].float().log_softmax(-1)
-        pairs = [(row, context, answer) for row, context in enumerate(answers) for answer in answers[context]]
-        found = {(context, answer): _score(first[row, None], answer[:1]) for row, context, answer in pairs}
-        longer = sorted((pair for pair in pairs if len(pair[2]) > 1), key=lambda pair: -len(pair[2]))
-        for batch in _batches(longer, self.batch_size):
-            past = copy.deepcopy(read.past_key_values)  # a pass writes into it
+        """Scores of the answers to contexts of about one length; none where this would not read less."""
+        shared = min(map(len, answers))
+        asked = sorted(((row, context, answer) for row, context in enumerate(answers) for answer in answers[context]),
+                       key=lambda one: -_read(one))
+        batches = list(_batches([one for one in asked if _read(one) > shared], self.batch_size))
+        behind = sum(len(batch) * (_read(batch[0]) - shared) for batch in batches)  # with padding
+        # Positions of the layers and of the head, which both weigh alike here.
+        if len(answers) * (shared + 1) + 2 * behind >= 2 * sum(map(_read, asked)):
+            return {}
+        read = self._pass(torch.tensor([context[:shared] for context in answers]), **last_logits(self.model, 1))
+        last = read.logits[:, -1:]
+        found = {(context, answer): _score(last[row], answer)
+                 for row, context, answer in asked if _read((row, context, answer)) == shared}
+        for batch in batches:
+            past = copy.copy(read.past_key_values)  # a pass puts new tensors into its layers, and writes into none
+            past.layers = [copy.copy(layer) for layer in past.layers]
             past.reorder_cache(torch.tensor([row for row, _, _ in batch]))
-            ids = pad_sequence([torch.tensor(answer[:-1]) for _, _, answer in batch], batch_first=True)
-            logits = self._read(ids, past_key_values=past).logits
-            for (_, context, answer), places in zip(batch, logits, strict=True):
-                start = found[context, answer]
-                rest = _score(places[: len(answer) - 1].float().log_softmax(-1), answer[1:])
-                found[context, answer] = start[0] + rest[0], start[1] and rest[1]
+            tails = [torch.tensor((context + answer)[shared:-1]) for _, context, answer in batch]
+            logits = self._pass(pad_sequence(tails, batch_first=True), past_key_values=past).logits
+            for (row, context, answer), places in zip(batch, logits, strict=True):
+                first = len(context) - shared  # the place in front of the answer, among the last of c and these
+                places = torch.cat([last[row], places[: first + len(answer)]])
+                found[context, answer] = _score(places[first : first + len(answer)], answer)
         return found
 
-    def _read(self, ids: Tensor, **options: Any) -> Any:
+    def _pass(self, ids: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids.to(input_device(self.model)), use_cache=True, **options)
 
 
-def _score(likely: Tensor, answer: Tokens) -> Score:
-    """Of log-probabilities (n, V) of what comes at each of n places, and of the tokens that are there."""
-    tokens = torch.tensor(answer, device=likely.device)
+def _read(asked: tuple[int, Tokens, Tokens]) -> int:
+    """Tokens that are read of a context and an answer: all but the last."""
+    return len(asked[1]) + len(asked[2]) - 1
+
+
+def _score(logits: Tensor, answer: Tokens) -> Score:
+    """Of logits (n, V) at the n places in front of the answer's tokens."""
+    likely, tokens = logits.float().log_softmax(-1), torch.tensor(answer, device=logits.device)
     return float(likely.gather(1, tokens[:, None]).sum()), bool((likely.argmax(-1) == tokens).all())
 
 
