@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
+from kdprune.data.sources import check_source
 from kdprune.data.tokens import (
     TokenSet,
     bundled_calibration,
@@ -206,6 +207,13 @@ def test_batches_cover_every_row_once() -> None:
     assert torch.equal(torch.cat([part.ids for part in parts]), tokens.ids)
     with pytest.raises(KDPruneError, match="batch size 0"):
         next(tokens.batches(0))
+
+
+def test_an_empty_name_in_a_mixture_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("What lies here was not named.")
+    with pytest.raises(KDPruneError, match="got '', which does not exist"):
+        check_source([("", 0.7), ("text.txt", 0.3)])
 
 
 def test_bundled_text_is_there() -> None:

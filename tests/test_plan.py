@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import EARLIER, build
+from pruned import prune
 from safetensors import safe_open
 from tiny_checkpoint import QUICK, Bench, command
 from transformers import AutoConfig
@@ -120,6 +121,14 @@ def test_without_blocks_the_least_removal_at_or_above_the_ratio(tmp_path: Path) 
     assert total - found.pruned.parameters == least
     spare = planned("llama3", tmp_path, ratio=0.2, protect=0.0, max_block=3)
     assert 0.2 <= spare.net_ratio <= 0.2 + 40 * 3 / total * len(spare.blocks)  # one channel has about 3 d
+
+
+def test_what_layers_of_fewer_heads_cache_is_counted_layer_by_layer(tmp_path: Path) -> None:
+    narrow = prune(build("llama3"), "heads")
+    save_model(narrow, tmp_path / "narrow", None)
+    found = plan(tmp_path / "narrow", blocks=((2, 4),), channels=6, samples=4, length=8)
+    assert found.dense.kv_bytes == kv_cache_bytes_per_token(narrow)
+    assert found.dense.kv_bytes < kv_cache_bytes_per_token(build("llama3"))
 
 
 def test_a_real_run_ended_where_the_plan_says(bench: Bench, alone: Path) -> None:

@@ -122,6 +122,7 @@ def test_derived_figures(run: Results) -> None:
     [
         (None, "does not exist"),
         ("{", "not valid JSON"),
+        ("[" * 200_000, "not valid JSON"),
         ("[]", "holds a list"),
         ('{"schema_version": 2}', "schema version 2"),
         ('{"schema_version": 1}', "created: Field required"),

@@ -9,10 +9,10 @@ from pruned import prune
 from test_generation import tiny_mamba
 from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
+from kdprune.evaluation.shared_contexts import STEP, Request, SharedContexts
 from kdprune.evaluation.task_loading import silenced
 
 harness = pytest.importorskip("lm_eval.models.huggingface")
-from kdprune.evaluation.shared_contexts import STEP, Request, SharedContexts  # noqa: E402 - it needs lm-eval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LONGEST = 24  # tokens that the models are said to have room for
@@ -41,7 +41,8 @@ def asked() -> list[Request]:
 def both(model: PreTrainedModel, tokenizer: Any, requests: list[Request]) -> tuple[Any, Any, list[int], list[int]]:
     """Ours, lm-eval's, the requests that ours left to lm-eval, by length, and the tokens that ours had read a pass."""
     with silenced():
-        wrapped = SharedContexts(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=LONGEST)
+        wrapped = type("SharedHFLM", (SharedContexts, harness.HFLM), {})(
+            pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=LONGEST)
     theirs_of, left, read = harness.HFLM._loglikelihood_tokens, [], []
 
     def told(self: Any, requests: list[Request], *rest: Any) -> Any:

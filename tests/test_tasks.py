@@ -4,6 +4,7 @@ Where KDPRUNE_BENCH, or else ``shared/data/bench`` beside the repository, holds 
 are used too.
 """
 
+import copy
 import json
 import math
 import os
@@ -330,6 +331,7 @@ def test_names_and_data_are_refused_before_any_work(tmp_path: Path) -> None:
     for suite, data, message in (
         ("smal", [], "unknown suite or task 'smal'; did you mean 'small'"),
         ("", [], "got no task"),
+        ("mmlu_stem*", [], "got task 'mmlu_stem\\*', expected the beginning of one of lm-eval's names"),
         ("sciq", [tmp_path / "none"], "which is no directory"),
         ("sciq", [tmp_path / "else"], "without a file of these tasks, expected for example sciq.jsonl"),
         ("sciq,piqa", [tmp_path], "cannot load task 'piqa' from the hub .*directory that holds piqa.jsonl"),
@@ -337,6 +339,18 @@ def test_names_and_data_are_refused_before_any_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(KDPruneError, match=message):
             check_suite(suite, data)
+
+
+def test_a_task_has_the_metric_that_lm_eval_names_first() -> None:
+    assert [suite_rows(name)[0].metrics for name in ("mmlu_pro", "mmlu_virology", "arc_challenge")] == [(), (), ()]
+
+
+def test_a_loss_beyond_all_perplexities_is_told(bundled: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:
+    write(tmp_path, "lambada_openai", [{"text": "The cat sat on the mat"}, {"text": "A dog ran to the house"}])
+    broken = copy.deepcopy(bundled)
+    broken.model.norm.weight.data *= 300
+    with pytest.raises(KDPruneError, match="got task 'lambada_openai', whose loss is too large for a perplexity"):
+        run_suite(broken, tokenizer, "lambada_openai", data=[tmp_path])
 
 
 def test_counts_and_models_that_cannot_be(bundled: PreTrainedModel, tokenizer: Any, tmp_path: Path) -> None:

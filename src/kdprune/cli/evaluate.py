@@ -19,7 +19,7 @@ from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
 from kdprune.errors import KDPruneError, shortened
 from kdprune.evaluation.models import vocabulary_size
-from kdprune.evaluation.perplexity import default_window, perplexity
+from kdprune.evaluation.perplexity import default_stride, default_window, perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
 from kdprune.model.loading import checkpoint_errors, load_tokenizer, read_config
@@ -110,13 +110,15 @@ def _measured(
                                                  "skipped": tokens.skipped},
             "speed": _speed(model), "parameters": model.num_parameters()}
         scores = None if suite.suite is None else _scores(model, tokenizer, suite, wanted)
+        window = default_window(model)
+    del model, tokenizer  # before another is opened
     if scores is None:
         return record
     dense = None
     if wanted.dense is not None:
         with opened(wanted.dense, wanted, resources) as (other, reader):
             dense = _scores(other, reader, suite, wanted)
-    return record | _tasks(scores, dense, model, suite.limit)
+    return record | _tasks(scores, dense, window, suite.limit)
 
 
 @contextlib.contextmanager
@@ -171,15 +173,14 @@ def _check(wanted: EvalOptions, suite: SuiteOptions) -> None:
 
 
 def _tasks(
-    scores: Sequence[TaskScore], dense: Sequence[TaskScore] | None, model: PreTrainedModel, limit: int | None
+    scores: Sequence[TaskScore], dense: Sequence[TaskScore] | None, window: int, limit: int | None
 ) -> dict[str, Any]:
     """Prints the table and what is kept of the dense model's scores; returns both for the JSON record."""
     console = Console()
     console.print(_table(scores, dense))
-    window = default_window(model)
     console.print(Text(
         f"items: {'all' if limit is None else f'the first {limit} of each task'}; ± one standard error; "
-        f"perplexity of texts: window {window}, stride {max(1, window // 2)}", style="dim"))
+        f"perplexity of texts: window {window}, stride {default_stride(window)}", style="dim"))
     record: dict[str, Any] = {"limit": limit, "tasks": [dataclasses.asdict(score) for score in scores]}
     if dense is not None:
         record["dense_tasks"] = [dataclasses.asdict(score) for score in dense]

@@ -155,9 +155,8 @@ def read_pieces(source: Any, seed: int, columns: Columns | None = None) -> Itera
     if isinstance(source, InColumn):
         source, columns.field = source.source, source.field
     if isinstance(source, str | Path):
-        path = Path(source)
-        if is_there(path):
-            return read_path(path, columns)
+        if is_there(source):
+            return read_path(Path(source), columns)
         if isinstance(source, str) and HUB_NAME.fullmatch(source) and not named_as_text(source):
             return _read_hub(source, seed, columns)
         raise KDPruneError(

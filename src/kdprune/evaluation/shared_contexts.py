@@ -16,7 +16,6 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -31,13 +30,18 @@ Tokens = tuple[int, ...]
 Score = tuple[float, bool]  # summed log-probability in nats, and whether each token is the likeliest
 
 
-class SharedContexts(HFLM):
-    """HFLM, faster where a question has several answers or the vocabulary is large.
+class SharedContexts:
+    """In front of lm-eval's ``HFLM``, which takes seconds to import: faster where a question has several answers or the
+    vocabulary is large.
 
     It reads as HFLM does where keys and values cannot be gone on from (states of a recurrence, a cache of the model's
     own), requests that are longer than the model's context or than the rotations of its first positions reach, those
     that HFLM refuses, and contexts of which it would not read less.
     """
+
+    model: Any
+    max_length: int
+    batch_size: int
 
     @torch.no_grad()
     def _loglikelihood_tokens(
@@ -55,7 +59,7 @@ class SharedContexts(HFLM):
                 for chunk in _batches(list(alike), self.batch_size):
                     found |= self._scored({context: answers[context] for context in chunk})
         rest = [request for request, pair in zip(requests, pairs, strict=True) if pair not in found]
-        theirs = iter(super()._loglikelihood_tokens(rest, disable_tqdm, override_bs))
+        theirs = iter(super()._loglikelihood_tokens(rest, disable_tqdm, override_bs))  # type: ignore[misc]
         return [found[pair] if pair in found else next(theirs) for pair in pairs]
 
     @property

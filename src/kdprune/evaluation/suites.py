@@ -190,7 +190,7 @@ def _rows(name: str) -> tuple[Row | Text, ...]:
     for rows in SUITES.values():
         if known := tuple(row for row in rows if isinstance(row, Row) and row.task == name):
             return known
-    return (Row(name, (name,), metrics=("acc",) if stock_file(name) else ()),)
+    return (Row(name, (name,), metrics=()),)
 
 
 def stock_file(task: str) -> str | None:

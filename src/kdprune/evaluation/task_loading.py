@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import io
-import logging
 import os
 import re
 import tempfile
@@ -35,25 +34,20 @@ def silenced() -> Iterator[None]:
 
     Its bootstrap runs in this process: its pool of processes would fork a program that has threads.
     """
-    loggers = [(logger, logger.level) for logger in map(logging.getLogger, LOGGERS)]
     start, pool = tqdm.__init__, os.environ.get("DISABLE_MULTIPROC")
 
     def without_bar(bar: Any, *arguments: Any, **options: Any) -> None:
         start(bar, *arguments, **{**options, "disable": True})
 
-    for logger, _ in loggers:
-        logger.setLevel(logging.CRITICAL)
     tqdm.__init__ = without_bar
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with warnings.catch_warnings(), quiet_libraries(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), quiet_libraries(also=LOGGERS), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         tqdm.__init__ = start
         os.environ.pop("DISABLE_MULTIPROC") if pool is None else os.environ.update(DISABLE_MULTIPROC=pool)
-        for logger, level in loggers:
-            logger.setLevel(level)
 
 
 @functools.cache
@@ -72,11 +66,13 @@ def harness() -> Any:
 
 
 def task_names(row: Row) -> list[str]:
-    """The tasks of a row, those that a * stands for included."""
+    """The tasks of a row, those that a * stands for included; KDPruneError where it stands for none."""
     found = []
     for name in row.tasks:
         pattern = stock_file(name) if name.endswith("*") else None
         matches = sorted(_stock_root().glob(pattern)) if pattern else []
+        if pattern and not matches:
+            raise KDPruneError(f"got task {name!r}, expected the beginning of one of lm-eval's names before the *")
         found += [path.stem for path in matches] if pattern else [name]
     return found
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating, vocabulary_size
 from kdprune.evaluation.perplexity import perplexity
+from kdprune.evaluation.shared_contexts import SharedContexts
 from kdprune.evaluation.suites import SUITES, Row, Text, local_files, suite_rows
 from kdprune.evaluation.task_loading import harness, load_task, load_text, silenced, task_names, text_source
 from kdprune.model.placement import input_device
@@ -89,10 +90,8 @@ def run_suite(
         raise KDPruneError("got a model without a tokenizer, expected one beside it: tasks are text")
     check_suite(suite, data)
     rows, scores = suite_rows(suite), []
-    from kdprune.evaluation.shared_contexts import SharedContexts  # it imports lm-eval, which takes seconds
-
     with silenced(), evaluating(model):
-        wrapped = SharedContexts(
+        wrapped = type("SharedHFLM", (SharedContexts, harness().models.huggingface.HFLM), {})(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal",
             batch_size=batch_size or (CPU_BATCH if input_device(model).type == "cpu" else BATCH),
             softmax_dtype="float32")
@@ -140,8 +139,12 @@ def _row_scores(row: Row, wrapped: Any, tasks: Mapping[str, Any], limit: int | N
                 log_samples=True)
     except AssertionError as error:  # lm-eval's way to say that an answer or a prompt does not fit
         raise KDPruneError(
-            f"got task {row.task!r}, which does not fit the model's {wrapped.max_length} tokens; leave it out"
-        ) from error
+            f"got task {row.task!r} with an answer that has no token of its own or does not fit the model's "
+            f"{wrapped.max_length}; leave it out") from error
+    except OverflowError as error:  # of lm-eval's perplexity of words, exp of their mean loss
+        raise KDPruneError(
+            f"got task {row.task!r}, whose loss is too large for a perplexity; the model is broken, or load it in "
+            "another dtype (--dtype float32)") from error
     return [_score(row, metric, tasks, found) for metric in row.metrics or (_first_metric(found, tasks),)]
 
 

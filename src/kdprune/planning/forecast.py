@@ -7,7 +7,7 @@ docs/real-models.md compares with what it gives.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kdprune.errors import KDPruneError
@@ -107,7 +107,7 @@ def device_of_name(name: str, tflops: float | None, utilisation: float | None) -
         raise KDPruneError(f"got device {name!r}, expected one of {', '.join(DEVICES)}, or --tflops")
     if utilisation is None:
         return found
-    return Device(**{**found.__dict__, "utilisation": utilisation})
+    return replace(found, utilisation=utilisation)
 
 
 @dataclass(frozen=True)

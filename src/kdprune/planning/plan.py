@@ -17,9 +17,8 @@ from kdprune.evaluation.models import longest_context
 from kdprune.evaluation.speed import kv_cache_bytes_per_token
 from kdprune.methods import make_method
 from kdprune.methods.kdp.kdp import KDP
-from kdprune.model.families import decoder_layers, inactive_parameters, outside_embeddings
+from kdprune.model.families import inactive_parameters, outside_embeddings
 from kdprune.model.forms import quantised_by
-from kdprune.model.surgery import layers_replaced
 from kdprune.planning.forecast import Device, Job, device_of_name
 from kdprune.planning.meta import added_parameters, job_of, layout, meta_model, prune_meta
 from kdprune.runtime.memory import parse_bytes
@@ -167,8 +166,7 @@ def plan(
     needs = _needs(job, place, accelerator, None if host_memory is None else parse_bytes(host_memory))
     forward = job.forward().seconds(place, job.itemsize)
     seconds = {name: work.seconds(place, job.itemsize) for name, work in job.stages().items()}
-    cache = _cache_bytes(dense)
-    dense_side, pruned_side = (_side(found, row, cache) for found in (dense, pruned))
+    dense_side, pruned_side = (_side(found, row) for found in (dense, pruned))
     return PruningPlan(
         model="kdprune bundled reference model" if model is None else str(model),
         model_type=dense.config.model_type, dtype=str(dense.dtype).removeprefix("torch."), ratio=ratio,
@@ -205,19 +203,12 @@ def _calibration(model: PreTrainedModel, samples: int | None, length: int | None
     return TokenSet(ids, mask, "none")  # type: ignore[arg-type]
 
 
-def _cache_bytes(dense: PreTrainedModel) -> int:
-    """Bytes that one layer caches a token: all of the dense model have the same heads."""
-    with layers_replaced(dense, list(decoder_layers(dense))[:1]):
-        return kv_cache_bytes_per_token(dense)
-
-
-def _side(model: PreTrainedModel, length: int, cache: int) -> Side:
-    """``cache``: bytes that a layer of the dense model caches a token."""
+def _side(model: PreTrainedModel, length: int) -> Side:
     buffers = [buffer for module in model.modules() for name, buffer in module.named_buffers(recurse=False)
                if name not in module._non_persistent_buffers_set]
     return Side(
         layers=model.config.num_hidden_layers, parameters=model.num_parameters(),
         parameters_layers=outside_embeddings(model), active=model.num_parameters() - inactive_parameters(model),
         disk_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *buffers]),
-        kv_bytes=cache * model.config.num_hidden_layers, prefill_flops=forward_flops(model, 1, length) / length,
+        kv_bytes=kv_cache_bytes_per_token(model), prefill_flops=forward_flops(model, 1, length) / length,
         decode_flops=forward_flops(model, 1, 1, length))

@@ -1,12 +1,11 @@
 """``results.json`` of a comparison: every unit as measured, and the rows of the table made from them."""
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from kdprune.errors import KDPruneError
 from kdprune.report.heal_record import Heal
@@ -21,7 +20,7 @@ from kdprune.report.records import (
     Speed,
     divide,
 )
-from kdprune.report.results import encode, first_problem, write_file
+from kdprune.report.results import encode, parsed, read_record, write_file
 from kdprune.report.retention import retention, row_name
 from kdprune.report.size_records import KVCache, Layers, Parameters
 from kdprune.report.task_records import TaskScore
@@ -253,16 +252,7 @@ class Comparison(Record):
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
         """Read a results.json (or the one in a folder); every mistake is one KDPruneError line."""
-        file = Path(path)
-        file = file / "results.json" if file.is_dir() else file
-        try:
-            return cls.model_validate(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise KDPruneError(f"cannot read {file}: {error.strerror}") from error
-        except ValidationError as error:
-            raise KDPruneError(f"{file} does not follow the schema: {first_problem(error)}") from error
-        except ValueError as error:
-            raise KDPruneError(f"{file} is not valid JSON ({error}): run `kdprune compare` again") from error
+        return parsed(cls, *read_record(path, "compare"), COMPARISON_VERSION)
 
     def save(self, path: str | Path) -> Path:
         """Write results.json atomically."""
@@ -271,11 +261,9 @@ class Comparison(Record):
 
 def is_comparison(path: str | Path) -> bool:
     """Whether a results.json (or the one in a folder) is a comparison's, not a single run's."""
-    file = Path(path)
-    file = file / "results.json" if file.is_dir() else file
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record, _ = read_record(path, "compare")
+    except KDPruneError:
         return False
     return isinstance(record, dict) and record.get("kind") in KINDS
 

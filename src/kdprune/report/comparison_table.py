@@ -138,8 +138,9 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
     if (limit := comparison.recipe.get("limit")) is not None:
         # Some suites divide the limit among BLiMP's paradigms: what was scored says which did.
         each = sum(score.items for score in dense.tasks if score.task == "blimp") // 67
-        number = f"the first {each} " if 0 < each < limit else ""
-        found.append(f"Tasks: the first {limit} items of each, of BLiMP {number}of each of its 67 paradigms.")
+        number = f"the first {each} " if each < limit else ""
+        found.append(f"Tasks: the first {limit} items of each" + (
+            f", of BLiMP {number}of each of its 67 paradigms." if each else "."))
     if comparison.signal or comparison.left_out:
         found.append(
             "Retained: sum of scores over the dense model's. Above chance: mean of (score − chance) / (dense − chance) "

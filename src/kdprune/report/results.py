@@ -5,7 +5,7 @@ The parts are defined in `records`; ``docs/results-schema.md`` lists every field
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+R = TypeVar("R", bound=Record)
 
 
 class Results(Record):
@@ -117,33 +118,12 @@ class Results(Record):
     @classmethod
     def load(cls, path: str | Path) -> "Results":
         """Read a results.json (or the one in a run's folder); every mistake is one KDPruneError line."""
-        file = Path(path)
-        file = file / "results.json" if file.is_dir() else file
-        if not file.is_file():
-            raise KDPruneError(f"{file} does not exist: give the results.json that `kdprune prune` wrote")
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise KDPruneError(f"cannot read {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise KDPruneError(f"{file} is not valid JSON ({error}): run `kdprune prune` again") from error
-        return cls.parse(record, str(file))
+        return cls.parse(*read_record(path, "prune"))
 
     @classmethod
     def parse(cls, record: Any, source: str = "results") -> "Results":
         """Check a parsed record; `source` names it in the error."""
-        if not isinstance(record, dict):
-            raise KDPruneError(f"{source} holds a {type(record).__name__}, expected an object")
-        version = record.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise KDPruneError(
-                f"{source} has schema version {version}, this kdprune reads {SCHEMA_VERSION}: "
-                "use the kdprune that wrote it, or run again"
-            )
-        try:
-            return cls.model_validate(record)
-        except ValidationError as error:
-            raise KDPruneError(f"{source} does not follow the schema: {first_problem(error)}") from error
+        return parsed(cls, record, source, SCHEMA_VERSION)
 
     def to_json(self) -> str:
         """Strictly valid JSON (no NaN), one line per list of numbers."""
@@ -182,3 +162,35 @@ def encode(value: Any, indent: int = 0) -> str:
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         return "[\n" + ",\n".join(pad + encode(item, indent + 1) for item in value) + end + "]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def read_record(path: str | Path, command: str) -> tuple[Any, str]:
+    """What a results.json holds, or the one in a folder, and its name; every mistake is one KDPruneError line.
+
+    Args:
+        path: the file or the folder.
+        command: of kdprune, that writes such a file.
+    """
+    file = Path(path)
+    file = file / "results.json" if file.is_dir() else file
+    if not file.is_file():
+        raise KDPruneError(f"{file} does not exist: give the results.json that `kdprune {command}` wrote")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")), str(file)
+    except OSError as error:
+        raise KDPruneError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise KDPruneError(f"{file} is not valid JSON ({error}): run `kdprune {command}` again") from error
+
+
+def parsed(kind: type[R], record: Any, source: str, version: int) -> R:
+    """A record of this kind and version from what a file holds; ``source`` names it in the KDPruneError."""
+    if not isinstance(record, dict):
+        raise KDPruneError(f"{source} holds a {type(record).__name__}, expected an object")
+    if (found := record.get("schema_version")) != version:
+        raise KDPruneError(f"{source} has schema version {found}, this kdprune reads {version}: "
+                           "use the kdprune that wrote it, or run again")
+    try:
+        return kind.model_validate(record)
+    except ValidationError as error:
+        raise KDPruneError(f"{source} does not follow the schema: {first_problem(error)}") from error

@@ -7,7 +7,7 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,9 +134,9 @@ def metered(beside: int = 0) -> Iterator[Meter]:
 
 
 @contextlib.contextmanager
-def quiet_libraries(progress: bool = False) -> Iterator[None]:
-    """Warnings of the Hugging Face libraries, and their bars unless `progress`, stay silent for a while."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
+def quiet_libraries(progress: bool = False, also: Sequence[str] = ()) -> Iterator[None]:
+    """Warnings of the Hugging Face libraries and of the loggers ``also``, and bars unless `progress`, are silent."""
+    loggers = [logging.getLogger(name) for name in (*LOGGERS, *also)]
     levels = [logger.level for logger in loggers]
     bars = hf_logging.is_progress_bar_enabled()
     for logger in loggers:

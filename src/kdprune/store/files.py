@@ -32,13 +32,13 @@ Notify = Callable[[str], None]  # is told in one line what went wrong and was me
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether something has this name; a text that is too long for one, or holds a NUL, is none.
+    """Whether something has this name; a text that is empty, too long for one, or holds a NUL, is none.
 
     Raises:
         KDPruneError: where that may not be known.
     """
     try:
-        return Path(path).exists()
+        return str(path) != "" and Path(path).exists()
     except PermissionError as error:
         raise KDPruneError(f"cannot read {path}: {error.strerror}; ask its owner, or give a copy") from error
     except (OSError, ValueError):

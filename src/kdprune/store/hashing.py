@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kdprune.errors import KDPruneError
-from kdprune.store.files import pieces, whole_file
+from kdprune.store.files import whole_file
+from kdprune.store.tensors import raw_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,10 +112,8 @@ def files_identity(folder: str | Path, cache: str | Path | None = None) -> str:
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes."""
-    found = hashlib.sha256()
-    for piece in pieces(path):
-        found.update(piece)
-    return found.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_cache(cache: str | Path | None) -> dict[str, Any]:
@@ -127,5 +125,5 @@ def _read_cache(cache: str | Path | None) -> dict[str, Any]:
 
 
 def feed(found: Any, tensor: Tensor) -> None:
-    """The bytes of a tensor into a hash; bfloat16 has no numpy form, its bytes do."""
-    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    """The bytes of a tensor into a hash."""
+    found.update(raw_bytes(tensor.cpu().contiguous()))
