@@ -42,7 +42,7 @@ def tasks(page: Page, section: Section) -> str:
 
 def signal(found: Comparison) -> str:
     """Which tasks the dense model is above chance in by more than two standard errors, and which not."""
-    rows = [score for score in whole(found.dense.tasks) if _is_share(score)]
+    rows = [score for score in whole(found.dense.tasks) if score.is_share]
     said = [f"{score.task} ({_percent(score.value)}, chance {_percent(score.chance)}, ±{_percent(score.stderr)}, "
             f"{score.items:,} items)" for score in rows]
     sure = [carries_signal(score) for score in rows]
@@ -61,7 +61,7 @@ def whole(scores: Sequence[TaskScore]) -> list[TaskScore]:
     """
     groups: dict[tuple[str, str, str], list[TaskScore]] = {}
     for score in scores:  # the perplexities of several texts stay as they are
-        groups.setdefault((score.task, "" if _is_share(score) else score.group, score.metric), []).append(score)
+        groups.setdefault((score.task, "" if score.is_share else score.group, score.metric), []).append(score)
     return [_one(rows) if len(rows) > 1 else rows[0] for rows in groups.values()]
 
 
@@ -90,10 +90,6 @@ def _scored(found: Comparison) -> dict[str, list[list[TaskScore]]]:
 
 def _units(found: Comparison, row: Row) -> list[Unit]:
     return [unit for unit in found.units if unit.variant == row.variant.name]
-
-
-def _is_share(score: TaskScore) -> bool:
-    return score.higher_is_better and "perplexity" not in score.metric
 
 
 def _tasks_table(found: Comparison, scored: Mapping[str, Sequence[Sequence[TaskScore]]], ours: str) -> str:
@@ -130,7 +126,7 @@ def _means(units: Sequence[Sequence[TaskScore]]) -> dict[str, float]:
 def _shown(score: TaskScore, value: float | None) -> str:
     if value is None:
         return GAP
-    return f"{100 * value:.1f}" if _is_share(score) else f"{value:,.2f}"
+    return f"{100 * value:.1f}" if score.is_share else f"{value:,.2f}"
 
 
 def _percent(value: float | None) -> str:

@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 
 from kdprune.errors import KDPruneError
-from kdprune.evaluation.tasks import TaskScore
-from kdprune.report import task_records
 from kdprune.report.retention import carries_signal, retention, row_name
+from kdprune.report.task_records import TaskScore
 
 
-def score(
-    task: str, value: float, stderr: float | None, chance: float | None, **changes: Any
-) -> task_records.TaskScore:
+def score(task: str, value: float, stderr: float | None, chance: float | None, **changes: Any) -> TaskScore:
     given = {"group": task, "metric": "acc", "items": 100, "higher_is_better": True, **changes}
-    return task_records.TaskScore(task=task, value=value, stderr=stderr, chance=chance, **given)
+    return TaskScore(task=task, value=value, stderr=stderr, chance=chance, **given)
 
 
 DENSE = [
@@ -64,7 +61,6 @@ def test_scores_that_do_not_compare(dense: list[Any], pruned: list[Any], message
         retention(dense, pruned)
 
 
-def test_both_kinds_of_scores_serve() -> None:
-    plain = [TaskScore(**item.model_dump()) for item in DENSE]
-    assert retention(plain, plain).mean == 1.0
-    assert row_name(plain[2]) == "blimp: binding"
+def test_what_a_row_is() -> None:
+    assert [item.is_share for item in DENSE] == [True, True, True, False]
+    assert (DENSE[2].key, row_name(DENSE[2])) == (("blimp", "binding", "acc"), "blimp: binding")

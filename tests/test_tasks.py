@@ -24,7 +24,8 @@ from kdprune.data.tokens import bundled_heldout
 from kdprune.errors import KDPruneError
 from kdprune.evaluation import task_loading
 from kdprune.evaluation.suites import PHENOMENA, SUITES, Row, Text, local_files, suite_rows
-from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
+from kdprune.evaluation.tasks import check_suite, run_suite
+from kdprune.report.task_records import TaskScore
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,7 +126,9 @@ def test_decisions_are_those_of_the_model_itself(
         found = task_loading.load_task("sciq", [folder])["sciq"].instances[4 * (len(right) - 1) :][:4]
         assert [item.resps[0][0] for item in found] == pytest.approx(sums, abs=2e-3)
     items = "".join(str(int(value)) for value in right)
-    assert score == TaskScore("sciq", "sciq", "acc", sum(right) / 5, score.stderr, 0.25, 5, True, (items,))
+    assert score == TaskScore(
+        task="sciq", group="sciq", metric="acc", value=sum(right) / 5, stderr=score.stderr, chance=0.25, items=5,
+        higher_is_better=True, right=[items])
     assert score.stderr == pytest.approx(math.sqrt(score.value * (1 - score.value) / 4))
 
 
@@ -155,7 +158,7 @@ def test_blimp_is_a_mean_over_the_paradigms_of_a_phenomenon(
             items.append("".join(str(int(value)) for value in right))
             errors.append(found[-1] * (1 - found[-1]) / (len(right) - 1))
         assert score.value == pytest.approx(sum(found) / len(found))
-        assert score.right == tuple(items)
+        assert score.right == list(items)
         assert score.stderr == pytest.approx(math.sqrt(sum(errors)) / len(errors))
         assert (score.chance, score.items) == (pytest.approx(0.5), sum(len(task.instances) for task in tasks) // 2)
 
@@ -172,7 +175,7 @@ def test_lambada_and_texts_have_perplexities_without_chance(
     sums = [item.resps[0][0] for item in task_loading.load_task(suite[0], [tmp_path])[suite[0]].instances]
     assert perplexity.value == pytest.approx(math.exp(-sum(sums) / len(sums)))
     assert (len(accuracy.right[0]), accuracy.right[0].count("1") / 12) == (12, accuracy.value)
-    assert perplexity.right == ()
+    assert perplexity.right == []
     assert perplexity.stderr is not None
     again = run_suite(bundled, tokenizer, suite, data=[tmp_path])
     assert again == [accuracy, perplexity]

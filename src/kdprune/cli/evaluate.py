@@ -21,7 +21,7 @@ from kdprune.errors import KDPruneError, shortened
 from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_stride, default_window, perplexity
 from kdprune.evaluation.speed import speed
-from kdprune.evaluation.tasks import TaskScore, check_suite, run_suite
+from kdprune.evaluation.tasks import check_suite, run_suite
 from kdprune.model.loading import checkpoint_errors, load_tokenizer, read_config
 from kdprune.model.placement import reads_weights
 from kdprune.options import at_home, option, options_of, same_option, taken, typed_options
@@ -31,6 +31,7 @@ from kdprune.report.page import write_page
 from kdprune.report.results import Results, write_file
 from kdprune.report.retention import Retention, retention
 from kdprune.report.summary import MISSING, percent
+from kdprune.report.task_records import TaskScore
 from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import ModelOptions, SuiteOptions, TextOptions
 from kdprune.run.resources import Resources, make_resources
@@ -181,9 +182,9 @@ def _tasks(
     console.print(Text(
         f"items: {'all' if limit is None else f'the first {limit} of each task'}; ± one standard error; "
         f"perplexity of texts: window {window}, stride {default_stride(window)}", style="dim"))
-    record: dict[str, Any] = {"limit": limit, "tasks": [dataclasses.asdict(score) for score in scores]}
+    record: dict[str, Any] = {"limit": limit, "tasks": [score.model_dump() for score in scores]}
     if dense is not None:
-        record["dense_tasks"] = [dataclasses.asdict(score) for score in dense]
+        record["dense_tasks"] = [score.model_dump() for score in dense]
         try:
             kept = retention(dense, scores)
         except KDPruneError as error:  # of texts alone there is nothing to retain: no reason to lose the scores
@@ -213,6 +214,8 @@ def _table(scores: Sequence[TaskScore], dense: Sequence[TaskScore] | None) -> Ta
 def _shown(score: TaskScore) -> str:
     """0.755 ± 0.014; perplexities with two decimals."""
     digits = 2 if "perplexity" in score.metric else 3
+    if score.value is None:
+        return MISSING
     return f"{score.value:,.{digits}f}" + ("" if score.stderr is None else f" ± {score.stderr:.{digits}f}")
 
 

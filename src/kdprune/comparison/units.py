@@ -84,9 +84,8 @@ class Protocol:
         """Scores of the suite; none without one."""
         if self.suite is None:
             return []
-        found = run_suite(
+        return run_suite(
             model, session.tokenizer, self.suite, data=self.data, limit=self.limit, stages=run.stages)
-        return [TaskScore(**dataclasses.asdict(score)) for score in found]
 
 
 class Bench:

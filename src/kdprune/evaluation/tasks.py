@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from kdprune.evaluation.shared_contexts import SharedContexts
 from kdprune.evaluation.suites import SUITES, Row, Text, local_files, suite_rows
 from kdprune.evaluation.task_loading import harness, load_task, load_text, silenced, task_names, text_source
 from kdprune.model.placement import input_device
+from kdprune.report.task_records import TaskScore
 from kdprune.runtime.stages import Stages
 
 BOOTSTRAP = 1000  # resamples for standard errors without a formula; accuracies have one
@@ -23,28 +23,6 @@ FEWSHOT_SEED = 1234  # lm-eval's own
 BATCH, CPU_BATCH = 64, 8  # requests a forward pass; rows differ in length, and a processor pays for the padding
 GUESSED = ("acc", "acc_norm", "acc_bytes")  # metrics of multiple choice that guessing scores 1 / choices in
 WITHOUT_CHOICE = ("acc", "exact_match", "rouge1")  # of generation and of the likeliest word: guessing scores 0
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One row of the table.
-
-    task, group: the benchmark and the row within it (the task again where it is one row); metric: lm-eval's name;
-    stderr: of the value over the items, None where there is none; chance: what guessing scores, None for
-    perplexities and metrics without such; items: scored (tokens, for a text's perplexity); right: item by item in
-    the data's order, 1 or 0, as strings whose shares of 1 have the value as their mean, one a task, or one of all
-    tasks where these weigh as many items as they have; empty where items score anything else.
-    """
-
-    task: str
-    group: str
-    metric: str
-    value: float
-    stderr: float | None
-    chance: float | None
-    items: int
-    higher_is_better: bool
-    right: tuple[str, ...] = ()
 
 
 def check_suite(suite: str | Sequence[str], data: Sequence[Path] = ()) -> None:
@@ -181,12 +159,12 @@ def _item_scores(samples: Sequence[Mapping[str, Any]], name: str, kind: str) -> 
     return [item.get(name) for item in sorted(samples, key=lambda item: item["doc_id"]) if item["filter"] == kind]
 
 
-def _right(row: Row, scores: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+def _right(row: Row, scores: Sequence[Sequence[Any]]) -> list[str]:
     """TaskScore's `right` from the scores of every task's items."""
     if not all(isinstance(value, int | float) and value in (0, 1) for values in scores for value in values):
-        return ()
+        return []
     strings = ["".join(str(int(value)) for value in values) for values in scores]
-    return ("".join(strings),) if row.by_size else tuple(strings)
+    return ["".join(strings)] if row.by_size else strings
 
 
 def _chance(task: Any, metric: str) -> float | None:
@@ -207,4 +185,5 @@ def _text_score(
     """Perplexity as :func:`kdprune.evaluation.perplexity.perplexity` takes it, with its default window and stride."""
     tokens = load_text(text, data, tokenizer, vocabulary_size(model), limit)
     found = perplexity(model, tokens)
-    return TaskScore("perplexity", text.name, "perplexity", found.value, None, None, found.tokens, False)
+    return TaskScore(task="perplexity", group=text.name, metric="perplexity", value=found.value, items=found.tokens,
+                     higher_is_better=False)

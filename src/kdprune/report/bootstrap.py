@@ -95,17 +95,17 @@ def lead(
 
 def _weights(dense: Sequence[TaskScore], above_chance: bool) -> dict[Key, float]:
     """What a row's score counts in the share retained."""
-    rows = [score for score in dense if score.higher_is_better and "perplexity" not in score.metric]
+    rows = [score for score in dense if score.is_share]
     if above_chance:
         kept = [score for score in rows if carries_signal(score)]
-        return {_key(score): 1 / (len(kept) * ((score.value or 0.0) - (score.chance or 0.0))) for score in kept}
+        return {score.key: 1 / (len(kept) * ((score.value or 0.0) - (score.chance or 0.0))) for score in kept}
     total = sum(score.value or 0.0 for score in rows)
-    return {_key(score): 1 / total for score in rows} if total else {}
+    return {score.key: 1 / total for score in rows} if total else {}
 
 
 def _items(scores: Sequence[TaskScore], rows: Mapping[Key, float]) -> dict[Key, list[np.ndarray]] | None:
     """Items of every row as arrays of 0 and 1, one a task; None where one of the rows does not have them."""
-    found = {_key(score): [np.frombuffer(text.encode(), dtype=np.uint8) - 48.0 for text in score.right]
+    found = {score.key: [np.frombuffer(text.encode(), dtype=np.uint8) - 48.0 for text in score.right]
              for score in scores if score.right}
     return {key: found[key] for key in rows} if rows.keys() <= found.keys() else None
 
@@ -123,7 +123,3 @@ def _check(key: Key, one: Sequence[int], other: Sequence[int]) -> None:
     if one != other:
         raise KDPruneError(f"got {sum(one)} and {sum(other)} items of {key[1] or key[0]}, expected the same items; "
                            "evaluate both with the same suite, data and limit")
-
-
-def _key(score: TaskScore) -> Key:
-    return score.task, score.group, score.metric

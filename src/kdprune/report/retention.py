@@ -12,32 +12,11 @@ take the two models' errors as independent; both answer the same items, so the t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from kdprune.errors import KDPruneError
+from kdprune.report.task_records import TaskScore
 
 SIGNAL = 2.0  # standard errors above chance from which a task says something
-
-
-class Score(Protocol):
-    """What is needed of a score; :class:`kdprune.report.task_records.TaskScore` and evaluation's both have it."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def stderr(self) -> float | None: ...
-    @property
-    def chance(self) -> float | None: ...
-    @property
-    def items(self) -> int: ...
-    @property
-    def higher_is_better(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -56,19 +35,19 @@ class Retention:
     above_chance_stderr: float | None = None
 
 
-def carries_signal(score: Score) -> bool:
+def carries_signal(score: TaskScore) -> bool:
     """Whether a score is above chance by more than two standard errors."""
     if score.value is None or score.chance is None or score.stderr is None:
         return False
     return score.value - score.chance > SIGNAL * score.stderr
 
 
-def row_name(score: Score) -> str:
+def row_name(score: TaskScore) -> str:
     """"sciq", "blimp: binding"."""
     return score.task if score.group in ("", score.task) else f"{score.task}: {score.group}"
 
 
-def retention(dense: Sequence[Score], pruned: Sequence[Score]) -> Retention:
+def retention(dense: Sequence[TaskScore], pruned: Sequence[TaskScore]) -> Retention:
     """Retained performance of `pruned` against `dense`, scores of the same rows in any order.
 
     Raises KDPruneError where the rows or their items differ, and where no row is accuracy-like or all dense
@@ -95,10 +74,10 @@ def retention(dense: Sequence[Score], pruned: Sequence[Score]) -> Retention:
     )
 
 
-def _pairs(dense: Sequence[Score], pruned: Sequence[Score]) -> list[tuple[Score, Score]]:
+def _pairs(dense: Sequence[TaskScore], pruned: Sequence[TaskScore]) -> list[tuple[TaskScore, TaskScore]]:
     """Accuracy-like rows of both models, in the dense model's order."""
-    left = {(s.task, s.group, s.metric): s for s in dense if _enters(s)}
-    right = {(s.task, s.group, s.metric): s for s in pruned if _enters(s)}
+    left = {score.key: score for score in dense if score.is_share}
+    right = {score.key: score for score in pruned if score.is_share}
     if differing := left.keys() ^ right.keys():
         raise KDPruneError(
             f"got {', '.join(sorted(differing)[0])} of one model alone, expected the same tasks of both; "
@@ -111,16 +90,12 @@ def _pairs(dense: Sequence[Score], pruned: Sequence[Score]) -> list[tuple[Score,
     return [(score, right[key]) for key, score in left.items()]
 
 
-def _enters(score: Score) -> bool:
-    return score.higher_is_better and "perplexity" not in score.metric
-
-
 def _number(value: float | None) -> float:
     """A score that was measured; one that was not counts as nothing."""
     return 0.0 if value is None else value
 
 
-def _above(dense: Score, pruned: Score) -> tuple[float, float | None]:
+def _above(dense: TaskScore, pruned: TaskScore) -> tuple[float, float | None]:
     """(p − c) / (d − c) and its standard error."""
     chance = _number(dense.chance)
     span = _number(dense.value) - chance

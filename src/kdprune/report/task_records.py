@@ -6,7 +6,7 @@ from kdprune.report.records import Number, Record
 
 
 class TaskScore(Record):
-    """What a model scored on a task; fields as of :class:`kdprune.evaluation.tasks.TaskScore`."""
+    """What a model scored on a task: one row of the table."""
 
     task: str = Field(description="task or benchmark, lm-eval's name where it has one")
     group: str = Field(description="row of the table within the task; the task's own name where it is one row")
@@ -21,3 +21,13 @@ class TaskScore(Record):
         description="item by item 1 or 0: strings whose shares of 1 have the value as their mean, one a task, or one "
                     "of all tasks where these weigh as many items as they have; empty where items score anything else, "
                     "and in older records")
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells a row from others."""
+        return self.task, self.group, self.metric
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it says how much is right, not how likely a text is."""
+        return self.higher_is_better and "perplexity" not in self.metric
