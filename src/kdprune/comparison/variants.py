@@ -109,14 +109,14 @@ def parse_variant(
 class AblationPart:
     """One question of the ablation: the options that answer it, each with what it is called.
 
-    sweep: name of the number that the options vary; empty for parts that are there or not.
+    sweep: whether the options vary a number.
     of: parts of the kernel, one of which the base needs for the question to be one; none: any kernel has it.
     """
 
     name: str
     title: str
     options: Mapping[str, str]
-    sweep: str = ""
+    sweep: bool = False
     of: tuple[str, ...] = ()
 
     def applies(self, base: Variant) -> bool:
@@ -148,11 +148,11 @@ def parts_of(width: int, layers: int, rows: int) -> list[AblationPart]:
         AblationPart("alpha", "α", {"without=alpha": "without α"}, of=drawn),
         AblationPart("inverse", "Inverse network of Fourier features, token by token", {
             f"{token_wise}:inverse=residual": "residual", f"{token_wise}:inverse=direct": "direct"}),
-        AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in sizes}, "features m", drawn),
-        AblationPart("channels", "Channels c", {f"channels={c}": f"c = {c}" for c in sizes}, "channels c", ("data",)),
-        AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, "rank r", learned),
-        AblationPart("tokens", "Calibration rows", {f"samples={n}": f"{n} rows" for n in samples}, "calibration rows"),
-        AblationPart("length", "Block length", {f"block_length={k}": f"k = {k}" for k in lengths}, "block length k"),
+        AblationPart("features", "Features m", {f"features={m}": f"m = {m}" for m in sizes}, True, drawn),
+        AblationPart("channels", "Channels c", {f"channels={c}": f"c = {c}" for c in sizes}, True, ("data",)),
+        AblationPart("rank", "Rank r", {f"rank={r}": f"r = {r}" for r in ranks}, True, learned),
+        AblationPart("tokens", "Calibration rows", {f"samples={n}": f"{n} rows" for n in samples}, True),
+        AblationPart("length", "Block length", {f"block_length={k}": f"k = {k}" for k in lengths}, True),
     ]
 
 

@@ -83,7 +83,7 @@ def compare_speed(
 
 
 @torch.no_grad()
-def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
+def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values a sequence adds to the cache per token, over all layers, as measured.
 
     A layer with a sliding window counts as it does below its window, one that keeps a state of fixed size (linear
@@ -93,7 +93,7 @@ def kv_cache_bytes_per_token(model: PreTrainedModel, tokens: int = 2) -> int:
     if is_streamed(model):
         model = sharing_copy(model).to("meta")  # type: ignore[arg-type]  # mypy reads the decorator of PreTrainedModel.to
     with evaluating(model):
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=input_device(model))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
         # Not input_ids: transformers looks whether they hold padding, and without weights there is nothing to look at.
         embedded = model.get_input_embeddings()(ids)
         kept = carried(model(inputs_embeds=embedded, use_cache=True))

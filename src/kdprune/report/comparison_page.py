@@ -20,7 +20,6 @@ class Shown:
     title: str
     svg: str
     reading: str
-    finding: str = ""
     width: int = 3
 
 
@@ -118,7 +117,7 @@ def _ablation_pictures(comparison: Comparison) -> list[Shown]:
     switched = [row for row in ranked(comparison) if row.variant.value is None]
     line = "Dashed: the base, with its standard deviation over seeds."
     found = [Shown("Parts", plots.excess_by_variant(switched, "Parts", base),
-                   f"The base with one part changed. {line}", width=3)] if len(switched) > 1 else []
+                   f"The base with one part changed. {line}")] if len(switched) > 1 else []
     for name, rows in groups(comparison):
         known = [row for row in rows if row.variant.value is not None and row.excess_loss is not None]
         if known:

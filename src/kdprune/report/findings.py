@@ -17,9 +17,9 @@ def _median(values: Sequence[Number]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _number(value: Number, digits: int = 3) -> str:
+def _number(value: Number) -> str:
     """Three significant digits."""
-    return "–" if value is None else f"{value:,.{digits}g}"
+    return "–" if value is None else f"{value:,.3g}"
 
 
 def pairs(results: Results, name: str) -> str:
@@ -86,9 +86,7 @@ def _low(number: int) -> str:
 
 def damage(results: Results) -> str:
     """The block of least damage, and those that were chosen."""
-    found = {} if results.analysis is None else results.analysis.block_damage
-    if not found:
-        return ""
+    found = _of(results).block_damage
     least = min(found, key=found.__getitem__)
     chosen = [f"layers {layer_range(block)} {_number(found[block])}" for block in results.blocks if block in found]
     text = f"Of {len(found)} blocks layers {layer_range(least)} cost least, {_number(found[least])} nats a token"

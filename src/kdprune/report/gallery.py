@@ -76,7 +76,7 @@ def analysis_pictures(results: Results) -> list[Picture]:
 
 def _massive(results: Results) -> list[Picture]:
     """The massive tokens, if the record says anything of them."""
-    if results.analysis is None or not results.analysis.largest_norm:
+    if not (results.analysis and results.analysis.largest_norm):
         return []
     return [
         Picture(
@@ -93,7 +93,7 @@ def _massive(results: Results) -> list[Picture]:
 
 def _damage(results: Results) -> list[Picture]:
     """What blocks cost, if they were chosen by it."""
-    if results.analysis is None or not results.analysis.block_damage:
+    if not (results.analysis and results.analysis.block_damage):
         return []
     return [
         Picture(

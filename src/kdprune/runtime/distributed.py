@@ -65,12 +65,12 @@ class World:
         self.sum(sums)
         return sums.tolist()
 
-    def broadcast(self, value: Kept, source: int = 0) -> Kept:
-        """What process ``source`` gives, everywhere (any object that pickles; only for data of this very run)."""
+    def broadcast(self, value: Kept) -> Kept:
+        """What the first process gives, everywhere (any object that pickles; only for data of this very run)."""
         if self.size == 1:
             return value
         box = [value]
-        self._guarded(distributed.broadcast_object_list, box, source)
+        self._guarded(distributed.broadcast_object_list, box, 0)
         return box[0]
 
     def gather(self, value: Kept) -> list[Kept]:

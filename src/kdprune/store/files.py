@@ -57,11 +57,12 @@ def refusal(error: BaseException) -> str | None:
     return None
 
 
-def crc32(path: str | Path, start: int = 0, value: int = 0) -> int:
-    """CRC-32 of a file's bytes from `start` on, continuing `value`.
+def crc32(path: str | Path, start: int = 0) -> int:
+    """CRC-32 of a file's bytes from `start` on.
 
     It is there for accidents, not for attackers, and fast: 4.0 GB/s on one core (BLAKE2b .83, SHA-256 1.7).
     """
+    value = 0
     for piece in pieces(path, start):
         value = zlib.crc32(piece, value)
     return value
