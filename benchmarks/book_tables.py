@@ -11,7 +11,7 @@ from book_records import Page, Section
 
 from kdprune.report import summary
 from kdprune.report.comparison_records import Comparison, Row, Stat
-from kdprune.report.comparison_table import cells, stat
+from kdprune.report.comparison_table import cells, stat, title_of
 
 GAP = "—"  # not measured
 SAME_SIZE = 5e-4  # of the layers' parameters
@@ -26,11 +26,6 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[object]], left: int 
 # --------------------------------------------------------------------------------------------- of a record
 
 
-def row_of(found: Comparison, name: str) -> Row | None:
-    """The row of a variant; None where this comparison has none of that name."""
-    return next((row for row in found.rows if row.variant.name == name), None)
-
-
 def mean(found: Stat | None) -> float | None:
     """The mean of a figure that there may not be."""
     return None if found is None else found.mean
@@ -40,8 +35,7 @@ def title(found: Iterable[Comparison], name: str) -> str:
     """A variant as tables show it: a method's title and name, or what is typed for one with options."""
     if ":" in name:
         return f"`{name}`"
-    shown = next(row.variant.title for comparison in found if (row := row_of(comparison, name)))
-    return shown if name in (shown, shown.lower()) else f"{shown} `{name}`"
+    return next(title_of(row) for comparison in found if (row := comparison.row(name)))
 
 
 def texts(page: Page, section: Section) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import plan_checks
+from book_tables import markdown
 from plan_checks import Check
 from rich.console import Console
 
@@ -133,9 +134,8 @@ def make_record() -> dict[str, Any]:
 
 
 def table(titles: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """A Markdown table whose first ``left`` columns stand to the left."""
-    return ["| " + " | ".join(titles) + " |", "|---" * left + "|---:" * (len(titles) - left) + "|",
-            *("| " + " | ".join(row) + " |" for row in rows), ""]
+    """A Markdown table whose first ``left`` columns stand to the left, and an empty line."""
+    return [markdown(titles, rows, left), ""]
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from book_tables import markdown
+
 Row = dict[str, Any]
 
 
@@ -47,17 +49,11 @@ def mode(row: Row) -> str:
     return "compiled" if row["compiled"] else "eager"
 
 
-def table(titles: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table; columns but the first are set right."""
-    return "\n".join(["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|",
-                      *("| " + " | ".join(line) + " |" for line in lines)])
-
-
 def speeds(rows: list[Row]) -> str:
     """Measured and ideal speed-ups."""
     titles = ["shape", "dtype", "mode", "stand-in", "pass", "batch", "prompt", "dense", "pruned", "speed-up",
               "quartiles", "ideal", "of ideal"]
-    return table(titles, [[
+    return markdown(titles, [[
         row["shape"], row["dtype"], mode(row) + ("" if row["whole"] else ", parts"),
         row["form"], row["pass"], str(row["batch"]), str(row["prompt"]), milliseconds(row["seconds"]["dense"]),
         milliseconds(row["seconds"]["pruned"]), f"×{row['speedup']:.3f}",
@@ -73,7 +69,7 @@ def milliseconds(seconds: float) -> str:
 def models(rows: list[Row]) -> str:
     """Blocks, stand-ins and KV-cache bytes, one line a model."""
     found = {(row["shape"], row["form"], row["dtype"]): row for row in rows}
-    return table(
+    return markdown(
         ["shape", "dtype", "stand-in", "blocks replaced", "m", "net ratio", "KV cache a token, dense", "pruned"],
         [[shape, dtype, form, ", ".join(f"{start}–{stop - 1}" for start, stop in row["blocks"]), str(row["features"]),
           f"{row['net_ratio']:.2%}", f"{row['cache_bytes']['dense']:,} B", f"{row['cache_bytes']['pruned']:,} B"]

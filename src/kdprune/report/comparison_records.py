@@ -22,7 +22,7 @@ from kdprune.report.records import (
 )
 from kdprune.report.results import encode, parsed, read_record, write_file
 from kdprune.report.retention import retention, row_name
-from kdprune.report.size_records import KVCache, Layers, Parameters
+from kdprune.report.size_records import KVCache, Layers, Parameters, removed
 from kdprune.report.task_records import TaskScore
 
 COMPARISON_VERSION = 1
@@ -214,9 +214,9 @@ class Comparison(Record):
             found = retention(self.dense.tasks, self.dense.tasks)
             self.signal, self.left_out = list(found.signal), list(found.left_out)
 
-    def row(self, name: str) -> Row:
-        """The row of the variant of this name."""
-        return next(row for row in self.rows if row.variant.name == name)
+    def row(self, name: str) -> Row | None:
+        """The row of the variant of this name; None where there is none."""
+        return next((row for row in self.rows if row.variant.name == name), None)
 
     def _row(self, variant: Variant) -> Row:
         units = [unit for unit in self.units if unit.variant == variant.name]
@@ -240,7 +240,8 @@ class Comparison(Record):
             **{name: Stat.of(one.mean(name) for one in written) for name in WRITTEN},
             prefill=Stat.of(unit.speed.prefill.ratio for unit in units if unit.speed),
             decode=Stat.of(unit.speed.decode.ratio for unit in units if unit.speed),
-            kv_cache_saving=Stat.of(_saving(unit.kv_cache_bytes_per_token) for unit in units),
+            kv_cache_saving=Stat.of(
+                removed(unit.kv_cache_bytes_per_token.dense, unit.kv_cache_bytes_per_token.pruned) for unit in units),
             seconds=Stat.of(unit.seconds for unit in units),
             peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in units),
             tokens=Stat.of(unit.tokens for unit in units),
@@ -266,12 +267,6 @@ def is_comparison(path: str | Path) -> bool:
     except KDPruneError:
         return False
     return isinstance(record, dict) and record.get("kind") in KINDS
-
-
-def _saving(cache: KVCache) -> float | None:
-    if cache.pruned is None or not cache.dense:
-        return None
-    return 1 - cache.pruned / cache.dense
 
 
 def _distinct(choices: Iterable[list[Block]]) -> list[list[Block]]:

@@ -180,8 +180,8 @@ def render_markdown(comparison: Comparison) -> str:
         if row.variant.group != group:
             group = row.variant.group
             lines.append(_line([f"*{group}*", *([""] * len(titles))]))
-        lines.append(_line([_name(row), *_body(row, titles)]))
-    notes = [f"- {_name(row)}: {failure(row)}" for row in comparison.rows if row.seeds and row.failures]
+        lines.append(_line([title_of(row), *_body(row, titles)]))
+    notes = [f"- {title_of(row)}: {failure(row)}" for row in comparison.rows if row.seeds and row.failures]
     text = "\n".join(lines) + "\n"
     if notes:
         text += "\n" + "\n".join(notes) + "\n"
@@ -198,7 +198,7 @@ def text_rows(comparison: Comparison) -> list[list[str]]:
     found = [["", *(f"{PurePath(dataset).name}, window {window}" for dataset, window in places)]]
     for row in rows:
         known = {(one.dataset, one.window): one for one in row.texts}
-        found.append([_name(row), *(stat(known[place].excess_loss if place in known else None, lambda x: f"{x:.3f}")
+        found.append([title_of(row), *(stat(known[place].excess_loss if place in known else None, lambda x: f"{x:.3f}")
                                     for place in places)])
     return found
 
@@ -247,7 +247,8 @@ def _body(row: Row, titles: Sequence[str]) -> list[str]:
     return cells(row, titles) if row.seeds else [failure(row), *([""] * (len(titles) - 1))]
 
 
-def _name(row: Row) -> str:
+def title_of(row: Row) -> str:
+    """A method's title, and its name where that says something else."""
     label = row.variant.title
     return label if row.variant.name in (label, label.lower()) else f"{label} `{row.variant.name}`"
 

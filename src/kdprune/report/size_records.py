@@ -37,17 +37,18 @@ class Parameters(Record):
     @model_validator(mode="after")
     def _derive(self) -> "Parameters":
         """Fill in what follows from the rest."""
-        self.net_ratio = _removed(self.dense, self.pruned) if self.net_ratio is None else self.net_ratio
+        self.net_ratio = removed(self.dense, self.pruned) if self.net_ratio is None else self.net_ratio
         if self.net_ratio_layers is None:
-            self.net_ratio_layers = _removed(self.dense_layers, self.pruned_layers)
+            self.net_ratio_layers = removed(self.dense_layers, self.pruned_layers)
         if self.net_ratio_first is None:
-            self.net_ratio_first = _removed(self.first, self.pruned)
+            self.net_ratio_first = removed(self.first, self.pruned)
         if self.net_ratio_first_layers is None:
-            self.net_ratio_first_layers = _removed(self.first_layers, self.pruned_layers)
+            self.net_ratio_first_layers = removed(self.first_layers, self.pruned_layers)
         return self
 
 
-def _removed(dense: int | None, pruned: int | None) -> float | None:
+def removed(dense: int | None, pruned: int | None) -> float | None:
+    """Which share went; None where either is not known, or the dense one 0."""
     kept = divide(pruned, dense)
     return None if kept is None else 1 - kept
 
