@@ -12,6 +12,7 @@ and what a longer one has beyond them is read with each of its answers.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ class SharedContexts:
             if context and answer and len(context) + len(answer) <= self._longest:
                 answers.setdefault(context, []).append(answer)
         found: dict[tuple[Tokens, Tokens], Score] = {}
-        if answers and self._goes_on():
+        if answers and self._goes_on:
             contexts = sorted(answers, key=lambda context: (-len(context), context))
             for _, alike in groupby(contexts, key=lambda context: len(context) // self._step):
                 for chunk in _batches(list(alike), self.batch_size):
@@ -65,13 +66,15 @@ class SharedContexts:
     @property
     def _longest(self) -> int:
         """Tokens up to which keys do not depend on how many follow: "longrope" has two sets of factors."""
-        return min(self.max_length, getattr(self.model.config, "original_max_position_embeddings", self.max_length))
+        first = getattr(self.model.config, "original_max_position_embeddings", None)
+        return min(self.max_length, first or self.max_length)
 
     @property
     def _step(self) -> int:
         """Lengths of contexts that go together."""
         return STEP["cpu" if input_device(self.model).type == "cpu" else "accelerator"]
 
+    @cached_property
     def _goes_on(self) -> bool:
         """Whether a pass leaves keys and values alone behind, of which rows can be taken."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(self.model))
