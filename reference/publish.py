@@ -12,7 +12,6 @@ reference/pages/model-NAME.*; with --in-place nothing is copied.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import shutil
@@ -65,16 +64,12 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, Any]:
         run.model, run.tokenizer, SUITE, data=options.data, limit=options.limit, stages=run.stages)
     tokens = run.calibration(options.calibration, ALL, None)
     analysis = score_layers(run.model, tokens, Run(stages=run.stages), protect=PROTECT)
+    plain = [score.model_dump(exclude={"right"}) for score in scores]  # the page does not show single items
     return {
-        "blimp": {"limit": options.limit, "scores": [_plain(dataclasses.asdict(score)) for score in scores]},
+        "blimp": {"limit": options.limit, "scores": plain},
         "text": tokens.source, "manifold": analysis.record().model_dump(mode="json"),
         "outliers": outliers(run, tokens),
     }
-
-
-def _plain(score: dict[str, Any]) -> dict[str, Any]:
-    """A score without its single items, which the page does not show."""
-    return {key: value for key, value in score.items() if key != "right"}
 
 
 def publish(options: argparse.Namespace, file: Path, command: str) -> None:
