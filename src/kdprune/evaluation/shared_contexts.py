@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,19 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # the text, or No
 T = TypeVar("T")
 Tokens = tuple[int, ...]
 Score = tuple[float, bool]  # summed log-probability in nats, and whether each token is the likeliest
+
+
+class _Asked(NamedTuple):
+    """An answer to the context of a row."""
+
+    row: int
+    context: Tokens
+    answer: Tokens
+
+    @property
+    def read(self) -> int:
+        """Tokens that are read: all but the last."""
+        return len(self.context) + len(self.answer) - 1
 
 
 class SharedContexts:
@@ -85,36 +98,29 @@ class SharedContexts:
     def _scored(self, answers: Mapping[Tokens, Sequence[Tokens]]) -> dict[tuple[Tokens, Tokens], Score]:
         """Scores of the answers to contexts of about one length; none where this would not read less."""
         shared = min(map(len, answers))
-        asked = sorted(((row, context, answer) for row, context in enumerate(answers) for answer in answers[context]),
-                       key=lambda one: -_read(one))
-        batches = list(_batches([one for one in asked if _read(one) > shared], self.batch_size))
-        behind = sum(len(batch) * (_read(batch[0]) - shared) for batch in batches)  # with padding
+        asked = sorted((_Asked(row, context, answer) for row, context in enumerate(answers)
+                        for answer in answers[context]), key=lambda one: -one.read)
+        batches = list(_batches([one for one in asked if one.read > shared], self.batch_size))
+        behind = sum(len(batch) * (batch[0].read - shared) for batch in batches)  # with padding
         # Positions of the layers and of the head, which both weigh alike here.
-        if len(answers) * (shared + 1) + 2 * behind >= 2 * sum(map(_read, asked)):
+        if len(answers) * (shared + 1) + 2 * behind >= 2 * sum(one.read for one in asked):
             return {}
         read = self._pass(torch.tensor([context[:shared] for context in answers]), **last_logits(self.model, 1))
         last = read.logits[:, -1:]
-        found = {(context, answer): _score(last[row], answer)
-                 for row, context, answer in asked if _read((row, context, answer)) == shared}
+        found = {(one.context, one.answer): _score(last[one.row], one.answer) for one in asked if one.read == shared}
         for batch in batches:
             past = copy.copy(read.past_key_values)  # a pass puts new tensors into its layers, and writes into none
             past.layers = [copy.copy(layer) for layer in past.layers]
-            past.reorder_cache(torch.tensor([row for row, _, _ in batch]))
-            tails = [torch.tensor((context + answer)[shared:-1]) for _, context, answer in batch]
+            past.reorder_cache(torch.tensor([one.row for one in batch]))
+            tails = [torch.tensor((one.context + one.answer)[shared:-1]) for one in batch]
             logits = self._pass(pad_sequence(tails, batch_first=True), past_key_values=past).logits
-            for (row, context, answer), places in zip(batch, logits, strict=True):
-                first = len(context) - shared  # the place in front of the answer, among the last of c and these
-                places = torch.cat([last[row], places[: first + len(answer)]])
-                found[context, answer] = _score(places[first : first + len(answer)], answer)
+            for one, tail, places in zip(batch, tails, logits, strict=True):
+                places = torch.cat([last[one.row], places[: len(tail)]])  # from the last shared one on
+                found[one.context, one.answer] = _score(places[len(one.context) - shared :], one.answer)
         return found
 
     def _pass(self, ids: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids.to(input_device(self.model)), use_cache=True, **options)
-
-
-def _read(asked: tuple[int, Tokens, Tokens]) -> int:
-    """Tokens that are read of a context and an answer: all but the last."""
-    return len(asked[1]) + len(asked[2]) - 1
 
 
 def _score(logits: Tensor, answer: Tokens) -> Score:

@@ -31,7 +31,7 @@ def pairs(results: Results, name: str) -> str:
 
 def updates(results: Results) -> str:
     """How much the chosen layers change the state, against the others."""
-    values = _of(results).relative_update
+    values = analysis_of(results).relative_update
     chosen = {layer for start, end in results.blocks for layer in range(start, end)}
     inside = _median([value for layer, value in enumerate(values) if layer in chosen])
     outside = _median([value for layer, value in enumerate(values) if layer not in chosen])
@@ -44,7 +44,7 @@ def updates(results: Results) -> str:
 
 def premise(results: Results) -> str:
     """Whether CKA lies above cosine, the observation the method starts from."""
-    analysis = _of(results)
+    analysis = analysis_of(results)
     known = [
         (cosine, linear, rbf)
         for cosine, linear, rbf in zip(analysis.cosine, analysis.linear_cka, analysis.rbf_cka, strict=True)
@@ -57,7 +57,7 @@ def premise(results: Results) -> str:
 
 def massive(results: Results) -> str:
     """Which layers write and erase massive tokens, and how large those are."""
-    analysis = _of(results)
+    analysis = analysis_of(results)
     ratios = [divide(top, middle) for top, middle in zip(analysis.largest_norm, analysis.median_norm, strict=True)]
     known = [(ratio, boundary) for boundary, ratio in enumerate(ratios) if ratio is not None]
     if not known:
@@ -86,7 +86,7 @@ def _low(number: int) -> str:
 
 def damage(results: Results) -> str:
     """The block of least damage, and those that were chosen."""
-    found = _of(results).block_damage
+    found = analysis_of(results).block_damage
     least = min(found, key=found.__getitem__)
     chosen = [f"layers {layer_range(block)} {_number(found[block])}" for block in results.blocks if block in found]
     text = f"Of {len(found)} blocks layers {layer_range(least)} cost least, {_number(found[least])} nats a token"
@@ -212,7 +212,7 @@ def stand_in(fit: Fit) -> str:
     return ", ".join([*parts, f"{count(fit.parameters)} parameters"])
 
 
-def _of(results: Results) -> Analysis:
+def analysis_of(results: Results) -> Analysis:
     """The analysis, which whoever asks for its findings has made sure of."""
     assert results.analysis is not None
     return results.analysis

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from kdprune.errors import KDPruneError
 from kdprune.report.analysis_record import Analysis
+from kdprune.report.findings import analysis_of
 from kdprune.report.records import Matrix, Number, best_of
 from kdprune.report.results import Results, write_file
 from kdprune.report.style import (
@@ -50,7 +51,7 @@ def heat_map(results: Results, name: str) -> str:
     """Similarity of h_s and h_e for every pair of states; `name` is one of PAIRS."""
     canvas = Canvas(f"{PAIRS[name]} of every pair of states", 3.6, 3.9)
     with canvas as figure:
-        _draw_pairs(figure.add_subplot(), _analysis(results), results.blocks, name)
+        _draw_pairs(figure.add_subplot(), analysis_of(results), results.blocks, name)
     return canvas.svg
 
 
@@ -59,7 +60,7 @@ def update_norms(results: Results) -> str:
     canvas = Canvas("Relative update norm per layer", 5.2, 3.6)
     with canvas as figure:
         change, size = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _draw_updates(change, size, _analysis(results), results.blocks)
+        _draw_updates(change, size, analysis_of(results), results.blocks)
         legend_below(figure, change, 2)
     return canvas.svg
 
@@ -69,7 +70,7 @@ def layer_similarity(results: Results) -> str:
     canvas = Canvas("Similarity of each layer's input and output", 5.2, 3.6)
     with canvas as figure:
         axes = figure.add_subplot()
-        _draw_similarity(axes, _analysis(results), results.blocks)
+        _draw_similarity(axes, analysis_of(results), results.blocks)
         legend_below(figure, axes, 3)
     return canvas.svg
 
@@ -79,14 +80,14 @@ def massive_tokens(results: Results) -> str:
     canvas = Canvas("Largest token norm over the median", 5.2, 3.6)
     with canvas as figure:
         axes = figure.add_subplot()
-        _draw_massive(axes, _analysis(results), results.blocks)
+        _draw_massive(axes, analysis_of(results), results.blocks)
         legend_below(figure, axes, 4)
     return canvas.svg
 
 
 def block_damage(results: Results) -> str:
     """Damage of every block that was measured alone, by its first layer and its length; the chosen ones in frames."""
-    damages = _analysis(results).block_damage
+    damages = analysis_of(results).block_damage
     lengths = range(min(e - s for s, e in damages), max(e - s for s, e in damages) + 1)
     first, last = min(s for s, _ in damages), max(s for s, _ in damages)
     grid = np.full((len(lengths), last - first + 1), np.nan)
@@ -291,9 +292,3 @@ def _limits(analysis: Analysis) -> tuple[float, float]:
         return 0.0, 0.99
     low = min(max(0.0, float(values.min())), 0.98)
     return low, max(float(values.max()), low + 0.01)
-
-
-def _analysis(results: Results) -> Analysis:
-    """The analysis, which whoever asks for its pictures has made sure of."""
-    assert results.analysis is not None
-    return results.analysis
