@@ -28,7 +28,7 @@ def curves(page: Page, section: Section) -> str:
                           **({"fillstyle": "none", "linestyle": "--"} if place >= len(SERIES) else {}))
             axes.set(title=model, xlabel="removed of the layers, net", ylabel="excess loss, nats per token")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-            log_axis(axes)
+            log_axis(axes.yaxis)
         legend_below(figure, axes, columns=3)
     return canvas.svg
 

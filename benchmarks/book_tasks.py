@@ -9,10 +9,10 @@ from book_records import Page, Section
 from book_tables import GAP, markdown, mean, title
 
 from kdprune.report.bootstrap import RESAMPLES, Lead, lead, paired_bootstrap
-from kdprune.report.comparison_records import Comparison, Generation, Row, Unit, task_name
+from kdprune.report.comparison_records import Comparison, Row, Unit, task_name
 from kdprune.report.comparison_table import cells, dense_cells
 from kdprune.report.retention import carries_signal, row_name
-from kdprune.report.task_records import TaskScore
+from kdprune.report.task_records import Generation, TaskScore
 
 READING = f"""Scores in percent, perplexities as they are. Above chance: mean over the tasks with signal of
 (score − chance) / (dense − chance), BLiMP one of them, by the mean over its paradigms. In brackets the middle 95 % of

@@ -145,7 +145,7 @@ def main() -> None:
     device = resolve_device(given.device)
     file = given.out / f"cost_{hardware.name(device)}_{hardware.month()}.json"
     before = json.loads(file.read_text())["runs"] if file.is_file() else {}
-    own = device.type == "cpu" and torch.get_num_threads() == 1
+    own = hardware.Clock(device).own
     record = {
         **hardware.facts(device), "command": shlex.join(["python", "benchmarks/cost.py", *(
             ["--device", given.device] if given.device != "cpu" else [])]),

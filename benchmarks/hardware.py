@@ -1,8 +1,9 @@
-"""What a benchmark ran on: a name for its file, and the facts for its page."""
+"""What a benchmark runs on: a name for its file, the facts for its page, and its clock."""
 
 import datetime
 import platform
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -33,3 +34,17 @@ def facts(device: torch.device) -> dict[str, str | int]:
 def month() -> str:
     """YYYYMM, for file names."""
     return datetime.date.today().strftime("%Y%m")
+
+
+class Clock:
+    """Seconds of the processor on one CPU thread, which other work on the machine does not lengthen; else of the clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.own = device, device.type == "cpu" and torch.get_num_threads() == 1
+
+    def now(self) -> float:
+        """Seconds, when all work given to the device is done."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.process_time() if self.own else time.perf_counter()

@@ -9,13 +9,13 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import Clock
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -82,22 +82,9 @@ class Job:
         return json.loads(done.stdout.splitlines()[-1])
 
 
-class Clock:
-    """Seconds of the processor on one CPU thread, which other work on the machine does not lengthen; else of the clock.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.own = device, device.type == "cpu" and torch.get_num_threads() == 1
-
-    def now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.process_time() if self.own else time.perf_counter()
-
-
 @dataclass
 class Timed(Stages):
-    """Stages with the seconds of a :class:`Clock` and the highest resident set by the end of each."""
+    """Stages with the seconds of a :class:`hardware.Clock` and the highest resident set by the end of each."""
 
     clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
     costs: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -162,7 +162,7 @@ def picture(found: Sequence[Mapping[str, Any]], length: int = 4) -> str:
             for layer in (*record["writes"], *record["erases"]):
                 axes.axvspan(layer - length + 0.5, layer + 0.5, color="#eceff2", zorder=0)
             axes.set(title=record["model"], xlabel=f"first of {length} layers", ylabel="KL, nats a token")
-            log_axis(axes)
+            log_axis(axes.yaxis)
         legend_below(figure, axes)
     return canvas.svg
 

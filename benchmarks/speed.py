@@ -119,18 +119,6 @@ class Models:
         return found
 
 
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds now: of this process's processor time on one CPU thread, else of the clock, when all work is done."""
-    if device.type == "cpu":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def synchronised() -> float:
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised
-
-
 def compile_alone(model: PreTrainedModel) -> Callable[..., Any]:
     """``model`` compiled as one graph. Compiled graphs hang on the code of the function they were made from: with one
     of its own, a call does not have to look through the other models' graphs for its own."""
@@ -150,7 +138,7 @@ class Runner:
         # A growing cache is a new shape every step: compiled models get one of fixed size, as generate gives them.
         self.cache = StaticCache(model.config, prompt + STEPS) if compiled else None
         self.read, self.write = (compile_alone(model), compile_alone(model)) if compiled else (model, model)
-        self.now = clock(model.device)
+        self.now = hardware.Clock(model.device).now
 
     @torch.no_grad()
     def turn(self) -> tuple[float, float]:

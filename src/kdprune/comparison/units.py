@@ -21,10 +21,10 @@ from kdprune.methods.common.analysis import Scores, score_layers
 from kdprune.methods.common.method import RankedMethod
 from kdprune.model.families import decoder_layers, outside_embeddings
 from kdprune.model.placement import reads_weights
-from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Generation, Unit
+from kdprune.report.comparison_records import COMPARISON_VERSION, Dense, Unit
 from kdprune.report.heal_record import Heal
 from kdprune.report.size_records import KVCache, Layers
-from kdprune.report.task_records import TaskScore
+from kdprune.report.task_records import Generation, TaskScore
 from kdprune.run.pipeline import RunOutcome, run_method
 from kdprune.run.record import count_skipped, measured_speed, parameters, perplexity_record, software_versions
 from kdprune.run.session import Session
@@ -155,7 +155,7 @@ class Bench:
             if self._written is None:
                 self._written = continuations(dense, ids, new)
             written = self._written if model is dense else continuations(model, ids, new)
-        return Generation(**dataclasses.asdict(compared(self._written, written, prompt)))
+        return compared(self._written, written, prompt)
 
     def unit(self, variant: Variant, seed: int, dense: Dense) -> Unit:
         """The unit, if an earlier run finished it, or pruned and measured; raises whatever the method raises.

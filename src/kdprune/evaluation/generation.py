@@ -11,7 +11,6 @@ token like others, so that all continuations are n tokens long.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import LongTensor, Tensor
@@ -23,21 +22,11 @@ from kdprune.evaluation.models import evaluating, longest_context
 from kdprune.evaluation.speed import carried
 from kdprune.model.losses import last_logits
 from kdprune.model.placement import input_device
+from kdprune.report.task_records import Generation
 
 PROMPT, NEW_TOKENS = 64, 64  # of each continuation; less where the context is shorter
 RUN = 4  # tokens of what counts as repeated
 BATCH = 64  # prompts at once
-
-
-@dataclass(frozen=True)
-class Continued:
-    """Continuations of the same prompts against the dense model's, a figure a prompt, as of this module."""
-
-    prompt: int
-    new_tokens: int
-    same_beginning: list[float]
-    same_tokens: list[float]
-    repeated: list[float]
 
 
 def sizes(model: PreTrainedModel) -> tuple[int, int]:
@@ -101,11 +90,12 @@ def continuations(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> L
     return torch.cat(parts)  # type: ignore[return-value]
 
 
-def compared(dense: Tensor, pruned: Tensor, prompt: int) -> Continued:
+def compared(dense: Tensor, pruned: Tensor, prompt: int) -> Generation:
     """The measures of continuations (N, n) by the pruned model against the dense one's; ``prompt``: its tokens."""
     same = dense == pruned
-    return Continued(prompt, dense.shape[1], same.cumprod(1).double().mean(1).tolist(),
-                     same.double().mean(1).tolist(), [repetition(row) for row in pruned])
+    return Generation(
+        prompt=prompt, new_tokens=dense.shape[1], same_beginning=same.cumprod(1).double().mean(1).tolist(),
+        same_tokens=same.double().mean(1).tolist(), repeated=[repetition(row) for row in pruned])
 
 
 def repetition(tokens: Tensor) -> float:

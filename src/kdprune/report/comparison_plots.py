@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from kdprune.report.comparison_records import Comparison, Row, Stat
-from kdprune.report.style import BLUE, INK, MARKERS, SERIES, VERMILION, Canvas, log_axis
+from kdprune.report.style import BLUE, INK, MARKERS, SERIES, VERMILION, Canvas, log_axis, spread
 from kdprune.report.summary import OUTSIDE
 
 EXCESS = "excess loss, nats per token"
@@ -47,7 +47,7 @@ def excess_by_variant(rows: Sequence[Row], title: str, base: Row | None = None) 
         axes.set_yticks(range(len(rows)), [_short(row, 44) for row in rows])
         axes.set(xlabel=EXCESS, ylim=(-0.6, len(rows) - 0.4))
         axes.grid(axis="x")
-        _maybe_log(axes, [_excess(row) for row in rows])
+        spread(axes.xaxis, [_excess(row) for row in rows], _LOG_FROM)
     return canvas.svg
 
 
@@ -88,9 +88,9 @@ def _scatter(
         axes.set(xlabel=label, ylabel=EXCESS)
         axes.grid(axis="both")
         axes.margins(0.08)
-        _maybe_log(axes, [_excess(row) for row in rows], y=True)
+        spread(axes.yaxis, [_excess(row) for row in rows], _LOG_FROM)
         if log:
-            _log_x(axes)
+            log_axis(axes.xaxis)
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
         _name_points(figure, axes, [(row, _number(place(row)), _excess(row)) for row in rows])
@@ -136,25 +136,8 @@ def _base_line(axes: Axes, base: Row | None, vertical: bool) -> None:
         return
     line, band = (axes.axvline, axes.axvspan) if vertical else (axes.axhline, axes.axhspan)
     line(_excess(base), color=VERMILION, linewidth=1, linestyle="--")
-    spread = _sd(base.excess_loss)
-    band(_excess(base) - spread, _excess(base) + spread, color=VERMILION, alpha=0.13, linewidth=0)
-
-
-def _maybe_log(axes: Axes, values: Sequence[float], y: bool = False) -> None:
-    """A logarithmic axis where positive values span a wide range."""
-    if values and min(values) > 0 and max(values) > _LOG_FROM * min(values):
-        if y:
-            log_axis(axes)
-        else:
-            _log_x(axes)
-
-
-def _log_x(axes: Axes) -> None:
-    """A logarithmic x axis with plain numbers."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    wide = _sd(base.excess_loss)
+    band(_excess(base) - wide, _excess(base) + wide, color=VERMILION, alpha=0.13, linewidth=0)
 
 
 def _short(row: Row, most: int = 26) -> str:

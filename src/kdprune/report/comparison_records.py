@@ -14,7 +14,6 @@ from kdprune.report.records import (
     Calibration,
     FreeForm,
     Number,
-    Numbers,
     Perplexity,
     Record,
     Speed,
@@ -23,7 +22,7 @@ from kdprune.report.records import (
 from kdprune.report.results import encode, parsed, read_record, write_file
 from kdprune.report.retention import retention, row_name
 from kdprune.report.size_records import KVCache, Layers, Parameters, removed
-from kdprune.report.task_records import TaskScore
+from kdprune.report.task_records import Generation, TaskScore
 
 COMPARISON_VERSION = 1
 KINDS = ("comparison", "ablation")
@@ -45,22 +44,6 @@ class Stat(Record):
             return None
         return cls(mean=statistics.fmean(known), sd=statistics.stdev(known) if len(known) > 1 else None,
                    count=len(known))
-
-
-class Generation(Record):
-    """What a model writes, greedily, after prompts from the held-out texts, against what the dense model writes."""
-
-    prompt: int = Field(description="tokens a prompt")
-    new_tokens: int = Field(description="n, tokens a continuation")
-    same_beginning: Numbers = Field(description="of each prompt: tokens before the first that differs, / n")
-    same_tokens: Numbers = Field(description="of each prompt: tokens that are the dense model's at their place, / n")
-    repeated: Numbers = Field(
-        description="of each prompt: share of the runs of four tokens that stood before in the same continuation")
-
-    def mean(self, name: str) -> float | None:
-        """The mean of a measure over the prompts."""
-        known = [value for value in getattr(self, name) if value is not None]
-        return statistics.fmean(known) if known else None
 
 
 class Dense(Record):

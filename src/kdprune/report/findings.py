@@ -8,7 +8,7 @@ from kdprune.report.analysis_record import Analysis
 from kdprune.report.heal_record import Heal
 from kdprune.report.records import Curve, Fit, KernelTraining, Number, Outliers, best_of, divide
 from kdprune.report.results import Results
-from kdprune.report.summary import count, layer_range, percent
+from kdprune.report.summary import count, layer_range, listed, percent
 
 
 def _median(values: Sequence[Number]) -> float | None:
@@ -75,8 +75,7 @@ def massive(results: Results) -> str:
 
 def _layers(layers: Sequence[int]) -> str:
     """Layer 11, or layers 2 and 3."""
-    *front, last = map(str, layers)
-    return f"layers {', '.join(front)} and {last}" if front else f"layer {last}"
+    return f"layer{'s' * (len(layers) > 1)} {listed([str(layer) for layer in layers])}"
 
 
 def _low(number: int) -> str:

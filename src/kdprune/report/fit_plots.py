@@ -76,7 +76,7 @@ def training(fit: Fit, step: int, wide: bool = False) -> str:
                         figure.subplots(2, 1, sharex=True, height_ratios=(3, 2)))
         watched = curve.watched if isinstance(curve, Curve) else []
         _over_epochs(loss, curve.loss, BLUE, "loss", "fitted rows" if watched else None)
-        spread(loss, [*curve.loss, *watched], 10)
+        spread(loss.yaxis, [*curve.loss, *watched], 10)
         _over_epochs(cosine, curve.cosine, GREEN, "cosine")
         if watched:
             _over_epochs(loss, watched, VERMILION, "loss", "held-out rows", first=0)
@@ -150,7 +150,7 @@ def error_and_bound(fit: Fit) -> str:
     with canvas as figure:
         axes = figure.add_subplot()
         if (np.concatenate([error, bound]) > 0).any():
-            log_axis(axes)
+            log_axis(axes.yaxis)
         steps = np.arange(1, max(len(error), len(bound)) + 1)
         axes.plot(steps[: len(bound)], bound, color=PURPLE, marker="s", label="Theorem 1’s bound")
         axes.plot(steps[: len(error)], error, color=BLUE, marker="o", label="measured")

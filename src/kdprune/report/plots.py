@@ -121,7 +121,7 @@ def block_damage(results: Results) -> str:
         bar.outline.set_visible(False)
         bar.ax.set_ylabel("nats a token")
         if isinstance(scale, LogNorm):
-            log_axis(bar.ax)
+            log_axis(bar.ax.yaxis)
     return canvas.svg
 
 
@@ -149,7 +149,7 @@ def healing(results: Results) -> str:
         axes.set(xlabel="calibration tokens", ylabel="next-token loss, nats" if heal.loss == "lm" else "KL, nats")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        spread(axes, heal.watched, 10)
+        spread(axes.yaxis, heal.watched, 10)
         legend_below(figure, axes)
     return canvas.svg
 
@@ -207,7 +207,7 @@ def _draw_updates(change: Axes, size: Axes, analysis: Analysis, blocks: Blocks) 
     colours = [VERMILION if any(s <= i < e for s, e in blocks) else BLUE for i in layers]
     change.bar(layers, array(analysis.relative_update), width=0.72, color=colours)
     change.set_ylabel("‖hₗ₊₁ − hₗ‖ / ‖hₗ‖")
-    spread(change, analysis.relative_update, 20)
+    spread(change.yaxis, analysis.relative_update, 20)
     if analysis.state_norm:
         size.plot(np.arange(len(analysis.state_norm)) - 0.5, array(analysis.state_norm), color=INK, marker=".")
     size.set(xlabel="layer l", ylabel="‖hₗ‖", ylim=(0, None))
@@ -225,7 +225,7 @@ def _draw_massive(axes: Axes, analysis: Analysis, blocks: Blocks) -> None:
     axes.plot(np.arange(len(ratio)) - 0.5, ratio, color=INK, marker=".")
     if analysis.massive_above is not None:
         axes.axhline(analysis.massive_above, color=MUTED, linestyle="--", linewidth=1, label="massive above")
-    log_axis(axes)
+    log_axis(axes.yaxis)
     axes.set(xlabel="layer l", ylabel="largest / median ‖hₗ‖")
     _mark(axes, analysis, blocks)
 

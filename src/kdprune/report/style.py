@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -137,16 +138,17 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 4, markers: float = 
                     handle.set_alpha(1.0)
 
 
-def spread(axes: Axes, values: Sequence[float | None], factor: float) -> None:
+def spread(axis: Axis, values: Sequence[float | None], factor: float) -> None:
     """A logarithmic axis where positive values span more than `factor`."""
     known = [value for value in values if value is not None]
     if known and min(known) > 0 and max(known) > factor * min(known):
-        log_axis(axes)
+        log_axis(axis)
 
 
-def log_axis(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5 times the powers of ten."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+def log_axis(axis: Axis) -> None:
+    """A logarithmic axis, x or y, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    across = axis is axis.axes.xaxis
+    (axis.axes.set_xscale if across else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8 if across else 12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())

@@ -1,6 +1,7 @@
 """The figures people ask for first, in words and numbers, for the page, the tables and the card."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -89,6 +90,12 @@ def duration(seconds: float | None) -> str:
     return text.replace(" ", SPACE)
 
 
+def listed(names: Sequence[str]) -> str:
+    """A, b and c."""
+    *front, last = names
+    return f"{', '.join(front)} and {last}" if front else last
+
+
 def layer_range(block: tuple[int, int]) -> str:
     """The layers of a block, both ends included: (4, 10) → 4–9."""
     start, end = block
@@ -97,9 +104,8 @@ def layer_range(block: tuple[int, int]) -> str:
 
 def block_list(results: Results) -> str:
     """Layers 4–9 and 11–13."""
-    names = [layer_range(block) for block in results.blocks]
-    joined = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    one = len(names) == 1 and results.blocks[0][1] == results.blocks[0][0] + 1
+    joined = listed([layer_range(block) for block in results.blocks])
+    one = len(results.blocks) == 1 and results.blocks[0][1] == results.blocks[0][0] + 1
     return f"layer {joined}" if one else f"layers {joined}"
 
 
@@ -257,8 +263,7 @@ def _sublayers(results: Results) -> str:
     lacking = [width.without for width in results.widths]
     counts = {"the attention of {} layer": lacking.count("attention"), "the MLP of {} layer": lacking.count("mlp"),
               "{} whole layer": sum(end - start for start, end in results.blocks)}
-    parts = [text.format(count) + "s" * (count > 1) for text, count in counts.items() if count]
-    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    text = listed([text.format(count) + "s" * (count > 1) for text, count in counts.items() if count])
     return text[0].upper() + text[1:]
 
 

@@ -1,8 +1,10 @@
-"""The record of one row of a task table."""
+"""The records of what a model answers, a row of the task table each, and of what it writes."""
+
+import statistics
 
 from pydantic import Field
 
-from kdprune.report.records import Number, Record
+from kdprune.report.records import Number, Numbers, Record
 
 
 class TaskScore(Record):
@@ -31,3 +33,19 @@ class TaskScore(Record):
     def is_share(self) -> bool:
         """Whether it says how much is right, not how likely a text is."""
         return self.higher_is_better and "perplexity" not in self.metric
+
+
+class Generation(Record):
+    """What a model writes, greedily, after prompts from the held-out texts, against what the dense model writes."""
+
+    prompt: int = Field(description="tokens a prompt")
+    new_tokens: int = Field(description="n, tokens a continuation")
+    same_beginning: Numbers = Field(description="of each prompt: tokens before the first that differs, / n")
+    same_tokens: Numbers = Field(description="of each prompt: tokens that are the dense model's at their place, / n")
+    repeated: Numbers = Field(
+        description="of each prompt: share of the runs of four tokens that stood before in the same continuation")
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a measure over the prompts."""
+        known = [value for value in getattr(self, name) if value is not None]
+        return statistics.fmean(known) if known else None
