@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kdprune.errors import KDPruneError
 from kdprune.model.checkpoint import save_model
-from kdprune.model.llama_cpp import export_gguf, split_name
+from kdprune.model.llama_cpp import export_gguf, notes, split_name
 from kdprune.model.surgery import Drop, apply_edits
 from kdprune.testing import edits_of
 
@@ -170,6 +170,55 @@ def test_layers_whose_kind_goes_by_their_number(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **options}))
     folder = saved(apply_edits(model, [Drop(range(2, 3))]), tmp_path / "model", bench)
     refused(message, "export-gguf", folder, "-o", tmp_path / "out.gguf", folder=tmp_path)
+
+
+def of_a_kind(model_type: str, **options: Any) -> PreTrainedModel:
+    """A tiny stock model; options of its config as that family calls them."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": WORDS,
+             "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **options}))
+
+
+@needs_converter
+@pytest.mark.parametrize(("model_type", "options", "width"), [
+    ("gpt_neox", {"intermediate_size": 48}, 48), ("phi", {"intermediate_size": 48}, 48),
+    ("stablelm", {"intermediate_size": 48}, 48), ("falcon", {"ffn_hidden_size": 96, "multi_query": True}, 96),
+    ("gpt2", {"n_inner": 96}, 96)])
+def test_bases_of_rotations_and_widths_of_mlps_are_written(
+    model_type: str, options: dict[str, Any], width: int, bench: Bench, tmp_path: Path
+) -> None:
+    """Of families whose converter says nothing of them, or takes the widths from the stream's."""
+    model = of_a_kind(model_type, **options)
+    if model_type != "gpt2":
+        model.config.rope_parameters["rope_theta"] = 500_000.0
+    export_gguf(saved(model, tmp_path / "model", bench), tmp_path / "model.gguf")
+    _, keys = tensors(tmp_path / "model.gguf")
+    by_end = {key.split(".", 1)[1]: value for key, value in keys.items() if "." in key}
+    assert by_end["feed_forward_length"] == width
+    assert by_end.get("rope.freq_base") == (None if model_type == "gpt2" else 500_000.0)
+
+
+@pytest.mark.parametrize(("model_type", "options", "message"), [
+    ("llama", {"hidden_act": "gelu"}, "activation gelu, where llama.cpp has silu or swish"),
+    ("gpt_neox", {"hidden_act": "relu"}, "activation relu, where llama.cpp has gelu"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "idx True, where llama.cpp has False"),
+    ("falcon", {"alibi": True}, "alibi True"),
+    ("falcon", {"parallel_attn": False, "new_decoder_architecture": False}, "parallel_attn False"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type dynamic"),
+    ("phi", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type linear")])
+def test_what_llama_cpp_computes_in_another_way_is_told(
+    model_type: str, options: dict[str, Any], message: str, bench: Bench, tmp_path: Path
+) -> None:
+    folder = saved(of_a_kind(model_type, **options), tmp_path / "model", bench)
+    refused(message, "export-gguf", folder, "-o", tmp_path / "out.gguf", folder=tmp_path)
+
+
+def test_phi3_attends_to_all_tokens_in_llama_cpp() -> None:
+    """Whose window it reads, and leaves out."""
+    keys = {"phi3.attention.sliding_window"}
+    config = AutoConfig.for_model("phi3", sliding_window=16, max_position_embeddings=64)
+    assert "the last 16: longer texts differ" in str(notes(config, keys))
+    assert not notes(AutoConfig.for_model("mistral", sliding_window=16, max_position_embeddings=64), keys)
 
 
 @needs_converter

@@ -18,7 +18,7 @@ from kdprune.model.forms import WEIGHTS, check_adapter, quantised_by
 from kdprune.model.loading import TOKENIZER_FILES, read_config
 from kdprune.model.modeling_kdp import FAMILIES, PREFIX, key_value_heads
 from kdprune.runtime.machine import only_errors, quiet_libraries
-from kdprune.store.files import is_there, whole_file
+from kdprune.store.files import is_there, remove_partials, whole_file
 
 Weights: TypeAlias = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 # What each is called among the file types of the format.
@@ -40,10 +40,24 @@ _BY_NUMBER: Mapping[str, tuple[str, Callable[[int], Any]]] = {
     "olmo3": ("layer_types", lambda i: "full_attention" if i % 4 == 3 else "sliding_attention"),
     "cohere2": ("layer_types", lambda i: "full_attention" if i % 4 == 3 else "sliding_attention"),
 }
+# What llama.cpp computes whatever the config says: activation by family, and fields that have to be so.
+_SILU, _GELU = frozenset({"silu", "swish"}), frozenset({"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
+_ACTIVATION: Mapping[str, frozenset[str]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "stablelm", "olmo2", "smollm3", "granite",
+                     "ministral", "mixtral", "qwen3_moe"), _SILU),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "phi", "falcon"), _GELU)}
+_ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+_FIXED: Mapping[str, Mapping[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}, "falcon": {"alibi": False}}
+# Whose converter writes nothing of rotations but how many dimensions take part, and where their MLP's width stands, of
+# which it says that it is four times the stream's.
+_SILENT_OF_ROTATION = ("falcon", "gpt_neox", "phi", "stablelm")
+_MLP_WIDTH: Mapping[str, str] = {"gpt2": "n_inner", "falcon": "ffn_hidden_size", "phi": "intermediate_size"}
 # What the converter reads of a config that releases of transformers from 5 on write elsewhere or not at all.
 _RENAMED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "gpt_neox": lambda config: {"rotary_pct": (config.rope_parameters or {}).get("partial_rotary_factor", 0.25)},
     "gpt2": lambda config: {"n_ctx": config.n_positions},
+    "falcon": lambda config: {"num_kv_heads": key_value_heads(config)},
 }
 # How the converter calls what a tokenizer.json splits text by, where it does not know the vocabulary.
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -71,6 +85,7 @@ def export_gguf(directory: str | Path, output: str | Path, *, weights: Weights =
     config = check_export(directory)
     import gguf  # only here, and below: an optional package
 
+    remove_partials(output)  # of gigabytes
     kind = _STORED.get(config.dtype, "f32") if weights == "auto" else weights
     with whole_file(output, advice="choose another name") as partial, only_errors(), torch.inference_mode():
         try:
@@ -90,7 +105,7 @@ def export_gguf(directory: str | Path, output: str | Path, *, weights: Weights =
         file.write_kv_data_to_file()
         file.write_tensors_to_file(progress=False)
         file.close()
-    return _notes(config, {key for part in file.kv_data for key in part})
+    return notes(config, {key for part in file.kv_data for key in part})
 
 
 def check_export(directory: str | Path) -> PreTrainedConfig:
@@ -131,6 +146,7 @@ def _check_expressible(path: Path, config: Any) -> None:
     """Refuses what llama.cpp has no architecture for."""
     family = config.model_type.removeprefix(PREFIX)
     if config.model_type == family:
+        _check_constants(path, config)
         _check_numbers(path, config)
         return
     record = config.kdp or {}
@@ -159,6 +175,30 @@ def _check_expressible(path: Path, config: Any) -> None:
                            f"expected {STOCK}")
 
 
+def _check_constants(path: Path, config: Any) -> None:
+    """Refuses what llama.cpp would compute in another way without saying so."""
+    kind = config.model_type
+    activation = next((getattr(config, name) for name in _ACTIVATION_FIELDS if getattr(config, name, None)), None)
+    rotation = _rotation(config).get("rope_type", "default")
+    wrong = {name: (getattr(config, name), value) for name, value in _FIXED.get(kind, {}).items()
+             if getattr(config, name, value) != value}
+    if activation is not None and activation not in _ACTIVATION.get(kind, {activation}):
+        wrong["activation"] = activation, " or ".join(sorted(_ACTIVATION[kind]))
+    if rotation == "dynamic" or (rotation != "default" and kind in _SILENT_OF_ROTATION):
+        wrong["rope_type"] = rotation, "default"
+    if kind == "falcon" and not (config.new_decoder_architecture or config.parallel_attn):
+        wrong["parallel_attn"] = False, True
+    for name, (found, expected) in wrong.items():
+        raise KDPruneError(f"got {path}, a {kind} model with {name} {found}, where llama.cpp has {expected} for all of "
+                           "the family; expected one like these")
+
+
+def _rotation(config: Any) -> Mapping[str, Any]:
+    """Its rotary parameters, where all layers have the same."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return {} if any(isinstance(value, Mapping) for value in found.values()) else found
+
+
 def _check_numbers(path: Path, config: Any) -> None:
     """Refuses layers that are not of the kind that llama.cpp takes them for, by their number, and those of several
     kinds in a family that nothing is known of."""
@@ -182,10 +222,11 @@ def _window(config: Any) -> int | None:
     return window if used and window is not None and window < config.max_position_embeddings else None
 
 
-def _notes(config: Any, keys: set[str]) -> list[str]:
-    """What the file does not say of the model."""
+def notes(config: Any, keys: set[str]) -> list[str]:
+    """What a file with these keys does not say of the model, or llama.cpp does not heed."""
     window = _window(config)
-    if window is None or any(key.endswith("attention.sliding_window") for key in keys):
+    heeded = config.model_type != "phi3" and any(key.endswith("attention.sliding_window") for key in keys)
+    if window is None or heeded:  # of Phi-3 llama.cpp reads the key, and attends to all the same
         return []
     return [f"llama.cpp attends to all tokens, this model to the last {window}: longer texts differ"]
 
@@ -197,7 +238,10 @@ def _stock(path: Path, config: Any) -> Any:
     """The converter's class for a stock architecture. Raises KDPruneError where it has none."""
     from conversion import get_model_class
 
-    name = (config.architectures or [type(config).__name__])[0]
+    if not config.architectures:
+        raise KDPruneError(f"got {path}, whose config names no class of its own, as that of a multimodal model's text "
+                           "part does; expected a causal LM: save its language model alone, with its tokenizer")
+    name = config.architectures[0]
     try:
         with only_errors():
             return get_model_class(name)
@@ -209,15 +253,25 @@ def _stock(path: Path, config: Any) -> Any:
 def _converter(path: Path, config: Any) -> Any:
     """The class that converts this checkpoint."""
     if config.model_type.startswith(PREFIX):
-        return _with_splits(_layer_by_layer(config))
-    return _with_splits(_stock(path, config))
+        return _completed(_layer_by_layer(config), config)
+    return _completed(_stock(path, config), config)
 
 
-def _with_splits(base: Any) -> Any:
-    """The same for vocabularies that the converter does not know, where what splits their text is known."""
+def _completed(base: Any, config: Any) -> Any:
+    """The same for vocabularies that the converter does not know, where what splits their text is known, and with what
+    it does not say of some families: the base of rotations, the width of the MLP."""
 
     class Converter(base):
         model_arch = base.model_arch
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+            keys = {key for part in self.gguf_writer.kv_data for key in part}
+            theta, width = _rotation(config).get("rope_theta"), _MLP_WIDTH.get(config.model_type)
+            if theta is not None and not any(key.endswith("rope.freq_base") for key in keys):
+                self.gguf_writer.add_rope_freq_base(theta)
+            if width is not None and (own := getattr(config, width)) is not None:
+                self.gguf_writer.add_feed_forward_length(own)
 
         def get_vocab_base_pre(self, tokenizer: Any) -> str:
             try:
@@ -249,7 +303,7 @@ def _layer_by_layer(config: Any) -> Any:
     from conversion.llama import LlamaModel
 
     groups, queries = key_value_heads(config), config.num_attention_heads
-    widths: Sequence[Mapping[str, int]] = config.kdp["widths"]
+    widths: Sequence[Mapping[str, int]] = config.kdp.get("widths") or [{}] * config.num_hidden_layers
     keys = [width.get("groups", groups) for width in widths]
     heads = [queries * count // groups for count in keys]
     channels = [width.get("channels", config.intermediate_size) for width in widths]

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import itertools
 import os
 import socket
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from kdprune.errors import DiskError, KDPruneError
@@ -103,6 +105,15 @@ def whole_file(
         if (reason := refusal(error)) is not None:
             raise DiskError(f"cannot write {what or path}: {reason}; {advice}") from error
         raise
+
+
+def remove_partials(path: str | Path) -> None:
+    """Removes what killed processes of this machine left of `path`; whose number is in use again waits."""
+    path = Path(path)
+    for sibling in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}{glob.escape(socket.gethostname())}-*"):
+        number = sibling.name.rsplit("-", 2)[1]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            sibling.unlink(missing_ok=True)
 
 
 _numbers = itertools.count()
