@@ -13,7 +13,6 @@ from kdprune.model.activations import layer_states, place
 from kdprune.model.passes import Begin
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
-from kdprune.store.files import Notify, tell
 from kdprune.store.states import States, open_states
 
 Spill = Callable[[int], Path | None]  # boundary → its spill directory; None: memory
@@ -68,7 +67,7 @@ class PathRows:
 
 def collect_block_states(
     model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], run: Run, *, held: int, path: PathRows,
-    notify: Notify = tell,
+    corrected: bool = False,
 ) -> list[BlockStates]:
     """States of all blocks in one pass over the calibration set; what earlier runs spilled is not computed again.
 
@@ -78,13 +77,14 @@ def collect_block_states(
         run: gives the size of batches and the spill directories.
         held: how many rows at the end are kept out of fits.
         path: rows whose inner states are kept too.
-        notify: told in one line what was found damaged.
+        corrected: the inputs of all blocks but the first will be others; these are computed only if they are read.
     """
     with run.stage("layer states", len(tokens)) as progress:
         walk = _Walk(run.running(model), tokens, run.batch_size, progress)
-        ends = {index: walk.opened(index, run.spill_directory(index), notify)
+        ends = {index: walk.opened(index, run.spill_directory(index))
                 for block in blocks for index in (block.start, block.stop)}
-        paths = walk.run(ends, blocks, path)
+        later = {block.start for block in blocks[1:]} if corrected else set()
+        paths = walk.run({index: states for index, states in ends.items() if index not in later}, blocks, path)
     local = local_rows(tokens, run)
     fit_rows, held_rows = path.of(len(tokens))
     position = tokens.mask.cumsum(1) - 1
@@ -99,7 +99,7 @@ def collect_block_states(
 
 def boundary_states(
     model: PreTrainedModel, tokens: TokenSet, indices: Iterable[int], run: Run, *, stage: str,
-    begin: tuple[int, States] | None = None, spill: Spill = lambda _: None, notify: Notify = tell,
+    begin: tuple[int, States] | None = None, spill: Spill = lambda _: None,
 ) -> dict[int, States]:
     """The states at some boundaries of all rows (this process's share of them), in one pass.
 
@@ -108,11 +108,10 @@ def boundary_states(
         stage: the name under which the pass is shown.
         begin: a boundary before all of them with its states, where the pass begins; None: the embeddings.
         spill: the spill directory of a boundary, None: memory.
-        notify: as above.
     """
     with run.stage(stage, len(tokens)) as progress:
         walk = _Walk(model, tokens, run.batch_size, progress, begin)
-        states = {index: walk.opened(index, spill(index), notify) for index in indices}
+        states = {index: walk.opened(index, spill(index)) for index in indices}
         walk.run(states, [], PathRows(0, 0))
     return states
 
@@ -158,11 +157,11 @@ class _Walk:
     progress: Callable[[int], None]
     begin: tuple[int, States] | None = None
 
-    def opened(self, index: int, spill: Path | None, notify: Notify) -> States:
+    def opened(self, index: int, spill: Path | None) -> States:
         """Room for the states at this boundary, with what is in its spill directory already."""
         return open_states(
             (*self.tokens.ids.shape, self.model.config.hidden_size), self.model.dtype,
-            f"the states {place(index, self.model)}", spill, recompute=self.states_of(index), notify=notify)
+            f"the states {place(index, self.model)}", spill, recompute=self.states_of(index))
 
     def run(
         self, ends: Mapping[int, States], blocks: Sequence[range], path: PathRows

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kdprune.errors import KDPruneError
-from kdprune.methods.common.analysis import CHUNK, ENOUGH, STATES
+from kdprune.methods.common.analysis import CHUNK, ENOUGH
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import PASS_TOKENS
 from kdprune.methods.kdp.fit_block import FitSettings
 from kdprune.methods.kdp.landmarks import inputs_of, tokens_for
 from kdprune.methods.kdp.measuring import HELD
+from kdprune.model.activations import STATES
 from kdprune.runtime.machine import BATCH
 from kdprune.runtime.memory import MODEL_SHARE, SCRATCH_SHARE, SHARE
 from kdprune.store.files import readable_bytes
@@ -266,7 +267,7 @@ class Job:
                 found["inverse"] = Work(
                     single=REFINE * 3 * self.settings.step2.epochs * fitted * 2 * self.shape.hidden
                     * (size + self.width))
-        if self.settings.refine and (self.shape.kind != "linear" or self.shape.context):
+        if self.settings.refine:
             schedule, passed = self.settings.step3, self.settings.step3.epochs * fitted
             if self.settings.on_trial:  # every rate, at most
                 passed += len(RATES) * trial_rows(self.rows - self.held, schedule) * self.length
@@ -296,8 +297,8 @@ class Job:
         return self.tokens * self.width * self.itemsize
 
     def states(self) -> int:
-        """Bytes of all states that fits read: both ends of every block, and corrected inputs."""
-        return self.boundary() * (2 * len(self.blocks) + (len(self.blocks) - 1 if self.sequential else 0))
+        """Bytes of all states that fits read: at both ends of every block."""
+        return self.boundary() * 2 * len(self.blocks)
 
     def scratch(self) -> int:
         """Bytes between the layers of a streamed model in its analysis, the widest stage: all boundaries at once."""

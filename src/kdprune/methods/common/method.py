@@ -108,11 +108,11 @@ class Method(ABC):
 
 
 def boundaries_held(model: PreTrainedModel, ratio: float, blocks: Sequence[object] | None = None) -> int:
-    """Boundaries between layers whose states a method at this ratio may hold at once: both ends of every block, and of
-    all but the first what the pruned model hands it. Where they are not named, blocks are of two layers, and half as
-    many layers go as the ratio says again, as what is put in counts against it."""
+    """Boundaries between layers whose states a method at this ratio may hold at once: both ends of every block. Where
+    they are not named, blocks are of two layers, and half as many layers go as the ratio says again, as what is put in
+    counts against it."""
     layers = math.ceil(1.5 * ratio * len(decoder_layers(model)))
-    return 3 * (max(1, layers // 2) if blocks is None else len(blocks))
+    return 2 * (max(1, layers // 2) if blocks is None else len(blocks))
 
 
 @dataclass(frozen=True, kw_only=True)

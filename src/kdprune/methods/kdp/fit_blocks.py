@@ -76,7 +76,8 @@ class _Collected:
         """
         if self._dense is None:
             self._dense = collect_block_states(
-                self.model, self.tokens, self.plan.blocks, self.run, held=self.plan.held, path=self.plan.path)
+                self.model, self.tokens, self.plan.blocks, self.run, held=self.plan.held, path=self.plan.path,
+                corrected=self.plan.sequential)
         states = self._dense[number]
         if not (self.plan.sequential and edits):
             return states
