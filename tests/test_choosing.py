@@ -132,6 +132,24 @@ def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_
     assert model.config.num_hidden_layers == 6
 
 
+def test_linear_maps_and_fourier_features_stand_beside_each_other(tiny_model) -> None:
+    """Whichever comes first: step 1 sees the paths of all blocks where one stand-in has features."""
+    model, tokens = tiny_model("llama2"), random_tokens(rows=20)
+    method = KDP(kernel="learned", refine=False, context="none", ratio=0.3, protect=0.0)
+    result = method(model, tokens, Run(batch_size=4))
+    assert {entry["kind"] for entry in result.fit} == {"linear", "fourier"}
+    assert result.fit[0]["kind"] == "linear"
+
+
+def test_a_linear_map_alone_is_one_form_at_any_width(bundled: PreTrainedModel) -> None:
+    """Which has no step 3, so that a single layer may go behind it whether or not one is asked for."""
+    for refine in (True, False):
+        method = KDP(kernel="linear", context="none", refine=refine)
+        assert method.forms(method.shape(bundled)) == [method.shape(bundled)]
+        assert (method.shortest, method.trains) == (1, False)
+    assert KDP(kernel="linear").trains
+
+
 @pytest.mark.parametrize("name", WIRINGS)
 def test_every_wiring_is_measured(name: str, tiny_model) -> None:
     model, tokens = tiny_model(name), random_tokens(rows=20)

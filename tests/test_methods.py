@@ -27,11 +27,13 @@ from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks, index_after
 from kdprune.methods.kdp.kdp import KDP
 from kdprune.methods.kdp.step1_dynamics import Step1, fit_dynamics, position_weights, solve_operators
 from kdprune.methods.kdp.step2_inverse import InverseNetwork, decay_compensation, fold
+from kdprune.model import block_states
 from kdprune.model.activations import layer_states
 from kdprune.model.block_states import BlockStates, PathRows, collect_block_states
 from kdprune.model.surgery import apply_edits
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache
+from kdprune.store.states import States, open_states
 from kdprune.testing import with_random_weights
 from kdprune.train.loop import Schedule
 
@@ -416,3 +418,29 @@ def test_site_output_is_base_plus_stand_in(tiny_model) -> None:
         with torch.no_grad():
             expected = probe.base + fitting.multiplier * stand_in(probe.kernel_input)
             torch.testing.assert_close(fitting.predict(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "mlp", "linear+learned"])
+def test_the_printed_method_has_other_kernels(kernel: str, tiny_model) -> None:
+    """Which no hidden layer reads; the preset's is not taken for one that was asked for."""
+    method = KDP(preset="paper", kernel=kernel, protect=0.0)
+    assert method.hidden == 0
+    method.check(tiny_model("llama3"), random_tokens(rows=4))
+    with pytest.raises(KDPruneError, match="got hidden 8 with kernel"):
+        KDP(preset="paper", kernel=kernel, hidden=8)
+
+
+def test_later_blocks_of_a_sequential_fit_leave_the_dense_states_before_them_out(tiny_model, monkeypatch) -> None:
+    """Of which they have the pruned model's: no pass stores what nobody reads."""
+    opened: dict[str, States] = {}
+
+    def remembering(*args: Any, **options: Any) -> States:
+        states = open_states(*args, **options)
+        opened[f"{len(opened)} {states.name}"] = states
+        return states
+
+    monkeypatch.setattr(block_states, "open_states", remembering)
+    run(tiny_model("llama3"), random_tokens(rows=8), blocks=((1, 3), (4, 6)), sequential=True)
+    there = [(name.split(" ", 1)[1], len(states.rows)) for name, states in opened.items()]
+    assert [name for name, rows in there if rows == 0] == ["the states entering layer 4"]
+    assert sorted(rows for _, rows in there) == [0, 8, 8, 8, 8]  # both ends of both, and ours

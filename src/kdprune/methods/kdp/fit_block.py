@@ -105,14 +105,13 @@ def fit_block(
         The edit, the block's entry of ``results.json``'s ``fit``, and step 3's rate where it was on trial.
     """
     this = Fit.of(model, states, shape, settings, number, run, follows_from)
-    fitting, block = this.fitting, states.block
-    energy = fitting.update_energy()
+    fitting, block, energy = this.fitting, states.block, this.fitting.update_energy()
     record: dict[str, Any] = {"step1": None, "step3": None, "refined": None}
     rates: list[float] = []
     if "data" in shape.parts:
         place_landmarks(model, fitting, settings.ridge)
     if "fourier" in shape.parts:
-        this = _with_bandwidth(this, energy)
+        this = _with_bandwidth(this)
         settings = this.settings
         step1 = _step1(this)
         record["step1"] = step1.curves
@@ -121,7 +120,7 @@ def fit_block(
     else:
         _solve_plain(fitting, settings.ridge)
         record["step2"] = average(fitting.state_loss(energy), fitting)
-    if settings.refine and (shape.kind != "linear" or shape.context):
+    if settings.refine:
         curves, rate = _step3(this)
         record |= {"step3": curves, "refined": min(curves["watched"]) < curves["watched"][0]}
         rates = [rate] if settings.on_trial else []
@@ -156,31 +155,32 @@ def fit_closed_form(model: PreTrainedModel, this: Fit) -> None:
     if "data" in shape.parts:
         place_landmarks(model, fitting, ridge)
     if "fourier" in shape.parts:
-        _solve_kernel(_with_bandwidth(this, fitting.update_energy()))
+        _solve_kernel(_with_bandwidth(this))
     else:
         _solve_plain(fitting, ridge)
 
 
 @torch.no_grad()
-def choose_bandwidth(this: Fit, energy: float) -> float:
+def choose_bandwidth(this: Fit) -> float:
     """Of ``BANDWIDTHS`` the one whose closed form has the least error on held-out rows; draws are as if it never was.
 
     The stand-in's landmarks, if it has any, are in place.
     """
     start, errors = this.draw.get_state(), {}
+    loss_function = this.fitting.state_loss(1.0)  # the least is the least in any unit
     for bandwidth in BANDWIDTHS:
         this.draw.set_state(start)
         _solve_kernel(replace(this, settings=replace(this.settings, bandwidth=bandwidth)))
-        errors[bandwidth] = average(this.fitting.state_loss(energy), this.fitting, held=True)["loss"][0]
+        errors[bandwidth] = average(loss_function, this.fitting, held=True)["loss"][0]
     this.draw.set_state(start)
     return min(errors, key=errors.__getitem__)
 
 
-def _with_bandwidth(this: Fit, energy: float) -> Fit:
+def _with_bandwidth(this: Fit) -> Fit:
     """The same with a bandwidth, chosen where none is given."""
     if this.settings.bandwidth is not None:
         return this
-    return replace(this, settings=replace(this.settings, bandwidth=choose_bandwidth(this, energy)))
+    return replace(this, settings=replace(this.settings, bandwidth=choose_bandwidth(this)))
 
 
 def _solve_kernel(this: Fit) -> None:

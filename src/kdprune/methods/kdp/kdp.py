@@ -99,7 +99,7 @@ class KDP(RankedMethod):
     channels: int | None = option(
         None, "c, number of the block's own MLP channels (a quarter of the width, which fill adds to; form stock: "
         "those of a layer)", least=1, group="size", rare=True)
-    rank: int = option(16, "r, rank of the learned part of the covariance", least=0, rare=True)
+    rank: int = option(16, "r, rank of the learned part of the Fourier kernel's covariance", least=0, rare=True)
     bandwidth: float | None = option(
         None, "scale of the first frequencies in units of the median heuristic (chosen for every block by held-out "
         "error)", above=0, rare=True)
@@ -168,9 +168,11 @@ class KDP(RankedMethod):
             if given is not None and self.parts.isdisjoint(parts):
                 raise KDPruneError(f"got {size} {given} with kernel {self.kernel!r}, which has none; expected a kernel "
                                    f"with the part {' or '.join(parts)}, or no {size}")
-        if hidden and self.kernel not in ("learned", "fixed"):
-            raise KDPruneError(f"got hidden {hidden} with kernel {self.kernel!r}, expected 'learned' or 'fixed': only "
-                               "those are read through a hidden layer. Choose one, or leave hidden out")
+        if self.kernel not in ("learned", "fixed"):
+            if hidden:
+                raise KDPruneError(f"got hidden {hidden} with kernel {self.kernel!r}, expected 'learned' or 'fixed': "
+                                   "only those are read through a hidden layer. Choose one, or leave hidden out")
+            object.__setattr__(self, "hidden", 0)  # whatever the preset says
         if self.inverse == "direct" and "data" in self.parts:
             raise KDPruneError(f"got inverse 'direct' with kernel {self.kernel!r}, expected inverse 'residual' there: "
                                "the block's channels read a normalised state. Choose that, or kernel 'learned'")
@@ -189,6 +191,11 @@ class KDP(RankedMethod):
             object.__setattr__(self, name, value)
 
     @property
+    def trains(self) -> bool:
+        """Whether there is a step 3: a linear map of the state that stands alone has none, it is solved for."""
+        return bool(self.refine) and (self.kernel != "linear" or self.context != "none")
+
+    @property
     def parts(self) -> frozenset[str]:
         """The parts of the kernel, as they are asked for."""
         return frozenset((self.kernel or "").split("+"))
@@ -205,7 +212,7 @@ class KDP(RankedMethod):
         """
         width, kernel = model.config.hidden_size, self.kernel or ""
         parts = kernel.replace("learned", "fourier").replace("fixed", "fourier").split("+")
-        hidden = (width if self.hidden == -1 else self.hidden or 0) if parts == ["fourier"] else 0
+        hidden = width if self.hidden == -1 else self.hidden or 0
         both = {"fourier", "data"} <= set(parts)
         features = {"fourier": width // 4 if both else width // 2 if hidden else round(5 * width / 6),
                     "mlp": round(5 * width / 4)}
@@ -251,7 +258,7 @@ class KDP(RankedMethod):
         blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
         plan = FitPlan(
             blocks, shapes, self.settings(budget.shape, tokens), tokens.held_out(self.held),
-            self.path_rows(tokens, shapes[0]), bool(self.sequential))
+            max((self.path_rows(tokens, shape) for shape in shapes), key=lambda rows: rows.fit), bool(self.sequential))
         return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else damage.by_block)
 
     def choose(
@@ -278,8 +285,8 @@ class KDP(RankedMethod):
     def forms(self, shape: Shape) -> list[Shape]:
         """The stand-in; where blocks are measured and nothing is trained also a linear map of the state, which may do
         where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
-        linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False)
-        alone = self.ranking == "similarity" or self.blocks is not None or self.refine or shape == linear
+        linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False, unit=shape.unit)
+        alone = self.ranking == "similarity" or self.blocks is not None or self.trains or shape == linear
         if alone or shape.ordinary:
             return [shape]
         return [linear, shape]
@@ -287,7 +294,7 @@ class KDP(RankedMethod):
     @property
     def shortest(self) -> int:
         """A single layer may go behind a linear map."""
-        return 2 if self.ranking == "similarity" or self.refine or self.form != "folded" else 1
+        return 2 if self.ranking == "similarity" or self.trains or self.form != "folded" else 1
 
     @property
     def measures(self) -> bool:
@@ -310,7 +317,7 @@ class KDP(RankedMethod):
         rate, epochs = self.rate or batch / 2 / shape.width, self._refine_epochs(tokens, batch)
         return FitSettings(
             kernel=self.kernel or "", rank=self.rank, bandwidth=self.bandwidth, ridge=self.ridge,
-            refine=bool(self.refine),
+            refine=self.trains,
             step1=Schedule(self.kernel_epochs or 1, 256, self.kernel_rate or 0.384 / shape.width),
             step2=Schedule(self.inverse_epochs, batch, rate),
             step3=Schedule(epochs, batch, rate, patience=max(LEAST_PATIENCE, epochs // 3)),

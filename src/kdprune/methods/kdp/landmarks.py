@@ -74,6 +74,7 @@ def _pool(model: PreTrainedModel, fitting: StandInFit, most: int) -> Channels:
     layers = [mlp_channels(model, index).through(*own) for index in fitting.states.block]
     fields = ("lines", "biases", "outgoing")
     every = Channels(*(torch.cat([getattr(layer, name) for layer in layers]) for name in fields))
+    layers.clear()  # as much again
     if not fitting.intercept:  # an MLP without biases cannot hold the shifts of its block's norms
         every.biases.zero_()
     squares = torch.zeros(len(every.lines), dtype=torch.float64, device=fitting.device)
