@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
+from kdprune.methods.common import budget
 from kdprune.methods.common.budget import shortest_blocks
 from kdprune.methods.common.distance import Distances, measure_channel_cosine, measure_distances
 from kdprune.methods.common.method import DepthMethod
+from kdprune.methods.common.target import Target
 from kdprune.methods.peers.drop import (
     SLEB,
     UIDL,
@@ -201,6 +203,18 @@ def test_uidl_takes_the_block_whose_ends_are_nearest_at_the_last_real_token(side
             found = UIDL(ratio=(count - 0.5) * layer)(model, tokens)
             assert found.blocks == [range(start, start + count)]
     assert {len(block) for block in shortest_blocks(model, UIDL(ratio=2.5 * layer).target(model), range(LAYERS))} == {3}
+
+
+def test_every_start_has_its_shortest_block_where_layers_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [100] * 4 + [80] * 10 + [81] * 10 + [100] * 2
+    monkeypatch.setattr(budget, "layer_sizes", lambda _: sizes)
+    model = build("llama3")
+    target = Target(0.25, "layers", sum(sizes))
+    found = budget.shortest_blocks(model, target, range(len(sizes)))
+    for block in found:
+        assert sum(sizes[block.start : block.stop]) >= target.parameters > sum(sizes[block.start : block.stop - 1])
+    assert [block.start for block in found] == [
+        start for start in range(len(sizes)) if sum(sizes[start:]) >= target.parameters]
 
 
 @pytest.mark.parametrize(("name", "expected"), [

@@ -14,8 +14,10 @@ from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.methods.peers.drop import runs
 from kdprune.methods.peers.evopress import EvoPress, Judge, LayerSets
+from kdprune.model import teacher
 from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import Drop, apply_edits
+from kdprune.model.teacher import Teacher
 from kdprune.runtime.run import Run
 from kdprune.testing import CALIBRATION
 
@@ -107,7 +109,8 @@ def test_a_divergence_that_is_not_a_number_is_infinite() -> None:
     model = build("llama3")
     with torch.no_grad():
         next(decoder_layers(model)[3].parameters()).fill_(math.nan)
-    judge = Judge(model, CALIBRATION, 64, 8, lambda _: None)
+    known = Teacher(model, CALIBRATION, 64, keep=torch.arange(len(CALIBRATION)))
+    judge = Judge(model, CALIBRATION, known, 8, lambda _: None)
     assert judge([frozenset({1}), frozenset({4})], torch.arange(3)) == [math.inf] * 2
     with pytest.raises(KDPruneError, match="no finite divergence"):
         EvoPress(ratio=0.2, passes=8, first=2, offspring=2)(model, CALIBRATION)
@@ -123,3 +126,14 @@ def test_what_it_refuses() -> None:
     assert EvoPress(blocks=((1, 3),))(model, CALIBRATION).search is None
     with pytest.raises(KDPruneError, match="the largest the layers that may be taken out allow"):
         EvoPress(ratio=0.95).check(model, CALIBRATION)
+
+
+def test_passes_hold_where_the_dense_distributions_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama3")
+    kept = EvoPress(ratio=0.2, passes=20)(model, CALIBRATION).search
+    monkeypatch.setattr(teacher, "KEPT", 0)
+    again = EvoPress(ratio=0.2, passes=20)(model, CALIBRATION).search
+    assert kept is not None
+    assert again is not None
+    assert max(kept["passes"], again["passes"]) <= 20
+    assert len(again["divergence"]) < len(kept["divergence"])  # whose rows are counted again

@@ -248,7 +248,7 @@ def test_what_stays_has_the_largest_saliency(order: Any) -> None:
     edits = method(model, tokens(), Run(2)).edits
     text = tokens()
     rows = random_slices(text.select(slice(len(text) - text.held_out(0.1))), 10, 64, generator(2, 1))
-    saliency = method.saliencies(model, plan, rows)[1]
+    saliency = dict(method.saliencies(model, plan, rows))[1]
     layer = decoder_layers(model)[1]
     score = sum(part.total(layer, saliency) for part in mlp_parts(model, layer))
     direct = sum(saliency[f"mlp.{name}.weight"].double().sum(axis)

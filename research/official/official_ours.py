@@ -289,7 +289,7 @@ def compare_llm_pruner(ours: Ours, theirs: dict[str, Any]) -> dict[str, Any]:
         their_kept = {layer: kept_of(dense, state, layer) for layer in range(FIRST, LAST)}
         plan = {layer: Kept(len(groups), len(channels)) for layer, (groups, channels) in their_kept.items()}
         method = LLMPruner(order=order, held=SHARE)
-        saliencies = method.saliencies(ours.model, plan, slices)
+        saliencies = dict(method.saliencies(ours.model, plan, slices))
         heads_off, alike_off, channels_off, same_heads, same_channels, removed = [], [], [], 0, 0, 0
         for layer, (groups, channels) in their_kept.items():
             module = decoder_layers(ours.model)[layer]

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
+from kdprune.errors import KDPruneError
 from kdprune.kernel.massive import MASSIVE, MassiveTokens, movers
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
 from kdprune.methods.common.selection import open_layers
-from kdprune.model.activations import layer_states
+from kdprune.model.activations import layer_states, rows_at_once
 from kdprune.model.families import decoder_layers
 from kdprune.report import plots
 from kdprune.report.results import Analysis
@@ -24,7 +25,6 @@ from kdprune.store.cache import TensorCodec
 
 CHUNK = 128   # tokens a chunk: the estimator is unbiased at any size; its cost a token grows with it
 ENOUGH = 16_384  # tokens: research/analysis-tokens shows what fewer and more change; blocks stay the same
-STATES = 2**28  # bytes that the states of one batch at all layers may take: fewer rows pass at once where they are wide
 _PURPOSE = 500_000  # of the draws: the rows, and from the next number on the order of each batch's tokens
 
 
@@ -126,15 +126,16 @@ def score_layers(model: PreTrainedModel, tokens: TokenSet, run: Run, *, protect:
 def _measure(model: PreTrainedModel, tokens: TokenSet, run: Run, limit: int) -> dict[str, Tensor]:
     """What :meth:`Scores.again` reads."""
     tokens = some_rows(tokens, limit, run)
-    row = tokens.ids.shape[1] * model.config.hidden_size * model.dtype.itemsize * (len(decoder_layers(model)) + 1)
-    batch_size = min(run.batch_size, max(1, STATES // row))
+    batch_size = rows_at_once(model, tokens.ids.shape[1], run.batch_size)
     local = tokens.select(world().share(len(tokens), batch_size))
     massive = MassiveTokens(len(decoder_layers(model)) + 1)
     with run.stage("analyse", len(local)) as progress:
         chunks = _chunks(model, local, run, batch_size, massive, progress)
         chunk = next(chunks, None)
         width = world().broadcast(None if chunk is None else median_distances(chunk).cpu())
-        assert width is not None, "the first process has rows"
+        if width is None:
+            raise KDPruneError(f"got batches with fewer than 4 tokens each from {tokens.source}, expected enough to "
+                               "compare states by: give longer rows (length=…) or more of them")
         similarity = LayerSimilarity(width if chunk is None else width.to(chunk.device))
         while chunk is not None:
             similarity.update(chunk)

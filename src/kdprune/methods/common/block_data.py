@@ -35,14 +35,14 @@ def candidates(options: DepthMethod, model: PreTrainedModel, cost: int = 0) -> l
 
 
 def choose(
-    options: DepthMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, cost: int = 0,
+    options: ComparingMethod, model: PreTrainedModel, tokens: TokenSet, run: Run, cost: int = 0,
 ) -> list[range]:
     """The explicit blocks, or of the :func:`candidates` the one whose ends have the greatest mean cosine."""
     blocks = candidates(options, model, cost)
     if options.blocks is not None:
         return blocks
-    normed = isinstance(options, ComparingMethod) and options.last_state == "normed"
-    return [nearest(blocks, 1 - measure_distances(model, tokens, run, normed=normed).cosine)]
+    distances = measure_distances(model, tokens, run, normed=options.last_state == "normed")
+    return [nearest(blocks, 1 - distances.cosine)]
 
 
 def nearest(blocks: list[range], distance: Tensor) -> range:

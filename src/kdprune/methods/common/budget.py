@@ -209,7 +209,8 @@ def check_blocks(blocks: list[range], layers: int) -> list[range]:
 def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost: int = 0) -> list[range]:
     """For every start within ``allowed`` the shortest block whose removal meets the target.
 
-    For the methods that take out one run of layers. Where layers differ in size only the blocks of least removal stay.
+    For the methods that take out one run of layers. Where layers differ in size, blocks may differ in length,
+    and remove less than their last layer too much.
 
     Args:
         target: parameters to remove, net of ``cost``.
@@ -224,8 +225,11 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
     removed = {block: sum(sizes[block.start : block.stop]) - cost for block in blocks if len(block) < len(sizes)}
     target.check(max(removed.values(), default=0), f"that the layers from {allowed.start} to {allowed.stop - 1} allow",
                  "lower the ratio or protect fewer layers (protect=…)")
-    least = min(size for size in removed.values() if size >= target.parameters)
-    return [block for block, size in removed.items() if size == least]
+    enough: dict[int, range] = {}
+    for block, size in removed.items():  # of one start the shorter come first
+        if size >= target.parameters:
+            enough.setdefault(block.start, block)
+    return list(enough.values())
 
 
 def filled(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.model.activations import behind_norm, layer_states
+from kdprune.model.activations import behind_norm, layer_states, rows_at_once
 from kdprune.model.families import decoder_layers
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
@@ -48,10 +48,9 @@ def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run, *, nor
     """
     states = len(decoder_layers(model)) + 1
     cosine, angular = (torch.zeros(states, states, dtype=torch.float64) for _ in range(2))
-    rows = 0
-    local = tokens.local(run.batch_size)
+    rows, size = 0, rows_at_once(model, tokens.ids.shape[1], run.batch_size)
     with run.stage("distances", len(tokens)) as progress:
-        for batch, found in layer_states(run.running(model), local, range(states), run.batch_size):
+        for batch, found in layer_states(run.running(model), tokens.local(size), range(states), size):
             if normed:
                 found[states - 1] = behind_norm(run.running(model), batch, found[states - 1])
             row, column = batch.mask.nonzero(as_tuple=True)
@@ -61,6 +60,7 @@ def measure_distances(model: PreTrainedModel, tokens: TokenSet, run: Run, *, nor
             for part in torch.arange(len(row)).split(_CHUNK):
                 angular += (_cosines(_gather(found, row[part], column[part])).arccos() / pi).sum(-1).cpu()
             rows += len(row)
+            found.clear()  # before the next batch's are there too
             progress(len(batch))
     world().sum(cosine, angular)
     rows = int(world().total([rows])[0])
@@ -80,15 +80,16 @@ def measure_channel_cosine(model: PreTrainedModel, tokens: TokenSet, run: Run) -
         KDPruneError: a state is NaN or infinite.
     """
     states = len(decoder_layers(model)) + 1
-    total = torch.zeros(states, states, dtype=torch.float64)
+    total, size = torch.zeros(states, states, dtype=torch.float64), rows_at_once(
+        model, tokens.ids.shape[1], run.batch_size)
     with run.stage("distances", len(tokens)) as progress:
-        for batch, found in layer_states(run.running(model), tokens.local(run.batch_size), range(states),
-                                         run.batch_size):
+        for batch, found in layer_states(run.running(model), tokens.local(size), range(states), size):
             for row in batch.mask.any(1).nonzero().flatten():
                 column = batch.mask[row].nonzero().flatten()
                 over = _gather(found, row.expand_as(column), column)
                 unit = over / over.norm(dim=1, keepdim=True).clamp_min(torch.finfo(over.dtype).tiny)
                 total += torch.einsum("sti,eti->se", unit, unit).cpu() / unit.shape[-1]
+            found.clear()
             progress(len(batch))
     world().sum(total)
     return total / max(int(tokens.mask.any(1).sum()), 1)
@@ -100,6 +101,13 @@ def last_tokens(batch: TokenSet) -> tuple[Tensor, Tensor]:
     last = position.masked_fill(~batch.mask, -1).amax(1)
     rows = (last >= 0).nonzero()[:, 0]
     return rows, last[rows]
+
+
+def cosine(first: Tensor, second: Tensor) -> Tensor:
+    """cos of every pair of states, (…, d) → (…), float64; ``UNDEFINED`` where one is zero."""
+    first, second = first.double(), second.double()
+    sizes = first.norm(dim=-1) * second.norm(dim=-1)
+    return torch.where(sizes > 0, (first * second).sum(-1) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), UNDEFINED)
 
 
 def _gather(states: dict[int, Tensor], row: Tensor, column: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,7 +16,14 @@ from kdprune.kernel.features import rms_normalize
 from kdprune.kernel.operators import Moments
 from kdprune.model.activations import Arguments, layer_arguments
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of, mlp_source, norm_before_mlp, norms_behind_mlp
+from kdprune.model.families import (
+    decoder_layers,
+    family_of,
+    mlp_source,
+    norm_before_mlp,
+    norms_behind_mlp,
+    state_of,
+)
 from kdprune.model.modeling_kdp import StandIn
 from kdprune.model.placement import input_device
 from kdprune.model.structures import gains_from, has_mlp_biases, mlp_weights, norm_affine, reciprocal
@@ -117,8 +125,7 @@ class StandInFit:
         if self.context is None:
             return self.module(hidden)
         args, kwargs = self.arguments(rows, self.context)
-        output = self.module(hidden, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return state_of(self.module(hidden, *args, **kwargs))
 
     def arguments(self, rows: Tensor, layer: int) -> Arguments:
         """What the model hands this layer beside the state, for some rows."""
@@ -187,13 +194,18 @@ class StandInFit:
     @torch.no_grad()
     def affine(self, ridge: float) -> tuple[Tensor, Tensor]:
         """(M, c) of the least-squares map of h_e − h_s on h_s over the fitted tokens, (d, d) and (d,), float64."""
+        return self._moments.solve_affine(ridge)
+
+    @functools.cached_property
+    def _moments(self) -> Moments:
+        """Of h_e − h_s on h_s over the fitted tokens, for maps of several ridges."""
         width = self.states.inputs.shape[-1]
         moments = Moments(width, width, self.device)
         for rows in self.passes():
             target, mask = self.target(rows)
             inputs = self.states.inputs[rows].to(self.device).float()[mask]
             moments.update(inputs, target[mask] - inputs)
-        return moments.add_processes().solve_affine(ridge)
+        return moments.add_processes()
 
     def update_energy(self) -> float:
         """Mean ‖h_e − h_s‖² over the fitted tokens, the unit of every state loss: dropping the block scores 1."""

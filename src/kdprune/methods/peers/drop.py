@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.methods.common.block_data import nearest
 from kdprune.methods.common.budget import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.common.distance import measure_distances
 from kdprune.methods.common.method import ComparingMethod, DepthMethod
@@ -88,15 +89,21 @@ class DropMethod(DepthMethod):
         check_reach(self.target(model), reachable)
 
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
-        """Chooses the layers and returns the drops. Nothing is drawn at random."""
-        if self.blocks is not None:
-            return MethodResult([Drop(range(*block)) for block in sorted(self.blocks)], tokens=0)
-        blocks, seen = self.choose(model, tokens, run)
-        return MethodResult([Drop(block) for block in blocks], tokens=seen)
+        """Takes out the named blocks, or what :meth:`choose` finds."""
+        return self.choose(model, tokens, run) if self.blocks is None else self.named(model)
+
+    def named(self, model: PreTrainedModel) -> MethodResult:
+        """The named blocks taken out."""
+        return dropped([range(*block) for block in sorted(self.blocks or ())], 0)
 
     @abstractmethod
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
-        """The blocks to take out, in order, and how many calibration tokens were looked at."""
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
+        """Finds what to take out; arguments as of a call. Nothing is drawn at random unless it says so."""
+
+
+def dropped(blocks: Iterable[range], tokens: int) -> MethodResult:
+    """These blocks taken out, in order, for which so many calibration tokens were looked at."""
+    return MethodResult([Drop(block) for block in blocks], tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +157,13 @@ class ShortGPT(DropMethod, ComparingMethod):
     streams: ClassVar[bool] = True
     spreads: ClassVar[bool] = True
 
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
         """Layers of lowest Block Influence; arguments as in :meth:`DropMethod.choose`."""
         distances = measure_distances(model, tokens, run, normed=self.last_state == "normed")
         influence = block_influence(distances.cosine)
         order = sorted(self.allowed(model), key=lambda layer: (influence[layer], layer))
         chosen = cheapest_layers(order, layer_sizes(model), self.target(model).parameters)
-        return runs(chosen), distances.tokens
+        return dropped(runs(chosen), distances.tokens)
 
 
 def block_influence(cosine: Tensor) -> list[float]:
@@ -187,11 +194,11 @@ class UIDL(DropMethod, ComparingMethod):
         """Raises KDPruneError for a ratio out of reach, with the largest that is not."""
         shortest_blocks(model, self.target(model), self.allowed(model))
 
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
         """The block of least angular distance; arguments as in :meth:`DropMethod.choose`."""
         candidates = shortest_blocks(model, self.target(model), self.allowed(model))
         distances = measure_distances(model, tokens, run, normed=self.last_state == "normed")
-        return [min(candidates, key=lambda block: float(distances.angular[block.start, block.stop]))], distances.tokens
+        return dropped([nearest(candidates, distances.angular)], distances.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +220,7 @@ class SLEB(LossDrop):
     spreads: ClassVar[bool] = True
     ends: ClassVar[tuple[int, int]] = (1, 1)
 
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
         """Greedy search over whole layers; arguments as in :meth:`DropMethod.choose`."""
         rows, sizes, allowed = self.rows(tokens), layer_sizes(model), list(self.allowed(model))
         target = self.target(model).parameters
@@ -225,7 +232,7 @@ class SLEB(LossDrop):
                 candidates = [layer for layer in allowed if layer not in gone]
                 losses = losses_without(model, rows, gone, candidates, run.batch_size, progress)
                 gone.append(least_loss(losses, "layer"))
-        return runs(gone), rows.tokens
+        return dropped(runs(gone), rows.tokens)
 
 
 def losses_without(

@@ -90,12 +90,16 @@ class EvoPress(DropMethod):
         if self.blocks is None:
             self.effort(model, tokens)
 
-    def effort(self, model: PreTrainedModel, tokens: TokenSet) -> Effort:
-        """What the search is allowed; raises KDPruneError where that is nothing."""
+    def effort(self, model: PreTrainedModel, tokens: TokenSet, kept: bool = True) -> Effort:
+        """What the search is allowed; raises KDPruneError where that is nothing.
+
+        Args:
+            kept: whether a row passes the dense model once; else once for every comparison.
+        """
         count = len(tokens)
         screened, judged = (max(1, round(share * count)) for share in (self.screen, self.judge))
-        start = count + self.first * screened  # every row passes the dense model once
-        generation = self.offspring * screened + (self.survivors + 1) * judged
+        start = (count if kept else screened) + self.first * screened
+        generation = self.offspring * screened + (self.survivors + 1) * judged + (0 if kept else screened + judged)
         if self.passes is None:
             allowed = self.allowed(model)
             gone = len(cheapest_layers(allowed, layer_sizes(model), self.target(model).parameters))
@@ -109,15 +113,15 @@ class EvoPress(DropMethod):
                 f"and one generation take of {count} calibration rows. Raise passes, or lower first or offspring")
         return Effort(screened, judged, generations, start + generations * generation)
 
-    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
-        """Searches, and returns the drops and what the search took."""
-        if self.blocks is not None:
-            return super().__call__(model, tokens, run)
-        effort, draw = self.effort(model, tokens), run.generator(1)
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
+        """Searches, with draws of the run's seed; returns the drops and what the search took."""
+        spill = run.cache.spill_directory("teacher", run.key("teacher", self.top))
+        teacher = Teacher(model, tokens, self.top, keep=torch.arange(len(tokens)), folder=spill)
+        effort, draw = self.effort(model, tokens, teacher.kept is not None), run.generator(1)
         sets = LayerSets(self.allowed(model), layer_sizes(model), self.target(model).parameters, draw)
         curve: list[float] = []
         with run.stage("evolutionary search", effort.rows) as progress:
-            judge = Judge(model, tokens, self.top, run.batch_size, progress)
+            judge = Judge(model, tokens, teacher, run.batch_size, progress)
 
             def best(candidates: Sequence[frozenset[int]], rows: int, count: int) -> list[tuple[float, frozenset[int]]]:
                 numbers = torch.randperm(len(tokens), generator=draw)[:rows].sort().values
@@ -139,12 +143,6 @@ class EvoPress(DropMethod):
                                "the model in another dtype (--dtype float32)")
         search = {"passes": judge.rows / len(tokens), "candidates": judge.candidates, "divergence": curve}
         return MethodResult([Drop(block) for block in runs(parent)], tokens=judge.tokens, search=search)
-
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
-        """The blocks that the search found; arguments as in :meth:`DropMethod.choose`."""
-        found = self(model, tokens, run)
-        assert found.tokens is not None
-        return found.blocks, found.tokens
 
 
 class LayerSets:
@@ -201,7 +199,7 @@ class Judge:
     Args:
         model: the dense model.
         tokens: the rows.
-        top: of :class:`kdprune.model.teacher.Teacher`.
+        teacher: the dense model's distributions on them.
         batch_size: rows a pass.
         progress: told of every row.
 
@@ -211,10 +209,11 @@ class Judge:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokens: TokenSet, top: int, batch_size: int, progress: Callable[[int], None],
+        self, model: PreTrainedModel, tokens: TokenSet, teacher: Teacher, batch_size: int,
+        progress: Callable[[int], None],
     ):
         self._model, self._tokens, self._batch_size, self._progress = model, tokens, batch_size, progress
-        self._teacher = Teacher(model, tokens, top, keep=torch.arange(len(tokens)))
+        self._teacher = teacher
         self._seen = torch.zeros(len(tokens), dtype=torch.bool)
         self.rows = self.candidates = 0
 

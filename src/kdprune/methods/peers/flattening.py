@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.stand_in_fit import StandInFit, direction_before, inputs_of, scale_behind
 from kdprune.model.block_states import BlockStates
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, state_of
 from kdprune.model.modeling_kdp import SUBLAYERS, StandIn
 from kdprune.model.structures import (
     StructurePart,
@@ -212,8 +212,7 @@ class FlattenFit(StandInFit):
     def _run(self, layer: nn.Module, rows: Tensor, index: int, state: Tensor) -> Tensor:
         """The output of a layer that has what the model hands layer ``index``, (b, T, d)."""
         args, kwargs = self.arguments(rows, index)
-        output = layer(state, *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return state_of(layer(state, *args, **kwargs))
 
     @torch.no_grad()
     def choose_heads(self, pool: Pool, moments: Moments) -> tuple[int, Tensor]:

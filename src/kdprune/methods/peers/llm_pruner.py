@@ -1,8 +1,9 @@
 """LLM-Pruner: whole attention heads and MLP channels go, those whose loss gradient says they matter least."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -127,25 +128,25 @@ class LLMPruner(Method):
         """Ranks the structures of every layer and returns the narrower layers."""
         plan = self.plan(model)
         slices = random_slices(tokens.fitted(self.held), self.sequences, self.slice_length, run.generator(1))
-        with run.stage("saliency"):
-            saliencies = self.saliencies(model, plan, slices)
         edits = []
-        for index, kept in plan.items():
-            layer = decoder_layers(model)[index]
-            weights: dict[str, Tensor] = {}
-            width = {"groups": kept.groups} if kept.channels is None else dataclasses.asdict(kept)
-            for parts, count in zip(_parts(model, layer), width.values(), strict=True):
-                score = torch.stack([part.total(layer, saliencies[index]) for part in parts]).sum(0)
-                chosen = score.argsort(descending=True, stable=True)[:count].cpu()
-                for part in parts:
-                    weights |= part.select(layer, chosen)
-            edits.append(Resize(index, width, weights))
+        with run.stage("saliency"):
+            for index, saliency in self.saliencies(model, plan, slices):
+                layer, kept = decoder_layers(model)[index], plan[index]
+                weights: dict[str, Tensor] = {}
+                width = {"groups": kept.groups} if kept.channels is None else dataclasses.asdict(kept)
+                for parts, count in zip(_parts(model, layer), width.values(), strict=True):
+                    score = torch.stack([part.total(layer, saliency) for part in parts]).sum(0)
+                    chosen = score.argsort(descending=True, stable=True)[:count].cpu()
+                    for part in parts:
+                        weights |= part.select(layer, chosen)
+                edits.append(Resize(index, width, weights))
         return MethodResult(edits, tokens=sum(batch.tokens for batch in slices))
 
     def saliencies(
         self, model: PreTrainedModel, layers: Iterable[int], slices: list[TokenSet],
-    ) -> dict[int, dict[str, Tensor]]:
-        """Saliency of every weight of the structures, by layer and by the parameter's name within it."""
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Saliency of every weight of a layer's structures, by the parameter's name within it, layer after layer:
+        float32 gradients of all of them are as large as the model, and go as they are used."""
         parameters: dict[tuple[int, str], nn.Parameter] = {}
         for index in layers:
             layer = decoder_layers(model)[index]
@@ -153,10 +154,9 @@ class LLMPruner(Method):
             parameters |= {(index, name): p for name, p in layer.named_parameters() if name.rpartition(".")[0] in paths}
         names = {f"{index}.{name}": (index, name) for index, name in parameters}
         gradients = loss_gradients(model, {key: parameters[place] for key, place in names.items()}, slices, self.order)
-        found: dict[int, dict[str, Tensor]] = {index: {} for index, _ in parameters}
-        for key, (index, name) in names.items():
-            found[index][name] = weight_saliency(parameters[index, name], gradients[key], self.order)
-        return found
+        for index, own in itertools.groupby(names.items(), key=lambda item: item[1][0]):
+            yield index, {name: weight_saliency(parameters[index, name], gradients.pop(key), self.order)
+                          for key, (_, name) in own}
 
 
 def _parts(model: PreTrainedModel, layer: nn.Module) -> list[list[StructurePart]]:

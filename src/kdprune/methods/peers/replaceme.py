@@ -227,7 +227,7 @@ def interface(model: PreTrainedModel, block: range) -> Iterator[Interface]:
         return output, entering[mask].float() - output, leaving[mask].float()
 
     try:
-        with layers_replaced(model, layers[: block.stop + 1]), recorded(model, [block.start, block.stop]) as seen:
+        with layers_replaced(model, layers[: block.stop]), recorded(model, [block.start, block.stop]) as seen:
             yield states
     finally:
         hook.remove()
@@ -248,10 +248,7 @@ def least_squares(
             output, rest, target = states(batch)
             moments.update(output, target - rest)
             progress(len(batch))
-    try:
-        matrix = moments.solve(ridge)
-    except torch.linalg.LinAlgError:
-        matrix = torch.full_like(moments.xx, torch.nan)
+    matrix = moments.solve(ridge)
     if not torch.isfinite(matrix).all():
         raise KDPruneError(
             f"got a least-squares map of block [{block.start}, {block.stop}) that is not finite, expected one: give "

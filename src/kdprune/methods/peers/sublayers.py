@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.budget import layer_sizes
-from kdprune.methods.common.distance import UNDEFINED
+from kdprune.methods.common.distance import cosine
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.peers.drop import LossDrop, check_reach, least_loss, losses_changed, runs
 from kdprune.model.edits import Drop, Edit, Resize
-from kdprune.model.families import decoder_layers, family_of
+from kdprune.model.families import decoder_layers, family_of, state_of
 from kdprune.model.modeling_kdp import SUBLAYERS, FoldedLayer, lacking, sublayer_parts, unfold
 from kdprune.model.passes import run_layers
 from kdprune.model.surgery import check_model, sharing_copy, without_sublayer
@@ -91,22 +91,15 @@ class Sublayers(LossDrop):
         gone = left_out(model)
         return [(layer, kind) for layer in layers for kind in self.kinds if (layer, kind) not in gone]
 
-    def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
-        """Chooses sublayers and returns drops of layers and of sublayers. Nothing is drawn at random."""
-        if self.blocks is not None:
-            gone, seen = self._named(model), 0
-        elif self.ranking == "similarity":
-            gone, seen = self._by_similarity(model, tokens, run), tokens.tokens
-        else:
-            rows = self.rows(tokens)
-            gone, seen = self._by_loss(model, rows, run), rows.tokens
-        return MethodResult(sublayer_edits(gone, left_out(model)), tokens=seen)
+    def named(self, model: PreTrainedModel) -> MethodResult:
+        """The sublayers of the named blocks taken out."""
+        return MethodResult(sublayer_edits(self._named(model), left_out(model)), tokens=0)
 
-    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> tuple[list[range], int]:
-        """The layers that go whole; arguments as in :meth:`DropMethod.choose`."""
-        found = self(model, tokens, run)
-        assert found.tokens is not None
-        return found.blocks, found.tokens
+    def choose(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> MethodResult:
+        """Finds sublayers; returns drops of layers and of sublayers. Arguments as in :meth:`DropMethod.choose`."""
+        by_loss = self.ranking == "loss"
+        rows, find = (self.rows(tokens), self._by_loss) if by_loss else (tokens, self._by_similarity)
+        return MethodResult(sublayer_edits(find(model, rows, run), left_out(model)), tokens=rows.tokens)
 
     def _by_similarity(self, model: PreTrainedModel, tokens: TokenSet, run: Run) -> list[Sublayer]:
         candidates = self.candidates(model)
@@ -232,18 +225,18 @@ def sublayer_changes(
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given, *rest = args if args else (kwargs["hidden_states"],)
             kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            left = _state(output)
+            left = state_of(output)
             if isinstance(layer, FoldedLayer):
                 for stand_in, place in reversed(layer.kdp_folded()):
                     given = stand_in(given) if place == "before" else given
-                left = _state(whole[index](given, *rest, **kwargs))
-            attended = _state(alone[index, "attention"](given, *rest, **kwargs))
+                left = state_of(whole[index](given, *rest, **kwargs))
+            attended = state_of(alone[index, "attention"](given, *rest, **kwargs))
             pairs = {"attention": (given, attended), "mlp": (attended, left)}
             if family.is_parallel(layer):
-                pairs["mlp"] = (given, _state(alone[index, "mlp"](given, *rest, **kwargs)))
+                pairs["mlp"] = (given, state_of(alone[index, "mlp"](given, *rest, **kwargs)))
             for kind, (before, behind) in pairs.items():
                 if (index, kind) in sums:
-                    sums[index, kind] += float(_cosines(before, behind)[mask.to(given.device)].sum())
+                    sums[index, kind] += float(cosine(before, behind)[mask.to(given.device)].sum())
         return hook
 
     hooks = [layers[index].register_forward_hook(after(index), with_kwargs=True) for index in needed]
@@ -266,15 +259,3 @@ def _unfolded(model: PreTrainedModel, layer: nn.Module) -> nn.Module:
     result = sharing_copy(layer, {id(model.config): model.config})
     unfold(result)
     return result
-
-
-def _state(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
-
-
-def _cosines(first: Tensor, second: Tensor) -> Tensor:
-    """cos of every pair of states, (B, T, d) → (B, T), float64; ``UNDEFINED`` where one is zero."""
-    first, second = first.double(), second.double()
-    sizes = first.norm(dim=-1) * second.norm(dim=-1)
-    return torch.where(sizes > 0, (first * second).sum(-1) / sizes.clamp_min(torch.finfo(sizes.dtype).tiny), UNDEFINED)
