@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet, load_tokens
+from kdprune.errors import KDPruneError
 from kdprune.kernel.similarity import LayerSimilarity, median_distances
-from kdprune.methods.common import analysis
 from kdprune.methods.common.analysis import ENOUGH, score_layers, some_rows
+from kdprune.model import activations
 from kdprune.model.activations import layer_states
 from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
@@ -64,9 +65,16 @@ def test_of_a_large_set_random_rows_are_enough() -> None:
 def test_fewer_rows_pass_at_once_where_states_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = build("llama3"), random_tokens(6)
     width, states = model.config.hidden_size, len(model.model.layers) + 1
-    monkeypatch.setattr(analysis, "STATES", 2 * 24 * width * 4 * states)  # two rows
+    monkeypatch.setattr(activations, "STATES", 2 * 24 * width * 4 * states)  # two rows
     two = scored(model, tokens, batch_size=6)[0]
     torch.testing.assert_close(two, scored(model, tokens, batch_size=2)[0], rtol=0, atol=0)
+
+
+def test_batches_of_too_few_tokens_are_told() -> None:
+    ids = torch.arange(60).view(20, 3) % 50
+    few = TokenSet(ids, torch.ones_like(ids, dtype=torch.bool), "few.txt")  # type: ignore[arg-type]
+    with pytest.raises(KDPruneError, match=r"fewer than 4 tokens each from few\.txt"):
+        scored(build("llama3"), few, batch_size=1)
 
 
 # ------------------------------------------------------------------------------------------ processes

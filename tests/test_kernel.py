@@ -1,11 +1,13 @@
 """Kernel mathematics against dense oracles."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from kdprune.errors import KDPruneError
 from kdprune.kernel.bounds import error_growth, k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.features import FourierFeatures, effective_rank, projected_median, rms_normalize
 from kdprune.kernel.operators import LinearDynamics, Moments, spectral_norm
@@ -256,3 +258,13 @@ def test_relative_risk_of_an_affine_map_is_zero_and_of_noise_one() -> None:
     noise = torch.randn(800, 4, generator=generator(2))
     assert relative_risk((x[:400], y[:400]), (x[400:], y[400:])) < 1e-6
     assert relative_risk((x[:400], noise[:400]), (x[400:], noise[400:])) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("solve", [
+    lambda sums: sums.solve(), lambda sums: sums.solve_affine(), lambda sums: sums.leverages(0.0),
+    lambda sums: sums.cost_of_leaving_out(0.0)])
+def test_inputs_that_cannot_be_told_apart_are_told(solve: Callable[[Moments], object]) -> None:
+    sums = Moments(3, 2)
+    sums.update(torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]]), torch.ones(2, 2))
+    with pytest.raises(KDPruneError, match="got 2 tokens that 3 inputs cannot be told apart from"):
+        solve(sums)

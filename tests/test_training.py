@@ -125,6 +125,13 @@ def test_training_minimises_and_visits_every_row_once_an_epoch() -> None:
     assert float(weight.detach()) == pytest.approx(2, abs=0.2)
 
 
+def test_a_watched_figure_that_is_no_number_is_beaten_by_any() -> None:
+    weight, figures = nn.Parameter(torch.tensor(5.0)), iter([math.nan, 10.0, 9.0, 8.0, 8.5])
+    fit([weight], lambda rows: Sums({"loss": len(rows) * (weight - 2).square()}, len(rows)), 4, Schedule(4, 4, 0.3),
+        generator(), name="test", watch=lambda: next(figures))
+    assert float(weight.detach()) < 4.9
+
+
 def test_a_fit_of_any_number_of_steps_comes_to_an_end() -> None:
     for rows in range(1, 61):
         for warmup in (0.05, 0.1):

@@ -1,10 +1,12 @@
 """Linear operators fitted from streamed moments, and the form A = I + γB (KDP, section 4)."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from kdprune.errors import KDPruneError
 from kdprune.runtime.distributed import world
 
 
@@ -17,6 +19,9 @@ class Moments:
     Args:
         inputs: p, outputs: q.
         device: where the sums live.
+
+    Raises:
+        KDPruneError: in every solve, where inputs depend on each other and the ridge is too small to tell them apart.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | str = "cpu"):
@@ -46,12 +51,14 @@ class Moments:
 
     def solve(self, ridge: float = 0.0) -> Tensor:
         """argmin_M Σ ‖M x − y‖² + ρ‖M‖², ρ = ridge · tr(XᵀX)/p: M of shape (q, p), float64."""
-        return torch.linalg.solve(_add_ridge(self.xx, ridge), self.xy).T
+        with self._solvable(ridge):
+            return torch.linalg.solve(_add_ridge(self.xx, ridge), self.xy).T
 
     def solve_affine(self, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
         """The same with an unpenalised intercept: (M, c) with y ≈ M x + c."""
         xx, xy = self._centred()
-        matrix = torch.linalg.solve(_add_ridge(xx, ridge), xy).T
+        with self._solvable(ridge):
+            matrix = torch.linalg.solve(_add_ridge(xx, ridge), xy).T
         return matrix, (self.y - matrix @ self.x) / self.n
 
     def cost_of_leaving_out(self, ridge: float, intercept: bool = True) -> Tensor:
@@ -64,13 +71,15 @@ class Moments:
         Source: Hassibi & Stork, "Optimal Brain Surgeon" (1993), whose Hessian is C here.
         """
         xx, xy = self._centred() if intercept else (self.xx, self.xy)
-        inverse = torch.linalg.inv(_add_ridge(xx, ridge))
+        with self._solvable(ridge):
+            inverse = torch.linalg.inv(_add_ridge(xx, ridge))
         return (inverse @ xy).square().sum(1) / inverse.diagonal()
 
     def leverages(self, ridge: float) -> Tensor:
         """Ridge leverage scores of the inputs, (p,), in [0, 1]: [C (C + ρI)⁻¹]_jj, C = XᵀX, ρ = ridge · tr C/p."""
         penalty = ridge * self.xx.diagonal().mean()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_add_ridge(self.xx, ridge)))
+        with self._solvable(ridge):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(_add_ridge(self.xx, ridge)))
         return 1 - penalty * inverse.diagonal()
 
     def refit(self, inputs: Tensor, start: Tensor, ridge: float, intercept: bool) -> tuple[Tensor, Tensor]:
@@ -94,9 +103,19 @@ class Moments:
         inputs, start = inputs.to(xx.device), start.to(xx)
         own, penalty = xx[inputs][:, inputs], ridge * xx.diagonal().mean()
         rest = xy[inputs] - own @ start.T
-        matrix = start + torch.linalg.solve(own + penalty * torch.eye(len(own)).to(own), rest).T
+        with self._solvable(ridge):
+            matrix = start + torch.linalg.solve(own + penalty * torch.eye(len(own)).to(own), rest).T
         offset = (self.y - matrix @ self.x[inputs]) / self.n if intercept else torch.zeros_like(self.y)
         return matrix, offset
+
+    @contextlib.contextmanager
+    def _solvable(self, ridge: float) -> Iterator[None]:
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:
+            raise KDPruneError(
+                f"got {self.n} tokens that {len(self.x)} inputs cannot be told apart from, expected more or a larger "
+                f"ridge (now {ridge:g}): give more calibration text, raise ridge, or check the checkpoint") from error
 
     def _centred(self) -> tuple[Tensor, Tensor]:
         mean_x, mean_y = self.x / self.n, self.y / self.n

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers, family_of, final_norm
+from kdprune.model.families import decoder_layers, family_of, final_norm, state_of
 from kdprune.model.layerwise import streamed_states
 from kdprune.model.losses import batch_logits
 from kdprune.model.passes import (
@@ -31,6 +31,7 @@ from kdprune.model.placement import input_device
 from kdprune.model.streaming import Scratch, is_streamed
 from kdprune.store.files import Notify, tell
 
+STATES = 2**28  # bytes that the states of one batch at all layers may take: fewer rows pass at once where they are wide
 Indices = Iterable[int] | Callable[[int], Iterable[int]]
 
 
@@ -49,7 +50,7 @@ def recorded(model: PreTrainedModel, indices: Iterable[int]) -> Iterator[dict[in
         return hook
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        seen[len(layers)] = (output if isinstance(output, Tensor) else output[0]).detach()
+        seen[len(layers)] = state_of(output).detach()
 
     try:
         for index in set(indices):
@@ -71,6 +72,12 @@ def logits_and_final(model: PreTrainedModel, batch: TokenSet, last: int | None =
     with recorded(model, [end]) as seen:
         logits = batch_logits(model, batch, last)
     return logits, seen[end]
+
+
+def rows_at_once(model: PreTrainedModel, length: int, most: int) -> int:
+    """How many rows of so many tokens, at most ``most``, leave no more than ``STATES`` bytes at all layers."""
+    row = length * model.config.hidden_size * model.dtype.itemsize * (len(decoder_layers(model)) + 1)
+    return min(most, max(1, STATES // row))
 
 
 @torch.no_grad()

@@ -282,6 +282,7 @@ class _FitState:
         if self.watch is None:
             return
         place, value = self.place, self.watch()
+        value = math.inf if math.isnan(value) else value  # which nothing would ever be less than
         place.curves.setdefault("watched", []).append(value)
         if self.best.parameters is None or value < self.best.value:
             self.best = _Best(value, [parameter.detach().clone() for parameter in self.parameters])
