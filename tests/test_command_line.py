@@ -392,6 +392,13 @@ def test_texts_that_are_none(bench: Bench, tmp_path: Path) -> None:
             tmp_path / "empty.txt", folder=tmp_path)
 
 
+def test_columns_and_names_of_texts_that_are_not_there(bench: Bench, tmp_path: Path) -> None:
+    run = ("prune", bench.model, "-o", tmp_path / "out")
+    refused("got text_field without calibration, expected both", *run, "--text-field", "body", folder=tmp_path)
+    refused("got two texts by the name x", *run, "--heldout", f"x={bench.heldout}", "--heldout",
+            f"x={bench.calibration}", folder=tmp_path)
+
+
 def test_eval_and_report_of_what_is_not_there(bench: Bench, tmp_path: Path) -> None:
     refused("no such directory", "eval", tmp_path / "none", folder=tmp_path)
     refused("window 65, expected 2 to 64", "eval", bench.model, "--text", bench.heldout, "--window", 65,
@@ -400,8 +407,10 @@ def test_eval_and_report_of_what_is_not_there(bench: Bench, tmp_path: Path) -> N
         ("--window", 0, "got window 0"), ("--stride", 0, "got stride 0"), ("--text-field", "body", "without --text"),
         ("--batch-size", 3, "--batch-size without --suite"), ("--text", "", "got an empty text"),
         ("--json", "", "got an empty --json"),
+        ("--device-memory", "3GiB", "got device memory 3GiB where the run computes"),
     ):
-        refused(message, "eval", bench.model, flag, value, folder=tmp_path)
+        refused(message, "eval", bench.model, flag, value, "--device", "cpu", folder=tmp_path)
+    refused("got stride 40, expected 1 to 32", "eval", bench.model, "--window", 32, "--stride", 40, folder=tmp_path)
     refused("does not exist", "report", tmp_path, folder=tmp_path)
     (tmp_path / "results.json").write_text("{}")
     refused("schema version", "report", tmp_path, folder=tmp_path)

@@ -19,6 +19,7 @@ from kdprune.methods.peers.linear import Linear
 from kdprune.methods.peers.llm_pruner import LLMPruner
 from kdprune.model.activations import behind_norm, layer_states
 from kdprune.model.families import decoder_layers, family_of, inactive_parameters
+from kdprune.model.streaming import load_streamed
 from kdprune.model.surgery import Drop, apply_edits, ordinary_layer
 from kdprune.planning.plan import plan
 from kdprune.testing import (
@@ -102,6 +103,8 @@ def test_an_unknown_family_is_pruned_from_a_checkpoint_and_refused_in_one_line_o
     with pytest.raises(KDPruneError, match=r"unknown model family 'cohere'.*shortgpt.*docs/add-a-family\.md") as error:
         kdprune.prune(tmp_path / "model", method="linear", **given)
     assert "\n" not in str(error.value)
+    with pytest.raises(KDPruneError, match=r"a cohere model, whose family has no row .* give it more memory"):
+        load_streamed(tmp_path / "model", device="cpu")
     result = kdprune.prune(tmp_path / "model", method="shortgpt", **given)
     result.save(tmp_path / "pruned")
     assert json.loads((tmp_path / "pruned" / "config.json").read_text(encoding="utf-8"))["model_type"] == "cohere"

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 from pathlib import Path
-from shutil import copytree
+from shutil import copy, copytree
 
 import pytest
 import torch
@@ -235,3 +235,20 @@ def test_one_line_and_silence() -> None:
     with quiet_libraries():
         assert logger.level == logging.CRITICAL
     assert logger.level == before
+
+
+def test_a_hub_tokenizer_that_is_there_but_damaged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one in a directory is; only where the repository has none is there none."""
+    folder = tmp_path / "hub" / "models--someone--small"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    copy(BUNDLED / "config.json", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_tokenizer("someone/small") is None
+    (snapshot / "tokenizer.json").write_text("{")
+    with pytest.raises(KDPruneError, match=r"cannot load the tokenizer of .someone/small"):
+        load_tokenizer("someone/small")

@@ -53,7 +53,7 @@ def seen(pruned: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """
     layer, family = decoder_layers(pruned)[BLOCK.start], family_of(pruned)
     read, added = list[Tensor](), list[Tensor]()
-    out = family.mlp_out if family.adds_residual else family.mlp[-1]
+    out = family.mlp_out if family.model_type == "bloom" else family.mlp[-1]
     hooks = [
         layer.get_submodule(family.mlp_out).register_forward_pre_hook(lambda _, args: read.append(args[0])),
         layer.get_submodule(out).register_forward_hook(lambda *args: added.append(args[2].clone()))]

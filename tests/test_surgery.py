@@ -1,12 +1,13 @@
 """Edits: what they leave, what they keep in step, and what they refuse."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from families import LAYERS, WIRINGS
+from families import LAYERS, WIRINGS, build
 from pruned import bypassed, edits, in_context, prune, stand_in
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +23,7 @@ from kdprune.model.surgery import (
     context_layer,
     layers_replaced,
 )
+from kdprune.testing import edits_of
 from kdprune.testing.models import saved_and_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,19 +194,20 @@ def test_generation_works_while_layers_are_bypassed(tiny_model: Build) -> None:
 
 def test_layers_in_another_order_keep_their_attention_types(tiny_model: Build) -> None:
     model = tiny_model("gemma3")
-    reverse = list(decoder_layers(model))[::-1]
-    with layers_replaced(model, reverse):
+    other = copy.deepcopy(model)
+    other.model.layers = nn.ModuleList(list(other.model.layers)[::-1])
+    other.config.layer_types = other.config.layer_types[::-1]
+    with layers_replaced(model, list(decoder_layers(model))[::-1]):
+        assert model.config.layer_types == other.config.layer_types
         assert model.config.layer_types[0] == "full_attention"
-        by_type = logits(model)
-    with layers_replaced(model, reverse, model.config.layer_types[::-1]):
-        assert torch.equal(logits(model), by_type)
+        assert torch.equal(logits(model), logits(other))
 
 
 def test_layers_replaced_refuses_nonsense(tiny_model: Build) -> None:
     model = tiny_model("gemma3")
     layers = list(decoder_layers(model))
-    for wrong, types in (([], None), ([layers[0]] * 2, None), (layers, ["full_attention"]), ([nn.Identity()], None)):
-        with pytest.raises(KDPruneError), layers_replaced(model, wrong, types):  # type: ignore[arg-type]
+    for wrong in ([], [layers[0]] * 2, [nn.Identity()]):
+        with pytest.raises(KDPruneError), layers_replaced(model, wrong):
             pass
     assert len(decoder_layers(model)) == LAYERS
 
@@ -312,3 +315,12 @@ def test_a_loaded_models_config_becomes_that_of_the_pruned_class(tiny_model: Bui
     pruned = prune(model, "mixed")
     assert (model.config.model_type, pruned.config.model_type) == ("llama", "kdp_llama")
     assert apply_edits(pruned, [Substitute(range(1), stand_in())]).config.model_type == "kdp_llama"
+
+
+def test_a_stock_result_names_no_code_that_is_not_there() -> None:
+    """The config of a published checkpoint may; the classes are transformers' own."""
+    dense = build("phi3")
+    dense.config.auto_map = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    assert not hasattr(apply_edits(dense, [Drop(range(2, 3))]).config, "auto_map")
+    assert dense.config.auto_map
+    assert "modeling_kdp" in str(apply_edits(dense, edits_of(dense, "after")).config.auto_map)

@@ -19,7 +19,7 @@ from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
 from kdprune.errors import KDPruneError, shortened
 from kdprune.evaluation.models import vocabulary_size
-from kdprune.evaluation.perplexity import default_stride, default_window, perplexity
+from kdprune.evaluation.perplexity import checked, default_stride, default_window, perplexity
 from kdprune.evaluation.speed import speed
 from kdprune.evaluation.tasks import check_suite, run_suite
 from kdprune.model.loading import checkpoint_errors, load_tokenizer, read_config
@@ -85,9 +85,12 @@ def eval_command(
             check_file(json_file, inputs_of(read, texts=[wanted.text], folders=_folders(suite)), "perplexity")
     text = in_column(wanted.text, wanted.text_field)
     check_source(text)
-    if wanted.dense is not None:
-        with checkpoint_errors(wanted.dense, wanted.trust_remote_code):
-            read_config(wanted.dense, wanted.trust_remote_code)
+    for read in (checkpoint, wanted.dense):
+        if read is not None:
+            with checkpoint_errors(read, wanted.trust_remote_code):
+                config = read_config(read, wanted.trust_remote_code)
+            if read == checkpoint:
+                checked(config, wanted.window, wanted.stride)
     with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
         record = json.dumps(_measured(checkpoint, text or bundled_heldout(), wanted, suite, resources), indent=1)
     if json_file == "-":

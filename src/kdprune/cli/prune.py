@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
 from kdprune.errors import KDPruneError, one_line
@@ -60,21 +61,27 @@ def _whole(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hub(repository: str) -> HfApi:
-    """A logged-in client with the repository there, found out before any work."""
+    """A logged-in client that may write to a repository of this name, found out before any work; nothing is made."""
     try:
+        validate_repo_id(repository)
         client = HfApi()
-        client.create_repo(repository, exist_ok=True)
-        return client
+        user = client.whoami()
     except Exception as error:  # network, authentication and naming errors of several libraries
         raise KDPruneError(
             f"cannot write to hub repository {repository!r} ({one_line(error)}); log in with 'hf auth login'"
         ) from error
+    owners = [user["name"], *(one["name"] for one in user.get("orgs", []))]
+    if "/" in repository and (owner := repository.split("/")[0]) not in owners:
+        raise KDPruneError(f"got hub repository {repository!r}, expected one of {', '.join(owners)}: {owner} is "
+                           "neither this login nor an organisation of it")
+    return client
 
 
 def _push(client: HfApi, directory: Path, repository: str) -> None:
-    """Uploads everything the run wrote."""
+    """Uploads everything the run wrote, to a new repository where there is none."""
     try:
-        client.upload_folder(repo_id=repository, folder_path=directory)
+        made = client.create_repo(repository, exist_ok=True)
+        client.upload_folder(repo_id=made.repo_id, folder_path=directory)
     except Exception as error:
         raise KDPruneError(
             f"cannot upload to {repository!r} ({one_line(error)}); everything is saved in {str(directory)!r}"

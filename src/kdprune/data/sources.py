@@ -87,6 +87,9 @@ def parse_named(values: Sequence[str]) -> str | dict[str, str]:
     if len(values) == 1 and (is_there(values[0]) or "=" not in values[0]):
         return values[0]
     pairs = [(value, "", value) if is_there(value) else value.partition("=") for value in values]
+    names = [name for name, _, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise KDPruneError(f"got two texts by the name {twice[0]}, expected a name for each: NAME=TEXT")
     return {name: source or name for name, _, source in pairs}
 
 

@@ -13,9 +13,8 @@ from kdprune.data.tokens import TokenSet
 from kdprune.evaluation.perplexity import (
     Forward,
     Perplexity,
+    checked,
     default_batch,
-    default_stride,
-    default_window,
     perplexity_of,
     window_sums,
 )
@@ -128,8 +127,7 @@ def fidelity(
     Raises:
         KDPruneError: as of ``perplexity``.
     """
-    window = default_window(dense) if window is None else window
-    stride = default_stride(window) if stride is None else stride
+    window, stride = checked(dense, window, stride)
     size = batch_size or default_batch(dense, window, copies=2)
     forward = [known.forward(tokens.identity(), window, stride, size), forward_streamed] if known else []
     count, sums = window_sums([dense, pruned], tokens, window, stride, size, _compared, forward)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 _LENGTHS = ("max_position_embeddings", "max_seq_len")  # what configs call it; the latter MPT, for one
 
@@ -21,9 +21,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def longest_context(model: PreTrainedModel) -> int | None:
-    """The most positions the model's config allows; None where it sets no limit."""
-    config = model.config.get_text_config()
+def longest_context(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """The most positions the config of a model, or this config, allows; None where it sets no limit."""
+    config = (model if isinstance(model, PreTrainedConfig) else model.config).get_text_config()
     found = next((value for name in _LENGTHS if (value := getattr(config, name, None))), None)
     return int(found) if found else None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
@@ -38,7 +38,7 @@ class Perplexity:
     sums: tuple[float, ...] = ()
 
 
-def default_window(model: PreTrainedModel) -> int:
+def default_window(model: PreTrainedModel | PreTrainedConfig) -> int:
     """The longest context of the model, at most 2048 tokens."""
     return min(longest_context(model) or LONGEST_WINDOW, LONGEST_WINDOW)
 
@@ -62,9 +62,7 @@ def perplexity(
     same figures.
     Raises KDPruneError for a window or stride the model cannot use, and for a loss that is not finite.
     """
-    window = default_window(model) if window is None else window
-    stride = default_stride(window) if stride is None else stride
-    _check(model, window, stride)
+    window, stride = checked(model, window, stride)
     size = batch_size or default_batch(model, window)
     count, sums = window_sums([model], tokens, window, stride, size,
                               lambda logits, targets: _batch_loss(logits[0], targets)[:, None])
@@ -105,7 +103,7 @@ def window_sums(
         KDPruneError: window or stride cannot be, nothing was scored, or a loss is not finite.
     """
     for model in models:
-        _check(model, window, stride)
+        checked(model, window, stride)
     batches = enumerate(_batches(tokens, window, stride, batch_size))
     own = [(number, *batch) for number, batch in batches if world().owner(number) == world().rank]
     # A window moves on by less than its length: the head need not see the positions that an earlier one scored.
@@ -158,17 +156,21 @@ def perplexity_of(loss: float) -> float:
     return value
 
 
-def check_window(model: PreTrainedModel, window: int) -> None:
+def check_window(model: PreTrainedModel | PreTrainedConfig, window: int) -> None:
     """Raises KDPruneError for a window that the model cannot use."""
     longest = longest_context(model)
     if window < 2 or (longest and window > longest):
         raise KDPruneError(f"got window {window}, expected 2 to {longest or 'the longest context'} tokens")
 
 
-def _check(model: PreTrainedModel, window: int, stride: int) -> None:
+def checked(model: PreTrainedModel | PreTrainedConfig, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride with what is left at None filled in. Raises KDPruneError for those that cannot be."""
+    window = default_window(model) if window is None else window
+    stride = default_stride(window) if stride is None else stride
     check_window(model, window)
     if not 1 <= stride <= window:
         raise KDPruneError(f"got stride {stride}, expected 1 to {window}, the window")
+    return window, stride
 
 
 def _windows(row: Tensor, bos: int | None, window: int, stride: int) -> Iterator[tuple[Tensor, Tensor]]:

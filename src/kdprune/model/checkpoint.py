@@ -120,7 +120,7 @@ def verify(directory: str | Path, model: PreTrainedModel, input_ids: Tensor) -> 
         _compare(directory, model, input_ids)
         return
     # Experts, which are put together from a file's tensors, are offloaded to files of their own.
-    with tempfile.TemporaryDirectory(prefix=".offloaded-", dir=Path(directory).parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".offloaded-", dir=directory) as folder:
         _compare(directory, model, input_ids, folder)
 
 

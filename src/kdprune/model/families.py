@@ -380,6 +380,11 @@ def layer_output(layer: nn.Module, state: Tensor) -> Any:
     return (state, None) if any(row.returns_tuple and row.layer in names for row in rows) else state
 
 
+def state_of(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """The state (B, T, d) of what a layer, or an attention or MLP, gives: alone, or first in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def number_layers(config: Any, family: Family, sources: Sequence[int]) -> None:
     """Make what ``config`` says of single layers true of a model that has those with these numbers in the dense one."""
     for name in family.per_layer:

@@ -30,18 +30,16 @@ class Quantisation:
     Attributes:
         package: has to be installed.
         options: of the quantisation config, with which they are turned back as they are read.
-        afterwards: whether the loaded model turns them back.
     """
 
     package: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    afterwards: bool = False
 
 
 # By quant_method. Methods without a row leave nothing that full precision could be had from (GPTQ, AWQ, …).
 DEQUANTISED: dict[str, Quantisation] = {
-    "bitsandbytes": Quantisation("bitsandbytes", afterwards=True),
-    "torchao": Quantisation("torchao", afterwards=True),
+    "bitsandbytes": Quantisation("bitsandbytes"),
+    "torchao": Quantisation("torchao"),
     "fp8": Quantisation(options={"dequantize": True}),
     "mxfp4": Quantisation(options={"dequantize": True}),
     "compressed-tensors": Quantisation("compressed_tensors", {"run_compressed": False}),

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import DiskError, KDPruneError
 from kdprune.model.edits import Substitute
-from kdprune.model.families import decoder_layers
+from kdprune.model.families import decoder_layers, state_of
 from kdprune.model.losses import batch_logits
 from kdprune.model.passes import Arguments, Begin, RowLimit, entering, joined, standing_in
 from kdprune.model.placement import input_device
@@ -53,8 +53,7 @@ def streamed_states(
 
 @torch.no_grad()
 def forward_streamed(
-    model: PreTrainedModel, batches: Iterable[TokenSet], last: Sequence[int] | None = None, *,
-    scratch: Scratch | None = None, notify: Notify = tell,
+    model: PreTrainedModel, batches: Iterable[TokenSet], last: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Logits (B, T, V) of each batch, of a model that is streamed or not; equal bit for bit.
 
@@ -64,8 +63,6 @@ def forward_streamed(
         model: the model.
         batches: rows.
         last: of how many positions at the end of each batch's rows; None: all.
-        scratch: what a streamed model may hold of the states between layers; None: what it was given.
-        notify: told in one line where batches are halved.
     """
     batches = list(batches)
     counts: Sequence[int | None] = [None] * len(batches) if last is None else last
@@ -73,7 +70,7 @@ def forward_streamed(
         yield from (batch_logits(model, batch, count) for batch, count in zip(batches, counts, strict=True))
         return
     end = len(decoder_layers(model))
-    found = streamed_states(model, batches, [[end]] * len(batches), scratch=scratch, notify=notify)
+    found = streamed_states(model, batches, [[end]] * len(batches))
     for batch, count, states in zip(batches, counts, found, strict=True):
         yield logits_behind(model, batch, states[end], count)
 
@@ -119,8 +116,7 @@ def states_by_ways(
         """Takes a way's states through a layer, or what stands in its place and is given what it would be."""
         for batch, state in enumerate(states[number]):
             args, kwargs = arguments[batch][index]
-            found = module(state.to(device), *args, **kwargs)
-            found = found if isinstance(found, Tensor) else found[0]
+            found = state_of(module(state.to(device), *args, **kwargs))
             states[number][batch] = found.cpu() if streamed else found
 
     for index, layer in enumerate(layers):
@@ -195,8 +191,7 @@ class _Group:
 
         def through(part: TokenSet, rows: slice) -> Tensor:
             args, kwargs = self._arguments(part, (number, rows.start, rows.stop))[index]
-            output = layer(state[rows].to(self.model.device), *args, **kwargs)
-            return (output if isinstance(output, Tensor) else output[0]).cpu()
+            return state_of(layer(state[rows].to(self.model.device), *args, **kwargs)).cpu()
 
         self.shelf.put(index + 1, number, joined(self.limit.over(self.batches[number], through), torch.device("cpu")))
         if index not in self.wanted[number]:

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.model.families import family_of
@@ -44,7 +45,6 @@ from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import quiet_libraries, resolve_device
 from kdprune.store.files import is_there, tell
 
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
@@ -137,12 +137,22 @@ def load_tokenizer(
         with quiet_libraries():
             return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **file)
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, by kind of damage
-        if tokenizer is None and not local:
+        if tokenizer is None and not local and not _has_tokenizer(place):
             return None
         raise KDPruneError(
             f"cannot load the tokenizer of {shortened(name)} ({one_line(error)}); "
             "give another one, or save or download it again"
         ) from error
+
+
+def _has_tokenizer(name: str | Path) -> bool:
+    """Whether a hub repository, as far as it can be reached, holds any file of a tokenizer."""
+    quietly: Any = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_gated_repo",
+                                  "_raise_exceptions_for_connection_errors"), False)
+    try:
+        return any(cached_file(name, file, **quietly) is not None for file in TOKENIZER_FILES)
+    except (OSError, ValueError):  # no such repository, or no name of one
+        return False
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -288,7 +298,7 @@ def _check_directory(path: Path) -> None:
 
 
 def _check_shards(path: Path) -> None:
-    index = path / INDEX
+    index = path / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return
     listed = _read_json(index).get("weight_map")
@@ -298,7 +308,7 @@ def _check_shards(path: Path) -> None:
     if missing:
         raise KDPruneError(
             f"got {path} without {missing[0]} ({len(missing)} missing in all), expected the shards "
-            f"that {INDEX} names; download them"
+            f"that {SAFE_WEIGHTS_INDEX_NAME} names; download them"
         )
 
 

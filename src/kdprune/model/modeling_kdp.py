@@ -100,7 +100,6 @@ class Family:
     # Whether attention and MLP read the same state, or the attribute of a layer that says so.
     parallel: bool | str = False
     residual_multiplier: str = ""  # attribute of a layer: what sublayers put out is multiplied by it (Granite)
-    adds_residual: bool = False  # sublayers are handed the residual behind their input, and add it themselves (BLOOM)
     returns_tuple: bool = False  # of a layer's forward: the state, then its attention weights
     # Attributes of a layer, modules or rates, for the outputs of attention and MLP; "": it has none there.
     dropouts: tuple[str, ...] = ()
@@ -207,7 +206,7 @@ _ROWS = (
                1 if config.multi_query else config.num_attention_heads),
            dropouts=("hidden_dropout", "hidden_dropout"), **_FUSED),
     Family("bloom", "Bloom", "BloomForCausalLM", "BloomBlock", "bloom",
-           activation="gelu_fast", counts=(("num_heads", "queries"),), joined_heads=True, adds_residual=True,
+           activation="gelu_fast", counts=(("num_heads", "queries"),), joined_heads=True,
            embedding_norm="transformer.word_embeddings_layernorm", **_FUSED),
     Family("gptj", "GPTJ", "GPTJForCausalLM", "GPTJBlock", "gptj",
            layers="transformer.h", norm="transformer.ln_f", mlp_norm="ln_1", attention_norm="ln_1", attention="attn",

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from kdprune.errors import KDPruneError
-from kdprune.model.families import decoder_layers, find_family
+from kdprune.model.families import decoder_layers
 from kdprune.model.forms import located, text_tower
 from kdprune.model.loading import check_weights, checkpoint_errors, read_config, resolve_dtype
+from kdprune.model.modeling_kdp import FAMILIES, PREFIX
 from kdprune.model.placement import SOURCE, offloaded
 from kdprune.model.weights import Source, Stored, stored_tensors
 from kdprune.runtime.machine import resolve_device
@@ -47,7 +48,9 @@ def load_streamed(
             raise KDPruneError(f"got {name}, a multimodal model, which is not read layer by layer; give it more memory "
                                "(--host-memory), or save its text part as a model of its own")
         config: Any = read_config(name, trust_remote_code)
-        find_family(config)
+        if config.model_type.removeprefix(PREFIX) not in FAMILIES:
+            raise KDPruneError(f"got {name}, a {config.model_type} model, whose family has no row in the table and is "
+                               "not read layer by layer; give it more memory (--host-memory)")
         if getattr(config, "quantization_config", None) is not None:
             raise KDPruneError(f"got {name}, which is quantised; expected full-precision weights to stream")
         sources = _sources(stored_tensors(name), wanted or config.dtype, target)

@@ -123,6 +123,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
         with unhooked(pruned):
             _become_kdp(pruned, family, [cut.block for cut in cuts], layers, widths)
     config.architectures = [type(pruned).__name__]
+    if type(pruned).__module__.startswith("transformers."):  # whatever code came with the checkpoint, it is not saved
+        config.__dict__.pop("auto_map", None)
     restore_rotations(pruned)
     for module in pruned.modules():  # a context layer came with the config of the dense model
         own: Any = module.__dict__.get("config")
@@ -134,25 +136,20 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> PreTrainedMode
 
 
 @contextmanager
-def layers_replaced(
-    model: PreTrainedModel, layers: Sequence[nn.Module], layer_types: Sequence[str] | None = None
-) -> Iterator[None]:
+def layers_replaced(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[None]:
     """``model`` runs just ``layers`` inside the context, with count, attention types and layer numbers in
     step. Afterwards all is as before, also after an exception.
 
-    ``layers`` may mix the model's own layers, in any order, with others, such as :func:`context_layer` makes.
-    ``layer_types`` are their attention types; by default each layer keeps its own. A KV cache must not be carried
-    across the border of the context.
+    ``layers`` may mix the model's own layers, in any order, with others, such as :func:`context_layer` makes; each
+    keeps its attention type. A KV cache must not be carried across the border of the context.
 
-    Raises KDPruneError for no layers, for one that occurs twice, and for types that do not match the layers.
+    Raises KDPruneError for no layers, and for one that occurs twice.
     """
     own, config = decoder_layers(model), model.config
     layers, before = list(layers), list(own)
     if not layers or len({id(layer) for layer in layers}) < len(layers):
         raise KDPruneError(f"got {len(layers)} layers to run, expected at least one, and each of them once")
-    types = layer_types_of(model, layers) if layer_types is None else list(layer_types)
-    if types is not None and len(types) != len(layers):
-        raise KDPruneError(f"got {len(types)} layer types for {len(layers)} layers")
+    types = layer_types_of(model, layers)
     types_before = getattr(config, "layer_types", None)
     numbers = [(part, number_of(part)) for layer in {*before, *layers} for part in numbered_modules(layer)]
     try:

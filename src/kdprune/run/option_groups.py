@@ -64,7 +64,9 @@ class TextOptions:
     length: int | None = option(None, "tokens a row (the model's context, at most 512)", group="data", least=2)
 
     def __post_init__(self) -> None:
-        """Every text knows its column, wherever it is read."""
+        """Every text knows its column, wherever it is read. Raises KDPruneError for a column of no text."""
+        if self.text_field is not None and self.calibration is None and getattr(self, "heldout", None) is None:
+            raise KDPruneError("got text_field without calibration, expected both: the bundled text has no columns")
         for name in ("calibration", "heldout"):
             if hasattr(self, name):
                 object.__setattr__(self, name, in_column(getattr(self, name), self.text_field))

@@ -20,7 +20,7 @@ from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.result_files import ResultCodec
 from kdprune.model.checkpoint import save_model, verify
 from kdprune.model.families import explained, is_sliced
-from kdprune.model.placement import is_dispatched
+from kdprune.model.placement import is_dispatched, reads_weights
 from kdprune.model.streaming import is_streamed
 from kdprune.model.surgery import apply_edits
 from kdprune.options import at_home, options_of, recorded, taken, typed_options
@@ -152,6 +152,8 @@ def prune(
     inputs = inputs_of(subject.model, texts=_texts(data).values(), tokenizer=subject.tokenizer, recipe=recipe,
                        resources=resources)
     _check_named(data, output, inputs, here)
+    if resources.load_in is not None:
+        settings.check_states_model()
     stages = Stages(show=output.progress and here.first)
     with open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
@@ -294,7 +296,8 @@ def evaluated(
     tokenizer = session.tokenizer
     reader = None if tokenizer is None else [type(tokenizer).__name__, tokenizer.name_or_path]  # of samples
     return run.cached(
-        "evaluation", [method_identity(method), healing, heldout.identity(), reader, str(session.stored)],
+        "evaluation", [method_identity(method), healing, heldout.identity(), reader, str(session.stored),
+                       reads_weights(session.model)],
         lambda: evaluate(session.model, pruned, tokenizer, heldout, run), JsonCodec(Evaluation), "evaluate")
 
 

@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from kdprune.errors import KDPruneError
 from kdprune.model.forms import located
 from kdprune.model.loading import checkpoint_errors, load_model, read_config
-from kdprune.model.quantised import LOAD_IN, check_load_in, load_quantised
+from kdprune.model.quantised import LOAD_IN, load_quantised
 from kdprune.model.streaming import Scratch, checkpoint_bytes, is_streamed, load_streamed, set_scratch
 from kdprune.options import check_values, option, options_of, taken
 from kdprune.runtime.distributed import world
@@ -123,7 +123,6 @@ class Resources:
         """The quantised model that hidden states come from, if one is asked for."""
         if self.load_in is None:
             return None
-        check_load_in(self.load_in, model)
         return load_quantised(model, LOAD_IN[self.load_in], device, dtype=dtype, trust_remote_code=trust_remote_code)
 
     def _max_memory(self) -> dict[int | str, int | str] | None:

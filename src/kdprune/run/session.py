@@ -29,6 +29,7 @@ from kdprune.evaluation.models import longest_context, vocabulary_size
 from kdprune.evaluation.perplexity import check_window, default_window
 from kdprune.model.loading import load_tokenizer
 from kdprune.model.placement import check_states_model, input_device, reads_weights
+from kdprune.model.quantised import check_load_in
 from kdprune.run.resources import NONE, Resources, model_part, run_key
 from kdprune.runtime.distributed import world
 from kdprune.runtime.machine import device_peak_bytes, host_peak_bytes, resolve_device
@@ -70,13 +71,14 @@ class Session:
         dtype = None if isinstance(model, PreTrainedModel) else dtype
         self._warned, self._before = False, (host_peak_bytes(), device_peak_bytes())
         self.memory, self._place = resources.memory(device), resolve_device(device)
-        self._stack = contextlib.ExitStack()
-        if self._place.type != "cpu":  # what is waited for, and whose peak is read, is the current device
-            self._stack.enter_context(torch.accelerator.device_index(self._place.index))
-        self.memory.enforce(self._place)
-        self._stack.callback(self.memory.lift, self._place)
+        if resources.load_in is not None:
+            check_load_in(resources.load_in, model)
         stages.watch = self._watch
-        with stages.stage("load model"):
+        with contextlib.ExitStack() as stack, stages.stage("load model"):
+            if self._place.type != "cpu":  # what is waited for, and whose peak is read, is the current device
+                stack.enter_context(torch.accelerator.device_index(self._place.index))
+            stack.callback(self.memory.lift, self._place)
+            self.memory.enforce(self._place)
             self.stored = resources.widens(
                 model, self.memory, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             dtype = dtype if self.stored is None else "float32"
@@ -87,6 +89,7 @@ class Session:
             if self.states_model is not None:
                 check_states_model(self.model, self.states_model)
             self.tokenizer = load_tokenizer(model, tokenizer, trust_remote_code=trust_remote_code)
+            self._stack = stack.pop_all()  # what fails before this leaves the process as it was
         if isinstance(model, PreTrainedModel):
             self.name = model.config.name_or_path or type(model).__name__
         else:

@@ -61,9 +61,10 @@ class Memory:
                 f"got host memory {host}, expected more than {readable_bytes(resident_bytes())}, which the libraries "
                 "alone take")
         on_device = None if device is None else parse_bytes(device)
-        if place.type == "cpu":
-            on_device = None
-        elif on_device is None and place.type == "cuda":
+        if place.type == "cpu" and device is not None:
+            raise KDPruneError(f"got device memory {device} where the run computes on a CPU, expected an accelerator: "
+                               "leave it out, give --host-memory, or check --device")
+        if on_device is None and place.type == "cuda":
             on_device = int(SHARE * torch.cuda.mem_get_info(place)[0])
         given = {name for name, value in (("host", host), ("device", device)) if value is not None}
         return Memory(most, on_device, frozenset(given))
