@@ -30,7 +30,7 @@ from kdprune.methods.peers.drop import (
     losses_without,
     runs,
 )
-from kdprune.methods.peers.laco import Judge, LaCo, MergeSchedule
+from kdprune.methods.peers.laco import NEAR, Judge, LaCo, MergeSchedule, Walk
 from kdprune.methods.peers.llm_pruner import LLMPruner
 from kdprune.methods.peers.merging import (
     Merger,
@@ -451,17 +451,36 @@ def judge_of(model: PreTrainedModel, tokens: TokenSet) -> Judge:
     return Judge(model, Merger(model, "paper", merged_names(model, "projections")), tokens, 16, lambda _: None)
 
 
-def test_the_search_sees_every_result_that_some_threshold_has() -> None:
+def same_walk(one: Walk, other: Walk) -> bool:
+    return [slot.index for slot in one.slots] == [slot.index for slot in other.slots] and (
+        one.order, one.rejected) == (other.order, other.rejected)
+
+
+def test_the_search_finds_the_strictest_threshold_that_removes_enough() -> None:
     model, tokens = build("llama3", seed=2), padded_tokens("mixed", rows=4)
     judge = judge_of(model, tokens)
-    for layers, interval in ((2, 1), (3, 1), (3, 2)):
+    for (layers, interval), wanted in itertools.product(((2, 1), (3, 1), (3, 2)), range(1, LAYERS + 1)):
         schedule = MergeSchedule(LAYERS, layers, LAYERS - 1 - layers, 0, interval, 0)
-        seen = {tuple(slot.index for slot in walk.slots) for walk in judge.walks([schedule])}
-        walks = [judge.walk(schedule, float(threshold)) for threshold in torch.linspace(-1.01, 1.01, 149)]
-        grid = {tuple(slot.index for slot in walk.slots) for walk in walks}
-        assert grid <= seen
-        assert {LAYERS - len(alive) for alive in seen} <= schedule.reachable()
-        assert tuple(range(LAYERS)) in seen
+        found = judge.strictest(schedule, wanted)
+        grid = torch.linspace(-1.01, 1.01, 149).tolist()
+        enough = [threshold for threshold in grid if judge.walk(schedule, threshold).removed >= wanted]
+        assert (found.removed >= wanted) == bool(enough)
+        assert found.removed in schedule.reachable()
+        assert same_walk(judge.walk(schedule, math.nextafter(found.accepted, -1)), found)
+        if enough:
+            assert judge.walk(schedule, found.accepted + NEAR).removed < wanted
+            assert found.accepted > max(enough)
+
+
+def test_the_search_takes_the_number_that_comes_nearest() -> None:
+    """Of several at the strictest threshold; against every number on its own."""
+    model, tokens = build("llama3", seed=2), padded_tokens("mixed", rows=4)
+    judge = judge_of(model, tokens)
+    for ratio in (0.15, 0.3, 0.45):
+        method = LaCo(form="paper", ratio=ratio, of="layers")
+        alone = [judge.strictest(schedule, method.wanted(model)) for schedule in method.schedules(model)]
+        best = min((walk for walk in alone if walk.removed >= method.wanted(model)), key=lambda walk: walk.order)
+        assert same_walk(method.search(model, judge), best)
 
 
 def test_similarity_is_one_for_the_same_and_sees_no_padding() -> None:

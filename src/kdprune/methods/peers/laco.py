@@ -1,8 +1,7 @@
 """LaCo: runs of layers are merged into the layer before them."""
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,6 +21,7 @@ from kdprune.options import option
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Advance
 
+NEAR = 1e-4  # thresholds no further apart are one; the paper gives two digits of its own
 PAPER_LAYERS = 4  # C of the paper for 7 billion parameters (for 13 billion 7)
 
 
@@ -39,9 +39,9 @@ class LaCo(DepthMethod):
     s is the mean over a few rows of the cosine between the flattened final states (behind the final norm, as in the
     notebook, real tokens only) of the dense model and of the candidate. Merged layers may be merged again.
 
-    The ratio follows from C and T. Without ``threshold`` every T that leads to another result is tried, from the
-    strictest down, until no other result can lie nearer the ratio from above; without ``merge_layers`` for every C
-    that can be of use at once, so that the C which gets there at the strictest T is taken.
+    The ratio follows from C and T. Without ``threshold`` it is the strictest T that meets the ratio, by bisection;
+    without ``merge_layers`` that of the C which comes nearest the ratio from above, of several the one that gets there
+    at the strictest T.
 
     Blocks given by the user are merged into the layer before them; ``ratio`` and T then play no part.
 
@@ -175,16 +175,16 @@ class LaCo(DepthMethod):
                                    f"similarity of the best single merge")
             return walk
         best: Walk | None = None
-        largest, over = 0, math.inf
-        for least, group in itertools.groupby(schedules, key=lambda schedule: schedule.excess(wanted)):
-            if over <= least:
-                break
-            for found in judge.walks(list(group)):
-                largest = max(largest, found.removed)
-                if wanted <= found.removed < wanted + over:
-                    best, over = found, found.removed - wanted
-                if over <= least:
-                    break
+        largest = 0
+        for schedule in schedules:
+            # One that can come no nearer than the best so far has to come as near at a stricter threshold.
+            if best is not None and (beyond := best.removed - wanted) <= (least := schedule.excess(wanted)) and (
+                    beyond < least or judge.walk(schedule, best.accepted).removed < wanted):
+                continue
+            found = judge.strictest(schedule, wanted)
+            largest = max(largest, found.removed)
+            if found.removed >= wanted and (best is None or found.order < best.order):
+                best = found
         if best is None:
             check_reach(self.target(model), largest * self._layer_size(model))
         assert best is not None
@@ -228,11 +228,18 @@ class MergeSchedule:
 
 @dataclass(frozen=True)
 class Walk:
-    """One run of the loop: the layers it leaves, how many it took out, and the largest similarity it rejected."""
+    """One run of the loop: the layers it leaves, how many it took out, the largest similarity it rejected and the least
+    it accepted. It is the same at every threshold from the one up to just below the other."""
 
     slots: tuple[Slot, ...]
     removed: int
     rejected: float
+    accepted: float
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Of those that remove enough the least is best: it removes fewest, and is the strictest of these."""
+        return self.removed, -self.accepted
 
 
 class Judge:
@@ -249,22 +256,22 @@ class Judge:
         self.known: dict[tuple[tuple[int, int], ...], float] = {}
         self.dense = final_states(model, rows, batch_size)
 
-    def walks(self, schedules: Sequence[MergeSchedule]) -> Iterator[Walk]:
-        """Every different run of the loop, from the strictest threshold, which rejects all, to the one below all.
+    def strictest(self, schedule: MergeSchedule, wanted: int) -> Walk:
+        """The run at the strictest threshold that removes as many layers as are wanted, or the run that accepts all
+        where none does.
 
-        A run stays the same while T is at least the largest similarity it rejected, so the next is just below that.
+        By bisection, for which a lower threshold removes no fewer layers: that is the rule, and where it has exceptions
+        the run that is found is still one that a threshold has, and a threshold ``NEAR`` above it removes too few.
         """
-        waiting = dict.fromkeys(schedules, math.inf)
-        while waiting:
-            schedule = max(waiting, key=waiting.__getitem__)
-            walk = self.walk(schedule, waiting.pop(schedule))
-            if walk.rejected > -math.inf:
-                waiting[schedule] = math.nextafter(walk.rejected, -math.inf)
-            yield walk
+        enough, few = self.walk(schedule, -math.inf), self.walk(schedule, math.inf)
+        while enough.removed >= wanted > few.removed and few.rejected - enough.accepted > NEAR:
+            between = self.walk(schedule, (enough.accepted + few.rejected) / 2)
+            enough, few = (between, few) if between.removed >= wanted else (enough, between)
+        return enough
 
     def walk(self, schedule: MergeSchedule, threshold: float) -> Walk:
         """The loop of the paper at one threshold."""
-        slots, position, rejected = self.merger.dense(), schedule.start, -math.inf
+        slots, position, rejected, accepted = self.merger.dense(), schedule.start, -math.inf, math.inf
         history: tuple[tuple[int, int], ...] = ()
         while position >= schedule.lowest:
             count = schedule.count(position, schedule.layers - len(slots))
@@ -274,12 +281,12 @@ class Judge:
             tried = (*history, (position, count))
             similarity = self.similarity(slots, tried)
             if similarity > threshold:
-                slots, history = self.merger.merge(slots, position, count), tried
+                slots, history, accepted = self.merger.merge(slots, position, count), tried, min(accepted, similarity)
                 position -= schedule.interval
             else:
                 rejected = max(rejected, similarity)
                 position -= 1
-        return Walk(slots, schedule.layers - len(slots), rejected)
+        return Walk(slots, schedule.layers - len(slots), rejected, accepted)
 
     def similarity(self, slots: Sequence[Slot], history: tuple[tuple[int, int], ...]) -> float:
         """s of ``slots`` after the last merge of ``history``; −∞ where it is not a number."""
