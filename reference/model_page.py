@@ -59,7 +59,7 @@ def outlier_curves(found: Record) -> str:
         for key, label, colour, marker in curves:
             axes.plot([boundary[key] for boundary in found["boundaries"]], color=colour, marker=marker, label=label)
         axes.axhline(found["threshold"], color=VERMILION, linewidth=1, linestyle="--")
-        log_axis(axes)
+        log_axis(axes.yaxis)
         axes.set(xlabel="boundary l", ylabel="largest over median")
         legend_below(figure, axes, 3)
     return canvas.svg
