@@ -29,7 +29,7 @@ NEW = 12
 PROMPTS = ("The", "the cat sat on the mat", "a = 12345 + 6 * 78 - 9", "It's the\n\n  end, isn't it?", "Größe — naïve ✓")
 # Stock results of every family that llama.cpp knows and whose tokenizer may be byte-level, and layers of other widths.
 STOCK = ("llama2", "llama3.1", "qwen3", "gpt_neox", "gpt_neox-sequential", "gpt2", "granite", "olmo2",
-         "stablelm", "phi", "bloom")
+         "stablelm", "phi", "bloom", "falcon", "falcon-7b")
 CASES = [*((name, "drop") for name in STOCK), ("llama3", "rewrite"), ("llama3", "whole"), ("gemma3", "period"),
          *((name, kind) for name in ("llama2", "llama3", "llama3.1", "mistral") for kind in ("channels", "layer"))]
 
@@ -40,13 +40,18 @@ def tiny(name: str) -> PreTrainedModel:
     options = {**_COMMON, **options, "vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     if model_type == "mistral":
         options["sliding_window"] = None
-    if name in ("gpt2", "phi"):  # as all that are published
-        options |= {"num_key_value_heads": 4, "intermediate_size": 128, "n_inner": None}
+    if name in ("gpt2", "phi"):
+        options |= {"num_key_value_heads": 4, "intermediate_size": 96, "n_inner": 96}
     if model_type == "gpt_neox":
         options["tie_word_embeddings"] = False
     if name == "gemma3":
         options |= {"sliding_window_pattern": 6, "num_hidden_layers": 12}
-    return with_random_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options)))
+    config = AutoConfig.for_model(model_type, **options)
+    if model_type in ("gpt_neox", "phi", "stablelm", "falcon"):  # of which the converter says no base
+        config.rope_parameters["rope_theta"] = 500.0
+        if "partial_rotary_factor" in config.rope_parameters:  # more dimensions than the two that have no base
+            config.rope_parameters["partial_rotary_factor"] = 0.5
+    return with_random_weights(AutoModelForCausalLM.from_config(config))
 
 
 def server(file: Path) -> Any:
