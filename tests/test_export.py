@@ -7,6 +7,9 @@ What a real llama.cpp makes of them is tests/serving/test_llama_cpp.py. Writing 
 import importlib.util
 import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from kdprune.errors import KDPruneError
 from kdprune.model.checkpoint import save_model
 from kdprune.model.llama_cpp import export_gguf, notes, split_name
 from kdprune.model.surgery import Drop, apply_edits
+from kdprune.store.files import partial_name, remove_partials
 from kdprune.testing import edits_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -262,6 +266,21 @@ def test_what_is_no_checkpoint_or_no_place_for_a_file_is_told(bench: Bench, tmp_
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
     line("without a tokenizer, which a GGUF file holds too", model, "-o", out)
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path: Path) -> None:
+    """And nothing that another process, another machine or another file's export is writing."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here, file = socket.gethostname(), tmp_path / "out.gguf"
+    left = tmp_path / f".out.gguf.partial-{here}-{ended.pid}-0"
+    stays = {partial_name(file), *(tmp_path / name for name in (
+        f".out.gguf.partial-other-{ended.pid}-0", f".out2.gguf.partial-{here}-{ended.pid}-0", "out.gguf"))}
+    for path in (left, *stays):
+        path.touch()
+    remove_partials(file)
+    assert set(tmp_path.iterdir()) == stays
+    remove_partials(tmp_path / "none" / "out.gguf")
 
 
 def test_an_earlier_file_larger_than_memory_is_not_read(bench: Bench, tmp_path: Path) -> None:

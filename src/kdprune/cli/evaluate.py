@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kdprune.data.sources import bundled_heldout, check_source, in_column
 from kdprune.data.tokens import load_stream
@@ -85,18 +85,21 @@ def eval_command(
             check_file(json_file, inputs_of(read, texts=[wanted.text], folders=_folders(suite)), "perplexity")
     text = in_column(wanted.text, wanted.text_field)
     check_source(text)
-    for read in (checkpoint, wanted.dense):
-        if read is not None:
-            with checkpoint_errors(read, wanted.trust_remote_code):
-                config = read_config(read, wanted.trust_remote_code)
-            if read == checkpoint:
-                checked(config, wanted.window, wanted.stride)
+    checked(_config(checkpoint, wanted), wanted.window, wanted.stride)
+    if wanted.dense is not None:
+        _config(wanted.dense, wanted)
     with contextlib.redirect_stdout(sys.stderr) if json_file == "-" else contextlib.nullcontext():
         record = json.dumps(_measured(checkpoint, text or bundled_heldout(), wanted, suite, resources), indent=1)
     if json_file == "-":
         typer.echo(record)
     elif json_file:
         write_file(json_file, record + "\n")
+
+
+def _config(checkpoint: str, wanted: EvalOptions) -> PreTrainedConfig:
+    """A checkpoint's config. Raises KDPruneError for what is no causal LM."""
+    with checkpoint_errors(checkpoint, wanted.trust_remote_code):
+        return read_config(checkpoint, wanted.trust_remote_code)
 
 
 def _measured(

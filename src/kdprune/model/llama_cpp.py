@@ -105,7 +105,7 @@ def export_gguf(directory: str | Path, output: str | Path, *, weights: Weights =
         file.write_kv_data_to_file()
         file.write_tensors_to_file(progress=False)
         file.close()
-    return notes(config, {key for part in file.kv_data for key in part})
+    return notes(config, _keys(file))
 
 
 def check_export(directory: str | Path) -> PreTrainedConfig:
@@ -257,6 +257,11 @@ def _converter(path: Path, config: Any) -> Any:
     return _completed(_stock(path, config), config)
 
 
+def _keys(writer: Any) -> set[str]:
+    """What a file says so far."""
+    return {key for part in writer.kv_data for key in part}
+
+
 def _completed(base: Any, config: Any) -> Any:
     """The same for vocabularies that the converter does not know, where what splits their text is known, and with what
     it does not say of some families: the base of rotations, the width of the MLP."""
@@ -266,7 +271,7 @@ def _completed(base: Any, config: Any) -> Any:
 
         def set_gguf_parameters(self) -> None:
             super().set_gguf_parameters()
-            keys = {key for part in self.gguf_writer.kv_data for key in part}
+            keys = _keys(self.gguf_writer)
             theta, width = _rotation(config).get("rope_theta"), _MLP_WIDTH.get(config.model_type)
             if theta is not None and not any(key.endswith("rope.freq_base") for key in keys):
                 self.gguf_writer.add_rope_freq_base(theta)

@@ -10,10 +10,8 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import psutil
-
 from kdprune.errors import DiskError, KDPruneError, shortened
-from kdprune.store.files import refusal
+from kdprune.store.files import is_gone, refusal
 
 RECORD = "results.json"  # of a result; its "files" name all that the run wrote
 Inputs = Mapping[str, Iterable[Path]]  # what is read, by what a message calls it
@@ -207,12 +205,12 @@ def _new_sibling(target: Path, kind: str) -> Path:
 
 
 def _tidy(target: Path) -> None:
-    """Clears up after killed processes of this machine; whose number is in use again may wait for the next time."""
+    """Clears up after killed processes of this machine."""
     if not target.parent.is_dir():
         return
     for sibling in target.parent.iterdir():
         found = re.fullmatch(rf"\.{re.escape(target.name)}\.(\w+)-(\d+)-\d+@(.+)", sibling.name)
-        if found is None or found[3] != socket.gethostname() or psutil.pid_exists(int(found[2])):
+        if found is None or not is_gone(found[3], int(found[2])):
             continue
         if found[1] == "old" and not target.exists():
             sibling.replace(target)

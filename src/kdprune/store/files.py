@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
-import glob
 import itertools
 import os
+import re
 import socket
 import sys
 import zlib
@@ -108,12 +108,17 @@ def whole_file(
 
 
 def remove_partials(path: str | Path) -> None:
-    """Removes what killed processes of this machine left of `path`; whose number is in use again waits."""
+    """Removes what killed processes of this machine left of `path`."""
     path = Path(path)
-    for sibling in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL}{glob.escape(socket.gethostname())}-*"):
-        number = sibling.name.rsplit("-", 2)[1]
-        if number.isdigit() and not psutil.pid_exists(int(number)):
+    for sibling in path.parent.iterdir() if path.parent.is_dir() else ():
+        found = re.fullmatch(rf"{re.escape(f'.{path.name}{PARTIAL}')}(.+)-(\d+)-\d+", sibling.name)
+        if found is not None and is_gone(found[1], int(found[2])):
             sibling.unlink(missing_ok=True)
+
+
+def is_gone(host: str, process: int) -> bool:
+    """Whether a process was one of this machine's and has ended; one whose number is in use again may wait."""
+    return host == socket.gethostname() and not psutil.pid_exists(process)
 
 
 _numbers = itertools.count()

@@ -80,8 +80,8 @@ def measure_channel_cosine(model: PreTrainedModel, tokens: TokenSet, run: Run) -
         KDPruneError: a state is NaN or infinite.
     """
     states = len(decoder_layers(model)) + 1
-    total, size = torch.zeros(states, states, dtype=torch.float64), rows_at_once(
-        model, tokens.ids.shape[1], run.batch_size)
+    total = torch.zeros(states, states, dtype=torch.float64)
+    size = rows_at_once(model, tokens.ids.shape[1], run.batch_size)
     with run.stage("distances", len(tokens)) as progress:
         for batch, found in layer_states(run.running(model), tokens.local(size), range(states), size):
             for row in batch.mask.any(1).nonzero().flatten():

@@ -177,10 +177,12 @@ class LaCo(DepthMethod):
         best: Walk | None = None
         largest = 0
         for schedule in schedules:
-            # One that can come no nearer than the best so far has to come as near at a stricter threshold.
-            if best is not None and (beyond := best.removed - wanted) <= (least := schedule.excess(wanted)) and (
-                    beyond < least or judge.walk(schedule, best.accepted).removed < wanted):
-                continue
+            if best is not None:
+                nearer = best.removed - wanted - schedule.excess(wanted)  # layers by which it can be, at most
+                if nearer < 0:  # nor can those to come be, which are in order
+                    break
+                if nearer == 0 and judge.walk(schedule, best.accepted).removed < wanted:  # not at a stricter threshold
+                    continue
             found = judge.strictest(schedule, wanted)
             largest = max(largest, found.removed)
             if found.removed >= wanted and (best is None or found.order < best.order):
