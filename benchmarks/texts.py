@@ -4,10 +4,11 @@
 
 Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
 in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations; and
-files of some of these kinds alone. Held out: the same four kinds, of other documents, and Python code, of which the
-calibration text has none: modules of the standard library (PSF licence) of the Python that runs this, so that figures
-on it compare within one version. Models have surely been trained on these modules: what a pruned one loses on them is
-partly what it has forgotten by heart.
+files of some of these kinds alone, of conversations also as messages, for a model's chat template. Held out: the same
+four kinds, of other documents, conversations as messages too, and Python code, of which the calibration text has none:
+modules of the standard library (PSF licence) of the Python that runs this, so that figures on it compare within one
+version. Models have surely been trained on these modules: what a pruned one loses on them is partly what it has
+forgotten by heart.
 """
 
 import json
@@ -47,15 +48,26 @@ def calibration(data: Path) -> list[dict[str, str]]:
                     if len(piece) > 500:
                         found.append({"text": piece, "kind": kind})
                         left -= len(piece)
-    found += [{"text": text, "kind": "chat"} for text in conversations(data)[TURNS:]]
+    found += [{"text": as_turns(one), "kind": "chat"} for one in conversations(data)[TURNS:]]
     random.Random(0).shuffle(found)
     return found
 
 
-def conversations(data: Path) -> list[str]:
-    """Questions with their answers, as turns."""
-    lines = (data / "bench" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()
-    return [f"User: {item['question']}\n\nAssistant: {item['answer']}" for item in map(json.loads, lines)]
+def conversations(data: Path) -> list[dict[str, str]]:
+    """Questions with their answers."""
+    return [json.loads(line) for line in (data / "bench" / "gsm8k.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def as_turns(one: dict[str, str]) -> str:
+    """A question and its answer as plain text."""
+    return f"User: {one['question']}\n\nAssistant: {one['answer']}"
+
+
+def as_messages(some: list[dict[str, str]]) -> str:
+    """Questions and answers as a file of conversations."""
+    return "".join(json.dumps({"messages": [
+        {"role": "user", "content": one["question"]}, {"role": "assistant", "content": one["answer"]}]},
+        ensure_ascii=False) + "\n" for one in some)
 
 
 def code() -> str:
@@ -78,8 +90,12 @@ def main() -> None:
         lines = [json.dumps(one, ensure_ascii=False) for one in documents if one["kind"] in kinds]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
-    for name, text in (held | {"chat": "\n\n".join(conversations(data)[:TURNS]), "code": code()}).items():
+    talks = conversations(data)
+    held |= {"chat": "\n\n".join(map(as_turns, talks[:TURNS])), "code": code()}
+    for name, text in held.items():
         (out / f"{name}.txt").write_text(text[:EVALUATED], encoding="utf-8")
+    (out / "messages.jsonl").write_text(as_messages(talks[:TURNS]), encoding="utf-8")
+    (out / "calibration-messages.jsonl").write_text(as_messages(talks[TURNS:]), encoding="utf-8")
 
 
 if __name__ == "__main__":
