@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdprune.errors import KDPruneError
+from kdprune.kernel import bounds
 from kdprune.kernel.bounds import error_growth, k_step_errors, relative_risk, theorem1_bound
 from kdprune.kernel.features import FourierFeatures, effective_rank, projected_median, rms_normalize
 from kdprune.kernel.operators import LinearDynamics, Moments, spectral_norm
@@ -234,7 +235,7 @@ def test_unrelated_states_have_cka_near_zero_and_equal_ones_one() -> None:
 # ------------------------------------------------------------------------------------------ bounds
 
 
-def test_bound_holds_for_exact_dynamics_and_grows_with_the_horizon() -> None:
+def test_bound_holds_for_exact_dynamics_and_grows_with_the_horizon(monkeypatch) -> None:
     matrices = torch.eye(6) + 0.1 * torch.randn(3, 6, 6, generator=generator())
     features = [torch.nn.functional.normalize(torch.randn(200, 6, generator=generator(1)), dim=-1)]
     for matrix in matrices:
@@ -242,11 +243,13 @@ def test_bound_holds_for_exact_dynamics_and_grows_with_the_horizon() -> None:
         features.append(features[-1] @ matrix.T + noise)
     path = torch.stack(features)
     errors = k_step_errors(matrices, path)
+    monkeypatch.setattr(bounds, "CHUNK", 33)
+    assert k_step_errors(matrices, path / 2, lambda states: 2 * states) == pytest.approx(errors)
     one_step = (path[:-1] @ matrices.transpose(1, 2) - path[1:]).square().sum(-1).mean(-1).max()
     norm = float(torch.linalg.matrix_norm(matrices, 2).max())
-    bounds = [theorem1_bound(float(one_step), norm, 1.0, 3, 200, k) for k in (1, 2, 3)]
-    assert all(error <= bound for error, bound in zip(errors, bounds, strict=True))
-    assert bounds[0] < bounds[1] < bounds[2]
+    limits = [theorem1_bound(float(one_step), norm, 1.0, 3, 200, k) for k in (1, 2, 3)]
+    assert all(error <= limit for error, limit in zip(errors, limits, strict=True))
+    assert limits[0] < limits[1] < limits[2]
     assert error_growth(2.0, 3) == 7
     inner = 0.1 + 4.0 * math.sqrt(2 * 8 * math.log(2 * 8 / 0.05) / 1000)
     assert theorem1_bound(0.1, 2.0, 1.0, 8, 1000, 2) == pytest.approx(3 * math.sqrt(inner))

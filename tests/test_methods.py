@@ -21,6 +21,7 @@ from kdprune.methods.common.analysis import score_layers
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.stand_in_fit import StandInFit
+from kdprune.methods.kdp import diagnostics
 from kdprune.methods.kdp.diagnostics import norm_decay
 from kdprune.methods.kdp.fit_block import BANDWIDTHS, fit_block
 from kdprune.methods.kdp.fit_blocks import FitPlan, fit_blocks, index_after
@@ -146,7 +147,7 @@ def test_folded_equals_unfolded(hidden: int, residual: bool) -> None:
     assert wider - shape.parameters() == shape.parameters_per_unit()
 
 
-def test_norm_decay_is_compensated() -> None:
+def test_norm_decay_is_compensated(monkeypatch) -> None:
     # Noisy dynamics: least-squares operators shrink what they cannot predict, more with every step.
     path = torch.randn(1, 800, 6, generator=generator())
     for seed in range(4):
@@ -156,8 +157,12 @@ def test_norm_decay_is_compensated() -> None:
     step1 = fit_dynamics(
         features, path, torch.ones(800), Schedule(1, 64, 1e-3), generator(), ridge=1e-4, name="test")
     with torch.no_grad():
-        advanced, true = features(path[0, :600]) @ step1.dynamics.product().T, features(path[-1, :600])
+        product = step1.dynamics.product()
+        advanced, true = features(path[0, :600]) @ product.T, features(path[-1, :600])
+        whole = float((features(path[0, 600:]) @ product.T).norm(dim=-1).mean())
+    monkeypatch.setattr(diagnostics, "CHUNK", 77)  # several chunks of each
     norms = norm_decay(step1, decay_compensation(advanced, true), path[:, :600], path[:, 600:], ridge=1e-4)
+    assert norms["feature_predicted"][-1] == pytest.approx(whole, rel=1e-5)
     assert norms["feature_true"] == pytest.approx([1.0] * 5, abs=1e-5)
     assert all(later < earlier for earlier, later in itertools.pairwise(norms["feature_predicted"]))
     assert norms["feature_predicted"][-1] < 0.85

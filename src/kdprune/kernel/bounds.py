@@ -6,9 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kdprune.kernel.features import CHUNK
 from kdprune.kernel.operators import Moments
-
-_CHUNK = 2048  # tokens lifted at a time: features are several times as wide as states
 
 
 def error_growth(spectral_norm: float, steps: int) -> float:
@@ -62,7 +61,7 @@ def relative_risk(
 def _moments(pair: tuple[Tensor, Tensor], lift: Callable[[Tensor], Tensor]) -> Moments:
     """Moments of lifted pairs."""
     sums = None
-    for first, second in zip(*(states.split(_CHUNK) for states in pair), strict=True):
+    for first, second in zip(*(states.split(CHUNK) for states in pair), strict=True):
         x, y = lift(first), lift(second)
         sums = sums or Moments(x.shape[-1], y.shape[-1], x.device)
         sums.update(x, y)
@@ -71,15 +70,21 @@ def _moments(pair: tuple[Tensor, Tensor], lift: Callable[[Tensor], Tensor]) -> M
 
 
 @torch.no_grad()
-def k_step_errors(matrices: Tensor, features: Tensor) -> list[float]:
+def k_step_errors(
+    matrices: Tensor, path: Tensor, lift: Callable[[Tensor], Tensor] = lambda states: states
+) -> list[float]:
     """Root mean square of ‖A_j ⋯ A_1 φ(h_s) − φ(h_{s+j})‖ over tokens, for j = 1 … k.
 
     Args:
         matrices: A, shape (k, D, D).
-        features: φ of the block's k+1 states, shape (k+1, n, D).
+        path: the block's k+1 states, shape (k+1, n, d).
+        lift: φ, applied chunk by chunk, (…, d) → (…, D).
     """
-    state, errors = features[0], []
-    for matrix, target in zip(matrices, features[1:], strict=True):
-        state = state @ matrix.T
-        errors.append(float((state - target).square().sum(-1).mean().sqrt()))
-    return errors
+    squares = torch.zeros(len(matrices), dtype=torch.float64)
+    for chunk in path.split(CHUNK, dim=1):
+        lifted = lift(chunk)
+        state = lifted[0]
+        for step, (matrix, target) in enumerate(zip(matrices, lifted[1:], strict=True)):
+            state = state @ matrix.T
+            squares[step] += float((state - target).square().sum(dtype=torch.float64))
+    return [float(error) for error in (squares / path.shape[1]).sqrt()]

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+CHUNK = 2048  # samples that are in float64, or behind φ, at once
+
 
 def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x²) + eps) over the last dimension; any shape (…, d)."""
@@ -80,7 +82,9 @@ class FourierFeatures(nn.Module):
         if self.log_diagonal.numel() == 1:
             precision = torch.ones(1, device=x.device)
         else:
-            variance = x.double().var(0).clamp_min(1e-12)
+            mean = x.mean(0, dtype=torch.float64)
+            squares = sum(((chunk.double() - mean).square().sum(0) for chunk in x.split(CHUNK)), torch.zeros_like(mean))
+            variance = (squares / (len(x) - 1)).clamp_min(1e-12)
             # A dimension that hardly varies must not get an unbounded frequency.
             variance = torch.maximum(variance, 1e-4 * variance.median())
             precision = (1 / variance).float()

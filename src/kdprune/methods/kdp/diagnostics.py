@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from kdprune.kernel.bounds import k_step_errors, relative_risk, theorem1_bound
+from kdprune.kernel.features import CHUNK
 from kdprune.kernel.operators import Moments
 from kdprune.methods.common.stand_in_fit import StandInFit
-from kdprune.methods.kdp.step1_dynamics import CHUNK, Step1, endpoint_statistics
+from kdprune.methods.kdp.step1_dynamics import Step1, endpoint_statistics
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def theory(fitting: StandInFit, step1: Step1) -> dict[str, Any]:
         "gamma": step1.dynamics.gamma.tolist(),
         "B_A": spectral,
         "R_phi": feature_norm,
-        "k_step_error": k_step_errors(matrices, mapped(held_path)),
+        "k_step_error": k_step_errors(matrices, held_path, mapped),
         "bound": [
             theorem1_bound(empirical, spectral, feature_norm, features.features, tokens, step) for step in steps
         ],
@@ -69,19 +70,24 @@ def norm_decay(step1: Step1, alpha: float, fit_path: Tensor, held_path: Tensor, 
         fit_path: fitted states as the kernel map sees them, shape (k+1, n, d).
         held_path: held-out ones, shape (k+1, n', d).
     """
-    features = step1.features
-    true = features(fit_path[-1])
-    moments = Moments(true.shape[-1], fit_path.shape[-1], true.device)
-    moments.update(true, fit_path[-1])
+    features, matrices = step1.features, step1.dynamics.matrices()
+    moments = Moments(2 * features.features, fit_path.shape[-1], fit_path.device)
+    for ends in fit_path[-1].split(CHUNK):
+        moments.update(features(ends), ends)
     readout = moments.solve(ridge).float()
-    mapped = features(held_path)
-    state, predicted = mapped[0], [float(mapped[0].norm(dim=-1).mean())]
-    for matrix in step1.dynamics.matrices():
-        state = state @ matrix.T
-        predicted.append(float(state.norm(dim=-1).mean()))
-    given = float((state @ readout.T).norm(dim=-1).mean())
+    true, predicted = (torch.zeros(len(held_path), dtype=torch.float64) for _ in range(2))
+    given = 0.0
+    for chunk in held_path.split(CHUNK, dim=1):
+        mapped = features(chunk)
+        true += mapped.norm(dim=-1).sum(-1).cpu()
+        advanced = [mapped[0]]
+        for matrix in matrices:
+            advanced.append(advanced[-1] @ matrix.T)
+        predicted += torch.stack(advanced).norm(dim=-1).sum(-1).cpu()
+        given += float((advanced[-1] @ readout.T).norm(dim=-1).sum())
+    tokens = held_path.shape[1]
     return {
-        "feature_true": mapped.norm(dim=-1).mean(-1).tolist(), "feature_predicted": predicted,
+        "feature_true": (true / tokens).tolist(), "feature_predicted": (predicted / tokens).tolist(),
         "output_true": float(held_path[-1].norm(dim=-1).mean()),
-        "output_without_alpha": given, "output_with_alpha": alpha * given,
+        "output_without_alpha": given / tokens, "output_with_alpha": alpha * given / tokens,
     }

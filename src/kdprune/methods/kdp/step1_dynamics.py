@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from kdprune.kernel.features import FourierFeatures, effective_rank
+from kdprune.kernel.features import CHUNK, FourierFeatures, effective_rank
 from kdprune.kernel.operators import LinearDynamics, Moments
 from kdprune.runtime.distributed import world
 from kdprune.store.checkpoints import Checkpoint
 from kdprune.train.gradients import Sums
 from kdprune.train.loop import Schedule, fit
-
-CHUNK = 2048  # tokens a chunk: bounds the memory of φ and its float64 moments over a long path
 
 
 @dataclass(frozen=True)
