@@ -71,6 +71,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-sequential": ("falcon", {"multi_query": False, "parallel_attn": False, "bias": True, **_FALCON}),
     "bloom": ("bloom", {}),
     "gptj": ("gptj", {"n_inner": 48, "rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "cohere2": ("cohere2", {**_GQA, "sliding_window": 4, "layer_types": _TYPES}),
+    "olmo": ("olmo", {"num_key_value_heads": 2}),
+    "nemotron": ("nemotron", {**_GQA}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {
         **_GQA, "moe_intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2,
@@ -88,7 +91,8 @@ NORMS_BEHIND = ("gemma2", "gemma3", "opt-350m", "olmo2")  # a norm between a sub
 # without biases behind a norm with one; sublayers that add the residual, ALiBi. The others stand under the contract.
 WIRED = ("olmo2", "granite", "falcon", "bloom")
 ALIKE = (
-    "phi", "gemma", "stablelm", "stablelm-parallel", "smollm3", "ministral", "falcon-7b", "falcon-sequential", "gptj")
+    "phi", "gemma", "stablelm", "stablelm-parallel", "smollm3", "ministral", "falcon-7b", "falcon-sequential", "gptj",
+    "cohere2", "olmo", "nemotron")
 EXPERTS = ("mixtral", "qwen3_moe")
 EARLIER = tuple(name for name in CONFIGS if name not in (*WIRED, *ALIKE, *EXPERTS))
 TRIED = (*EARLIER, *WIRED)

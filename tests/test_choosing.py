@@ -132,13 +132,16 @@ def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_
     assert model.config.num_hidden_layers == 6
 
 
-def test_linear_maps_and_fourier_features_stand_beside_each_other(tiny_model) -> None:
-    """Whichever comes first: step 1 sees the paths of all blocks where one stand-in has features."""
+def test_a_stand_in_that_was_asked_for_is_not_swapped_for_a_linear_map(tiny_model) -> None:
     model, tokens = tiny_model("llama2"), random_tokens(rows=20)
-    method = KDP(kernel="learned", refine=False, context="none", ratio=0.3, protect=0.0)
-    result = method(model, tokens, Run(batch_size=4))
-    assert {entry["kind"] for entry in result.fit} == {"linear", "fourier"}
-    assert result.fit[0]["kind"] == "linear"
+    default = KDP(refine=False)
+    assert [shape.kind for shape in default.forms(default.shape(model))] == ["linear", "linear+data"]
+    assert default.shortest == 1
+    for options, kind in (({"kernel": "learned"}, "fourier"), ({"channels": 16}, "linear+data"),
+                          ({"context": "none"}, "linear+data")):
+        method = KDP(**options, refine=False, ratio=0.3, protect=0.0)
+        assert {entry["kind"] for entry in method(model, tokens, Run(batch_size=4)).fit} == {kind}
+        assert method.shortest == 2
 
 
 def test_a_linear_map_alone_is_one_form_at_any_width(bundled: PreTrainedModel) -> None:

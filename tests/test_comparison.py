@@ -1,7 +1,9 @@
 """``kdprune.compare`` and ``kdprune.ablate``: one model, many variants, one protocol."""
 
+import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from kdprune.comparison.variants import ablation_variants, parse_variant, split_
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.kdp import fit_blocks
+from kdprune.methods.peers.drop import ShortGPT
 from kdprune.report import summary
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
@@ -157,6 +160,9 @@ def test_an_interrupted_comparison_continues(
     with pytest.raises(KeyboardInterrupt):
         kdprune.compare(str(bench.model), METHODS_USED, seeds=2, output_dir=folder, **arguments)
     assert measured == [(LINEAR, 0)]
+    begun = Comparison.load(folder)  # what was done can be read
+    assert [(unit.variant, unit.seed) for unit in begun.units] == [(LINEAR, 0)]
+    assert "| not measured |" in render_markdown(begun)
     interrupt = False
     again = kdprune.compare(str(bench.model), METHODS_USED, seeds=2, output_dir=folder, **arguments)
     assert measured == [(LINEAR, 0), (KDP_FAST, 0), (LINEAR, 1), (KDP_FAST, 1)]
@@ -165,13 +171,50 @@ def test_an_interrupted_comparison_continues(
     for file in (folder / "runs").glob("stages/kdp-seed1-*/record.json"):
         file.write_text("{", encoding="utf-8")
     kdprune.compare(str(bench.model), [LINEAR], seeds=2, output_dir=folder, **arguments)
-    kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=folder, **arguments)
+    with pytest.raises(KDPruneError, match=r"holds the comparison at 0.25 .*, expected the comparison at 0.3"):
+        kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=folder, **arguments)
+    kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=tmp_path / "other",
+                    work_dir=folder / "runs", **arguments)
     assert measured[4:] == [(LINEAR, 1), (LINEAR, 0)]
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, overwrite=True, **arguments)
     assert measured[6:] == [(LINEAR, 0)]
     monkeypatch.setattr("kdprune.comparison.units.code_identity", lambda: "another release")
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, output_dir=folder, **arguments)
     assert measured[7:] == [(LINEAR, 0)]
+
+
+OWN_METHOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+from kdprune.methods.common.method import Method
+from kdprune.methods.common.result import MethodResult
+from kdprune.model.edits import Drop
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Method):
+    title: ClassVar[str] = "Own"
+
+    def __call__(self, model, tokens, run=None):
+        return MethodResult([Drop(range({place}, {place} + 2))], tokens=0)
+"""
+
+
+def test_another_code_of_a_method_from_outside_is_measured_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # files of one length and second look the same to it
+    found = []
+    for place in (2, 2, 4):
+        (tmp_path / "own_method.py").write_text(OWN_METHOD.format(place=place), encoding="utf-8")
+        sys.modules.pop("own_method", None)
+        monkeypatch.setitem(METHODS, "own", importlib.import_module("own_method").Own)
+        shared = {**options(bench), "seeds": 1, "output_dir": tmp_path / "out"}
+        [unit] = kdprune.compare(str(bench.model), ["own"], **shared).units
+        single = kdprune.prune(str(bench.model), method="own", work_dir=tmp_path / "work", **options(bench))
+        assert [(block.start, block.stop) for block in single.blocks] == unit.blocks
+        found.append(unit.blocks)
+    assert found == [[(2, 4)], [(2, 4)], [(4, 6)]]
 
 
 def test_a_work_directory_of_its_own_continues_and_starts_anew(
@@ -417,8 +460,11 @@ def test_what_a_method_fails_with_is_kept_beside_its_row(bench: Bench, monkeypat
         raise ZeroDivisionError("halfway")
 
     monkeypatch.setattr(fit_blocks, "fit_block", broken)
-    result = kdprune.compare(str(bench.model), [KDP_FAST, TOO_LONG], seeds=1, **options(bench))
-    first, second = result.failures
+    monkeypatch.setattr(ShortGPT, "check", broken)
+    result = kdprune.compare(str(bench.model), [KDP_FAST, TOO_LONG, "shortgpt"], seeds=1, **options(bench))
+    first, second, third = result.failures
     assert first.reason == "ZeroDivisionError: halfway"
     assert 'in broken' in first.traceback
     assert second.traceback == ""  # a refusal says it all
+    assert third.reason == "ZeroDivisionError: halfway"
+    assert "in broken" in third.traceback

@@ -41,6 +41,7 @@ FEWER = {
     "bloom": ("drop", "last", "mixed", "channels", "sublayers"), "phi": ("mixed", "channels", "stream", "sublayers"),
     "gptj": ("mixed", "channels", "stream", "sublayers"), "gemma": ("mixed",),
     "stablelm": ("mixed", "channels", "sublayers"), "stablelm-parallel": ("mixed", "stream", "sublayers"),
+    "cohere2": ("mixed", "stream"), "olmo": ("stream",), "nemotron": ("mixed",),
     "smollm3": ("drop", "mixed", "sublayers"), "ministral": ("mixed",), "mixtral": ("drop", "mixed", "sublayers"),
     "qwen3_moe": ("drop", "mixed", "sublayers"), "llama2": ("mixed", "channels"), "llama3": ("mixed", "drop"),
     "qwen2-window": ("drop", "before", "last", "mixed"),

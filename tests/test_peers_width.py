@@ -34,7 +34,7 @@ from kdprune.testing import logits_of as logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLICEABLE = [name for name in CONFIGS if name not in (*NORMS_BEHIND, "bloom", *EXPERTS)]
-SLICED = ("opt", "gpt_neox-sequential", *(name for name in WIRINGS if name in SLICEABLE))
+SLICED = ("opt", "gpt_neox-sequential", "cohere2", "olmo", "nemotron", *(name for name in WIRINGS if name in SLICEABLE))
 METHODS: dict[str, Any] = {"slicegpt": SliceGPT, "llm-pruner": LLMPruner}
 
 

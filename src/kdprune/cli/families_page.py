@@ -69,6 +69,8 @@ def _model(name: str) -> PreTrainedModel:
     set_depth(config, LAYERS, None if types is None else types[:LAYERS])
     if getattr(config, "head_dim", 0) is None:
         config.head_dim = config.hidden_size // config.num_attention_heads
+    if getattr(config, "num_key_value_heads", 0) is None:
+        config.num_key_value_heads = config.num_attention_heads
     return meta_model(config)
 
 

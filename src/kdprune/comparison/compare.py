@@ -23,7 +23,9 @@ from kdprune.options import options_of, recorded, taken, typed_options
 from kdprune.report.comparison_page import write_comparison
 from kdprune.report.comparison_records import Comparison, Failure, Unit, is_comparison
 from kdprune.report.comparison_records import Variant as VariantRecord
-from kdprune.report.results import Calibration
+from kdprune.report.records import Block
+from kdprune.report.results import Calibration, read_record
+from kdprune.report.summary import OUTSIDE
 from kdprune.run.heal import HEAL_OPTIONS
 from kdprune.run.inputs import inputs_of
 from kdprune.run.option_groups import (
@@ -127,6 +129,8 @@ def _run(
             subject.model, texts=(data.calibration, data.heldout), tokenizer=subject.tokenizer,
             folders=suite.suite_data, resources=resources))
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir))
+    if folder is not None and not output.overwrite:
+        _check_question(folder, kind, wanted)
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(
             data, suite, writing, session, wanted.ratio, folder, output.progress) as bench:
@@ -136,14 +140,6 @@ def _run(
         refused = _refusals(bench, variants, seeds, blocks_from)
         dense = bench.dense(seeds[0])
         tokens = bench.tokens(seeds[0])
-        units: list[Unit] = []
-        failures: list[Failure] = []
-        for found in _units(bench, variants, seeds, blocks_from, refused, dense):
-            if isinstance(found, Unit):
-                units.append(found)
-            else:
-                failures.append(found)
-            _say(found, len(units) + len(failures), len(variants) * len(seeds), output.progress)
         result = Comparison(
             kind=kind, created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), model=session.name,
             family=family_of(session.model).model_type, ratio=wanted.ratio, of=wanted.of, seeds=seeds,
@@ -155,9 +151,13 @@ def _run(
                 skipped=tokens.skipped),
             device=str(session.model.device), dense=dense,
             variants=[_record(variant, session.model, blocks_from) for variant in variants],
-            units=units, failures=failures, versions=software_versions())
+            versions=software_versions())
+        for number, found in enumerate(_units(bench, variants, seeds, blocks_from, refused, dense), 1):
+            result.add(found)
+            if folder is not None:  # what is done can be read, whatever comes of the rest
+                result.save(folder / "results.json")
+            _say(found, number, len(variants) * len(seeds), output.progress)
     if folder is not None:
-        result.save(folder / "results.json")
         write_comparison(result, folder)
     return result
 
@@ -186,19 +186,20 @@ def _bench(
 
 def _units(
     bench: Bench, variants: Sequence[Variant], seeds: Sequence[int], blocks_from: str | None,
-    refused: Mapping[str, str], dense: Any,
+    refused: Mapping[str, Mapping[str, str]], dense: Any,
 ) -> Iterator[Unit | Failure]:
     """Every variant of every seed; the one that chooses the blocks for the others goes first."""
     for seed in seeds:
-        blocks, missing = None, ""
+        blocks: tuple[Block, ...] | None = None
+        missing: dict[str, str] = {}
         for variant in sorted(variants, key=lambda variant: variant.name != blocks_from):
             follows = _follows(variant, blocks_from)
-            reason = refused.get(variant.name, missing if follows else "")
-            found = _unit(bench, variant.on(blocks) if follows else variant, seed, dense, follows) if not reason else (
-                Failure(variant=variant.name, seed=seed, reason=reason))
+            why = refused.get(variant.name, missing if follows else {})
+            found = Failure(variant=variant.name, seed=seed, **why) if why else _unit(
+                bench, variant.on(blocks) if follows else variant, seed, dense, follows)
             if variant.name == blocks_from:
                 blocks = tuple(found.blocks) if isinstance(found, Unit) else None
-                missing = "" if blocks else f"no blocks to take: {blocks_from} failed, or removed none"
+                missing = {} if blocks else {"reason": f"no blocks to take: {blocks_from} failed, or removed none"}
             yield found
         bench.forget()
 
@@ -215,14 +216,13 @@ def _unit(bench: Bench, variant: Variant, seed: int, dense: Any, handed: bool) -
             variant.method.check(bench.session.model, bench.tokens(seed, variant))
         return bench.unit(variant, seed, dense)
     except Exception as error:  # whatever a method fails with, the others go on
-        trace = "" if isinstance(error, KDPruneError) else traceback.format_exc()
         bench.cache.clean(*PARTS)
-        return Failure(variant=variant.name, seed=seed, reason=_reason(error), traceback=trace)
+        return Failure(variant=variant.name, seed=seed, **_why(error))
 
 
 def _refusals(
     bench: Bench, variants: Sequence[Variant], seeds: Sequence[int], blocks_from: str | None,
-) -> dict[str, str]:
+) -> dict[str, dict[str, str]]:
     """Why variants cannot be, before any work; those that wait for blocks are checked when they have them."""
     found = {}
     for variant in variants:
@@ -235,12 +235,16 @@ def _refusals(
             if not _follows(variant, blocks_from):
                 variant.method.check(bench.session.model, tokens)
         except Exception as error:  # as in _unit
-            found[variant.name] = _reason(error)
+            found[variant.name] = _why(error)
     return found
 
 
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, KDPruneError) else f"{type(error).__name__}: {one_line(error)}"
+def _why(error: Exception) -> dict[str, str]:
+    """The reason in one line, and the traceback of an error that is not the user's."""
+    if isinstance(error, KDPruneError):
+        return {"reason": str(error)}
+    trace = "".join(traceback.format_exception(error))
+    return {"reason": f"{type(error).__name__}: {one_line(error)}", "traceback": trace}
 
 
 def _record(variant: Variant, model: PreTrainedModel, blocks_from: str | None) -> VariantRecord:
@@ -264,6 +268,18 @@ def _prepare(folder: Path) -> Path:
         raise KDPruneError(
             f"got output {folder}, which is not empty and holds no comparison; choose a new directory")
     return folder
+
+
+def _check_question(folder: Path, kind: str, wanted: SeedsOptions) -> None:
+    """Raises KDPruneError where the folder's record is of another question, which this run would replace."""
+    if not is_comparison(folder):
+        return
+    there, _ = read_record(folder, "compare")
+    old, new = (f"the {what} at {ratio} of the parameters{OUTSIDE.get(of, '')}" for what, ratio, of in (
+        (there.get("kind"), there.get("ratio"), there.get("of", "all")), (kind, wanted.ratio, wanted.of)))
+    if old != new:
+        raise KDPruneError(f"got output {folder}, which holds {old}, expected {new}: choose a new directory, or "
+                           "replace it with --overwrite")
 
 
 def _names(folder: Path) -> set[str]:

@@ -1,7 +1,7 @@
 """Units of a comparison: one variant with one seed, pruned, measured, and cached once it is done."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,15 @@ from kdprune.runtime.machine import Meter, metered
 from kdprune.runtime.run import Run
 from kdprune.runtime.stages import Stages
 from kdprune.store.cache import Cache, JsonCodec
-from kdprune.store.hashing import code_identity, digest
+from kdprune.store.hashing import class_identity, code_identity, digest
 
 PARTS = ("fit-", "method-", "heal-")  # stages of a unit that go when it is done
+
+
+def stand_in_name(record: Mapping[str, Any]) -> str:
+    """What a fit made: the parts of its kernel, and what stands before it."""
+    context = record.get("context", "none")
+    return str(record.get("kind", "")) + ("" if context == "none" else f", {context}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,9 @@ class Bench:
         """
         run, name = self.run(seed, variant), f"{variant.options['method']}-seed{seed}"
         rows = self._healing_rows(variant, run)
+        own = class_identity(type(variant.method))
         found = run.cached(
-            name, [variant.options, *([] if rows is None else [rows.identity()])],
+            name, [variant.options, *own, *([] if rows is None else [rows.identity()])],
             lambda: self._measure(variant, run, dense), JsonCodec(Unit), shown=None)
         count_skipped([found.perplexity, *found.texts], self.protocol.heldout)
         return found.model_copy(update={"variant": variant.name})
@@ -220,6 +227,7 @@ class Bench:
                 dense=dense.kv_cache_bytes_per_token, pruned=kv_cache_bytes_per_token(pruned)),
             "tasks": self.protocol.tasks(pruned, self.session, run), "generation": self._generation(pruned, run),
             "state_error": [record.get("state_error") for record in made.outcome.fit],
+            "stand_ins": [stand_in_name(record) for record in made.outcome.fit],
         }
 
     def _similarity(self, variant: Variant, run: Run) -> tuple[Scores | None, Meter]:

@@ -103,7 +103,7 @@ class Family:
     returns_tuple: bool = False  # of a layer's forward: the state, then its attention weights
     # Attributes of a layer, modules or rates, for the outputs of attention and MLP; "": it has none there.
     dropouts: tuple[str, ...] = ()
-    norm_eps: str = "variance_epsilon"  # attribute of its norms
+    norm_eps: str | float = "variance_epsilon"  # attribute of its norms, or its value where they have none (OLMo)
     norm_offset: float = 0.0  # what they add to their weights to get their scales (Gemma)
     embeddings: tuple[str, ...] = ("model.embed_tokens",)  # paths to the tables whose sum enters layer 0
     # Path to the module behind that sum from whose output the model takes the width of its result (GPT-2): a narrower
@@ -128,6 +128,10 @@ class Family:
     def is_parallel(self, layer: Any) -> bool:
         """Whether attention and MLP of this layer read the same state."""
         return bool(attrgetter(self.parallel)(layer) if isinstance(self.parallel, str) else self.parallel)
+
+    def epsilon(self, norm: Any) -> float:
+        """ε of one of its norms."""
+        return float(getattr(norm, self.norm_eps) if isinstance(self.norm_eps, str) else self.norm_eps)
 
     def multiplier(self, layer: Any) -> float:
         """What the outputs of this layer's sublayers are multiplied by before they are added to the stream."""
@@ -214,6 +218,11 @@ _ROWS = (
            mlp_out="mlp.fc_out", activation="activation_function", counts=(("num_attention_heads", "queries"),),
            parallel=True, returns_tuple=True, norm_eps="eps", embeddings=("transformer.wte",),
            embedded="transformer.drop", lends_attention=False),
+    Family("cohere2", "Cohere2", "Cohere2ForCausalLM", "Cohere2DecoderLayer", "cohere2",
+           mlp_norm="input_layernorm", parallel=True),
+    Family("olmo", "Olmo", "OlmoForCausalLM", "OlmoDecoderLayer", "olmo", norm_eps=1e-5),
+    Family("nemotron", "Nemotron", "NemotronForCausalLM", "NemotronDecoderLayer", "nemotron",
+           mlp_in=("mlp.up_proj",), norm_eps="eps", norm_offset=1.0),
     Family("mixtral", "Mixtral", "MixtralForCausalLM", "MixtralDecoderLayer", "mixtral", **_EXPERTS),
     Family("qwen3_moe", "Qwen3Moe", "Qwen3MoeForCausalLM", "Qwen3MoeDecoderLayer", "qwen3_moe",
            numbered=("decoder_sparse_step", 1), layer_numbers=("mlp_only_layers",), **_EXPERTS),
@@ -512,6 +521,12 @@ class OwnConfig:
         return getattr(self.base, name)
 
 
+def _logit_scale(config: Any) -> float:
+    """What vLLM multiplies the head's output by: it runs the base model, and none of what the model with its head does
+    behind that."""
+    return 1.0 / float(getattr(config, FAMILIES[config.model_type.removeprefix(PREFIX)].head_divisor))
+
+
 def lacks_attention(width: dict[str, Any]) -> bool:
     """Whether a layer of this entry of ``config.kdp["widths"]`` has no attention."""
     return width.get("without") == "attention"
@@ -529,13 +544,6 @@ class PrunedConfig:
         self.kdp: dict[str, Any] | None = kwargs.pop("kdp", None)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.auto_map = auto_map(self.model_type)
-
-    @property
-    def logit_scale(self) -> float:
-        """What vLLM multiplies the head's output by: it runs the base model, and none of what the model with its head
-        does behind that."""
-        divisor = FAMILIES[self.model_type.removeprefix(PREFIX)].head_divisor
-        return 1.0 / getattr(self, divisor) if divisor else 1.0
 
     # transformers' own form of a model whose layers differ, made from the record: caches that are laid out before the
     # model runs, transformers' static one and those of servers, take the sizes of every layer from here. Its own way to
@@ -885,7 +893,7 @@ def slice_layer(layer: nn.Module, states: list[int], family: Family, width: int)
     for (name, old, paths), size in zip(readers, (entering, middle), strict=True):
         for path in paths:
             resize(layer.get_submodule(path), inputs=size, bias=getattr(old, "bias", None) is not None)
-        setattr(layer, name, ScaleFreeNorm(width, getattr(old, family.norm_eps)))
+        setattr(layer, name, ScaleFreeNorm(width, family.epsilon(old)))
     resize(layer.get_submodule(family.attention_out), outputs=leaving if parallel else middle)
     resize(layer.get_submodule(family.mlp_out), outputs=leaving)
     layer.__class__ = generated(family, "SlicedLayer")
@@ -913,7 +921,7 @@ def _slice_outside(model: PreTrainedModel, width: int, family: Family) -> None:
     head = model.get_output_embeddings()
     if head is not None:
         resize(head, bias=getattr(norm, "bias", None) is not None)
-    inner.set_submodule(below(family.norm), ScaleFreeNorm(model.config.hidden_size, getattr(norm, family.norm_eps)))
+    inner.set_submodule(below(family.norm), ScaleFreeNorm(model.config.hidden_size, family.epsilon(norm)))
 
 
 def generated(family: Family, role: str) -> type:
@@ -959,8 +967,9 @@ def _generate(family: Family) -> dict[str, type]:
     modeling = import_module(f"{path}.modeling_{family.package}")
     stock_config = getattr(import_module(f"{path}.configuration_{family.package}"), f"{family.name}Config")
     stem, common = f"KDP{family.name}", {"__module__": __name__}
+    own = {"logit_scale": property(_logit_scale)} if family.head_divisor else {}  # others may have a field of that name
     config = type(
-        f"{stem}Config", (PrunedConfig, stock_config), {**common, "model_type": PREFIX + family.model_type}
+        f"{stem}Config", (PrunedConfig, stock_config), {**common, "model_type": PREFIX + family.model_type, **own}
     )
     layer = getattr(modeling, family.layer)
     sliced = {**common, "kdp_family": family, "kdp_arguments": tuple(inspect.signature(layer.forward).parameters)[2:]}

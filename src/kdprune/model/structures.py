@@ -292,6 +292,15 @@ def norm_affine(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def centres(norm: nn.Module, width: int) -> bool:
+    """Whether a norm takes the mean of its input away, as a layer norm does and an RMS norm does not: of a constant it
+    leaves β alone."""
+    copy = plain_copy(norm).float()
+    scale, shift = norm_affine(copy, width)
+    return bool((copy(torch.ones(1, width, device=scale.device))[0] - shift).norm() < scale.norm() / 2)
+
+
+@torch.no_grad()
 def gains_from(model: PreTrainedModel, boundary: int) -> Tensor:
     """How strongly what comes behind a boundary reads each dimension of the state, (d,), on the host.
 

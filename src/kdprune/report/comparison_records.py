@@ -99,6 +99,9 @@ class Unit(Record):
     rates: list[Number] = Field(
         default_factory=list, description="learning rates found on trial, one a block; empty where they were given")
     state_error: list[Number] = Field(default_factory=list, description="of each stand-in, on held-out rows")
+    stand_ins: list[str] = Field(
+        default_factory=list, description="of each stand-in the parts of its kernel and what stands before it; empty "
+        "in older records")
     heal: Heal | None = Field(None, description="training after pruning, and whether it was kept")
 
 
@@ -171,7 +174,7 @@ class Comparison(Record):
 
     kind: Literal["comparison", "ablation"] = Field("comparison", description="what made it")
     schema_version: int = Field(COMPARISON_VERSION, description="version of this schema")
-    created: str = Field(description="when it ended, ISO 8601")
+    created: str = Field(description="when it was begun, ISO 8601")
     model: str = Field(description="the dense model as the user named it")
     family: str = Field("", description="its model_type")
     ratio: float = Field(description="the net ratio asked for")
@@ -196,6 +199,14 @@ class Comparison(Record):
         if _scored(self.dense.tasks):
             found = retention(self.dense.tasks, self.dense.tasks)
             self.signal, self.left_out = list(found.signal), list(found.left_out)
+
+    def add(self, found: Unit | Failure) -> None:
+        """Takes in one unit or failure more, and derives its row."""
+        if isinstance(found, Unit):
+            self.units.append(found)
+        else:
+            self.failures.append(found)
+        self.rows = [self._row(variant) for variant in self.variants]
 
     def row(self, name: str) -> Row | None:
         """The row of the variant of this name; None where there is none."""

@@ -39,6 +39,9 @@ UNITS = {"net_ratio": f"{SPACE}%", "net_ratio_layers": f"{SPACE}%", "retained": 
          "repeated": f"{SPACE}%", "above_chance": f"{SPACE}%", "prefill": "×", "decode": "×",
          "kv_cache_saving": f"{SPACE}%"}
 
+# What a narrow terminal shows, the first longest.
+NEEDED = ("excess loss", "layers' net ratio", "net ratio", "KL", "time", "above chance", "decode", "peak memory")
+
 
 def columns(comparison: Comparison) -> list[str]:
     """The titles that have something to show."""
@@ -101,7 +104,7 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
     found = [
         f"{summary.model_name(comparison.model)}, {_parameters(comparison)}, {dense.layers} layers; at least "
         f"{summary.percent(comparison.ratio, 1)} of the parameters{summary.OUTSIDE[comparison.of]} are to go, net "
-        f"(less or more where a variant names its blocks); the table shows the exact {exact}.",
+        f"(less or more where a variant names its blocks or is given them); the table shows the exact {exact}.",
         f"Mean ± standard deviation over {count} {'seed' if count == 1 else 'seeds'}; a seed sets the order of the "
         "calibration text and every draw.",
         f"Calibration: {calibration.source}, {calibration.tokens:,} tokens in {calibration.samples:,} rows.",
@@ -124,7 +127,7 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
                      f"{written.prompt} tokens from the held-out texts; same beginning: the share before the first "
                      "token that is not the dense model's, same tokens: the share that is the dense model's at its "
                      "place, repeated: the share of runs of four tokens that stood before in the same continuation.")
-    found += _protected(comparison.rows)
+    found += _protected(comparison.rows) + _swapped(comparison)
     if comparison.of == "all" and any(
             row.variant.options.get("method") == "slicegpt" and row.variant.options.get("counted") == "all"
             for row in comparison.rows):
@@ -161,6 +164,19 @@ def _protected(rows: Sequence[Row]) -> list[str]:
     parts = [f"{'none' if ends == (0, 0) else f'{ends[0]} and {ends[1]}'}: {', '.join(dict.fromkeys(titles))}"
              for ends, titles in sorted(kept.items())]
     return [f"Layers never taken at the start and at the end, each method as its own code has it: {'; '.join(parts)}."]
+
+
+def _swapped(comparison: Comparison) -> list[str]:
+    """Where KDP took a linear map in its stand-in's place, in one sentence; nothing where it did not."""
+    parts = []
+    for unit in comparison.units:
+        row = comparison.row(unit.variant)
+        maps = unit.stand_ins.count("linear")
+        if row and maps and row.variant.options.get("method") == "kdp" and (
+                row.variant.options.get("kernel"), row.variant.options.get("context")) != ("linear", "none"):
+            parts.append(f"{maps} of {len(unit.stand_ins)} of {unit.variant} (seed {unit.seed})")
+    return [f"Stand-ins that are a linear map of the state, as that does where little happens: {', '.join(parts)}."] * (
+        bool(parts))
 
 
 def _parameters(comparison: Comparison) -> str:
@@ -244,7 +260,7 @@ def _below(says: str, table: Sequence[Sequence[str]]) -> str:
 
 
 def _body(row: Row, titles: Sequence[str]) -> list[str]:
-    return cells(row, titles) if row.seeds else [failure(row), *([""] * (len(titles) - 1))]
+    return cells(row, titles) if row.seeds else [failure(row) or "not measured", *([""] * (len(titles) - 1))]
 
 
 def title_of(row: Row) -> str:
@@ -258,12 +274,25 @@ def _line(parts: Sequence[str]) -> str:
 
 
 def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
-    """The table in the terminal, failures below it, and the paths written."""
+    """The table in the terminal, of the columns that fit it, failures below it, and the paths written."""
     titles = [title for title in columns(comparison) if title not in (
         "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token", "same tokens")]
+    table = _terminal_table(comparison, titles)
+    while len(titles) > 1 and console.measure(table).maximum > console.width:
+        titles.remove(max(titles, key=lambda title: NEEDED.index(title) if title in NEEDED else len(NEEDED)))
+        table = _terminal_table(comparison, titles)
+    console.print(table)
+    for row in comparison.rows:
+        if row.failures:
+            console.print(Text(f"{row.variant.title}: {failure(row)}"), soft_wrap=True)
+    for path in where:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)
+
+
+def _terminal_table(comparison: Comparison, titles: Sequence[str]) -> Table:
     table = Table(title=Text(f"{summary.model_name(comparison.model)}, {comparison.kind}"), title_justify="left",
                   title_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold", max_width=28)
     for title in titles:
         table.add_column(title, justify="right")
     table.add_row("dense", *dense_cells(comparison, titles), style="dim")
@@ -272,11 +301,6 @@ def print_comparison(comparison: Comparison, console: Console, where: Iterable[s
         if row.variant.group != group:
             group = row.variant.group
             table.add_section()
-        shown = cells(row, titles) if row.seeds else ["failed", *([""] * (len(titles) - 1))]
+        shown = cells(row, titles) if row.seeds else ["failed" if row.failures else "", *([""] * (len(titles) - 1))]
         table.add_row(Text(row.variant.title), *shown)
-    console.print(table)
-    for row in comparison.rows:
-        if row.failures:
-            console.print(Text(f"{row.variant.title}: {failure(row)}"), soft_wrap=True)
-    for path in where:
-        console.print(Text(f"wrote {path}"), soft_wrap=True)
+    return table

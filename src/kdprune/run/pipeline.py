@@ -63,6 +63,7 @@ from kdprune.store.directories import (
     staged_directory,
     written_files,
 )
+from kdprune.store.hashing import class_identity
 
 VERIFIED_TOKENS = 64      # on which the saved model must equal the one in memory, bit for bit
 
@@ -283,8 +284,8 @@ def run_method(
 
 
 def method_identity(method: Method) -> list[Any]:
-    """What a method's result follows from beside model, tokens and seed: its class and its options."""
-    return [type(method).__name__, dataclasses.asdict(method)]
+    """What a method's result follows from beside model, tokens and seed: its class (and its code), its options."""
+    return [type(method).__name__, dataclasses.asdict(method), *class_identity(type(method))]
 
 
 def evaluated(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 SHOWS = ("cli", "report", "planning", "testing", "__init__.py", "__main__.py")
+PROCESS = uuid.uuid4().hex  # stands for code that no file holds
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # what a checkpoint directory's model is read from
 
 
@@ -64,6 +68,21 @@ def code_identity(root: Path = PACKAGE) -> str:
     """
     files = [file for file in sorted(root.rglob("*.py")) if file.relative_to(root).parts[0] not in SHOWS]
     return digest([(str(file.relative_to(root)), file.read_text(encoding="utf-8")) for file in files])
+
+
+def class_identity(kind: type) -> list[str]:
+    """Hashes of the files that a class and its bases come from, as ``code_identity`` has those of kdprune; empty for a
+    class of its own. What a console holds and no file is another class in every process."""
+    found = []
+    for base in kind.__mro__:
+        package = base.__module__.partition(".")[0]
+        if package == PACKAGE.name or package in sys.stdlib_module_names:
+            continue
+        try:
+            found.append(digest(Path(inspect.getfile(base)).read_text(encoding="utf-8")))
+        except (OSError, TypeError):
+            found.append(PROCESS)
+    return found
 
 
 def model_identity(model: PreTrainedModel) -> str:

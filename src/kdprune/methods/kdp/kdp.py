@@ -115,7 +115,8 @@ class KDP(RankedMethod):
         None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
         group="size")
     refine: bool | None = option(
-        None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
+        None, "step 3: train kernel and inverse (and context) together on the state (without it a linear map may take "
+        "the default stand-in's place where little happens)", rare=True)
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
         group="size", rare=True)
@@ -191,9 +192,22 @@ class KDP(RankedMethod):
             object.__setattr__(self, name, value)
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the stand-in is a linear map of the state that stands alone."""
+        return (self.kernel, self.context) == ("linear", "none")
+
+    @property
     def trains(self) -> bool:
-        """Whether there is a step 3: a linear map of the state that stands alone has none, it is solved for."""
-        return bool(self.refine) and (self.kernel != "linear" or self.context != "none")
+        """Whether there is a step 3: a linear map has none, it is solved for."""
+        return bool(self.refine) and not self.is_linear
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a linear map may stand in where little happens: where blocks are measured and nothing is trained, as
+        training gives the stand-in more than the map, and a solve does not see that; and where the stand-in is the
+        default's, as one that was asked for is not to be swapped for another."""
+        default = (self.kernel, self.context, self.channels) == (_BEST["kernel"], _BEST["context"], None)
+        return self.measures and default and not self.trains and self.form == "folded"
 
     @property
     def parts(self) -> frozenset[str]:
@@ -283,18 +297,14 @@ class KDP(RankedMethod):
                 if (form == forms[0] or len(block) > 1) and (form == shape or block.start > 0)]
 
     def forms(self, shape: Shape) -> list[Shape]:
-        """The stand-in; where blocks are measured and nothing is trained also a linear map of the state, which may do
-        where little happens. Training gives the stand-in more than the map, and a solve does not see that."""
+        """The stand-in, and a linear map of the state where that may stand in too (``mixes``)."""
         linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False, unit=shape.unit)
-        alone = self.ranking == "similarity" or self.blocks is not None or self.trains or shape == linear
-        if alone or shape.ordinary:
-            return [shape]
-        return [linear, shape]
+        return [linear, shape] if self.mixes else [shape]
 
     @property
     def shortest(self) -> int:
         """A single layer may go behind a linear map."""
-        return 2 if self.ranking == "similarity" or self.trains or self.form != "folded" else 1
+        return 1 if self.mixes or (self.is_linear and self.measures) else 2
 
     @property
     def measures(self) -> bool:

@@ -13,6 +13,7 @@ from kdprune.data.tokens import TokenSet
 from kdprune.model.activations import layer_arguments, layer_states
 from kdprune.model.families import decoder_layers, family_of, final_norm, norm_before_mlp
 from kdprune.model.modeling_kdp import Family, SlicedLayer, norms_and_readers, slice_layer
+from kdprune.model.structures import centres
 from kdprune.model.surgery import Resize
 
 RIDGE = 0.01  # added to the second moments, in units of the mean of their diagonal
@@ -118,8 +119,9 @@ def behind_norm(projection: Projection, norm: Any, family: Family) -> Projection
 
 
 def centred(values: Tensor, norm: nn.Module) -> Tensor:
-    """``values`` less their mean over the last axis where ``norm`` would subtract it: a LayerNorm."""
-    return values - values.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else values
+    """``values`` less their mean over the last axis where ``norm`` would subtract it: a layer norm, by what it does, as
+    families have classes of their own."""
+    return values - values.mean(-1, keepdim=True) if centres(norm, values.shape[-1]) else values
 
 
 def folded_layer(layer: nn.Module, family: Family) -> dict[str, Projection]:
