@@ -21,6 +21,7 @@ from kdprune.cli.options_page import markdown
 from kdprune.methods import METHODS
 from kdprune.options import HEADINGS, options_of
 from kdprune.report.results import Results
+from kdprune.run import pipeline
 from kdprune.run.heal import Heal
 from kdprune.run.option_groups import PRUNE
 from kdprune.run.resources import Resources
@@ -392,9 +393,24 @@ def test_texts_that_are_none(bench: Bench, tmp_path: Path) -> None:
             tmp_path / "empty.txt", folder=tmp_path)
 
 
+def test_an_interrupt_is_one_line(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_method", interrupted)
+    outcome = command("prune", bench.model, "-o", tmp_path / "out", "--work-dir", "none", *bench.flags)
+    assert outcome.status == 130
+    assert outcome.err.splitlines()[-1] == "kdprune: error: interrupted"
+    assert tree(tmp_path) == {}
+
+
 def test_columns_and_names_of_texts_that_are_not_there(bench: Bench, tmp_path: Path) -> None:
     run = ("prune", bench.model, "-o", tmp_path / "out")
     refused("got text_field without calibration, expected both", *run, "--text-field", "body", folder=tmp_path)
+    (tmp_path / "plain.txt").write_text("words " * 300)
+    refused("got text_field 'body' for .*plain.txt.*, which has no columns", *run, "--text-field", "body",
+            "--calibration", tmp_path / "plain.txt", folder=tmp_path)
+    (tmp_path / "plain.txt").unlink()
     refused("got two texts by the name x", *run, "--heldout", f"x={bench.heldout}", "--heldout",
             f"x={bench.calibration}", folder=tmp_path)
 

@@ -147,7 +147,7 @@ def test_jsonl_parquet_and_a_directory_of_both(tmp_path: Path) -> None:
     assert 499 + 3 not in as_set(both)
 
 
-def test_mixture_keeps_shares_of_rows(tmp_path: Path) -> None:
+def test_mixture_keeps_shares_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text(words(0, 320) + " " + words(0, 320), encoding="utf-8")
     (tmp_path / "b.txt").write_text(words(320, 160) + " " + words(320, 160), encoding="utf-8")
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
@@ -159,6 +159,11 @@ def test_mixture_keeps_shares_of_rows(tmp_path: Path) -> None:
     scarce = load({a: 1, b: 3}, samples=100)
     assert len(scarce) == 13, "ten rows of b are three quarters of what there can be"
     assert int((scarce.ids.max(1).values >= 323).sum()) == 10
+    assert "b.txt has 10 rows for 75% of the mixture, so that 13 of 30 rows are used" in capsys.readouterr().err
+    assert len(load({a: 0.99, b: 0.01}, samples=10)) == 10
+    (tmp_path / "c.txt").write_text("one word", encoding="utf-8")
+    with pytest.raises(KDPruneError, match="from the rows that keep the shares of this mixture, expected at least 256"):
+        load({a: 0.5, str(tmp_path / "c.txt"): 0.5}, samples=10)
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf"), "half", True])
@@ -173,6 +178,8 @@ def test_weights_on_the_command_line(tmp_path: Path) -> None:
     assert parse_weighted(["a.txt=0.7", "b.jsonl=3"]) == [("a.txt", 0.7), ("b.jsonl", 3.0)]
     assert parse_weighted(["a.txt", "org/name:en=2"]) == [("a.txt", 1.0), ("org/name:en", 2.0)]
     assert parse_weighted(["a.txt"]) == "a.txt"
+    with pytest.raises(KDPruneError, match="got weight 0"):
+        parse_weighted(["a.txt=0"])
     assert parse_weighted([str(odd)]) == str(odd)
     assert parse_weighted(["lr=fast.txt"]) == "lr=fast.txt"
 

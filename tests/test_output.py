@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_checkpoint import tree
 
 from kdprune.errors import KDPruneError
-from kdprune.store.directories import check_output, staged_directory
+from kdprune.store.directories import check_output, claimed, staged_directory
 
 
 def refused(path: Path | str, message: str, overwrite: bool = False) -> None:
@@ -36,6 +36,25 @@ def test_a_new_directory_and_its_parents_appear_at_the_end(tmp_path: Path) -> No
         assert not target.exists()
         assert staging.parent == target.parent  # a rename, not a copy over file systems
     assert tree(tmp_path) == {"a": None, "a/b": None, "a/b/file": b"new", "a/b/folder": None}
+
+
+def test_a_second_run_is_refused_before_its_work(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    with claimed(target):
+        assert [path.name for path in target.parent.iterdir()] == [f".out.claim-{os.getpid()}-0@{socket.gethostname()}"]
+        with claimed(target):  # this process alone writes one after the other
+            pass
+    assert tree(tmp_path) == {}
+    target.parent.mkdir()
+    for process, host in ((1, "elsewhere"), (2**22 + 1, socket.gethostname())):  # not known to be alive
+        (target.parent / f".out.claim-{process}-0@{host}").mkdir()
+        with claimed(target):
+            pass
+    (target.parent / f".out.claim-1-0@{socket.gethostname()}").mkdir()
+    with pytest.raises(KDPruneError, match=r"which process 1 is making; wait for it"), claimed(target):
+        pytest.fail("the body ran")
+    with claimed(target.parent / "out2"):
+        pass
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:

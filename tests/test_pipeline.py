@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import build
 from faults import largest_file
 from safetensors import safe_open
 from tiny_checkpoint import QUICK, Bench, no_drawing, random_ids, tiny_llama, tree
@@ -295,6 +296,23 @@ def test_a_model_with_code_of_its_own_is_saved_with_it(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(result.model))
 
 
+def test_a_dtype_of_torch_is_one(bench: Bench) -> None:
+    found = kdprune.prune(str(bench.model), method="shortgpt", dtype=torch.bfloat16, calibration=bench.calibration,
+                          heldout=bench.heldout, samples=12, length=32, progress=False)
+    assert found.results.recipe["dtype"] == "bfloat16"
+    assert found.model.dtype == torch.bfloat16
+
+
+def test_experts_run_as_the_user_s_model_runs_them(tmp_path: Path) -> None:
+    """Forecasts are of a model of the same config, and what is loaded back runs as what was saved."""
+    for way in ("grouped_mm", "batched_mm"):
+        model = build("mixtral")
+        model.set_experts_implementation(way)
+        kdprune.prune(model, tmp_path / way, kernel="linear", context="none", calibration=random_ids() % 60 + 3,
+                      heldout=random_ids(3, 20) % 60 + 3, progress=True)
+        assert model.config._experts_implementation == way
+
+
 def test_two_rows_are_enough() -> None:
     found = kdprune.prune(tiny_llama(), **{**IDS, "calibration": random_ids(2)}).results
     assert found.calibration.samples == 2
@@ -306,6 +324,7 @@ def test_two_rows_are_enough() -> None:
     ({"calibratoin": "a.txt"}, "did you mean 'calibration'"),
     ({"method": "kpd"}, "unknown method 'kpd'; did you mean 'kdp'"),
     ({"ratio": math.nan}, "ratio nan"),
+    ({"heal": "lm", "heal_tokens": 0}, "got heal_tokens 0"),
     ({"model": 7}, "model of type int"),
     ({"calibration": ["text"]}, "text without a tokenizer"),
     ({"calibration": "text"}, "got 'text', which does not exist"),

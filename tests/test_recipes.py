@@ -56,6 +56,7 @@ def test_values_come_as_their_types(tmp_path: Path) -> None:
     ("calibratoin: a.txt", "unknown option 'calibratoin'; did you mean 'calibration'"),
     ("method: kpd", "unknown method 'kpd'; did you mean 'kdp'"),
     ("method: [kdp]", "unknown method"),
+    ("{method: shortgpt, rank: 4}", "got option 'rank', which belongs to kdp, with method 'shortgpt'"),
     ("preset: papre", "unknown preset 'papre'; did you mean 'paper'"),
     ("progress: yes", "unknown option 'progress'"),
     ("recipe: other.yaml", "unknown option 'recipe'"),

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from kdprune.errors import KDPruneError, shortened
 
+FEW = 20  # names that are all told to whom gives another one
 HEADINGS = ("model", "data", "size", "training", "resources", "output")
 Place = Literal["shell", "python", "recipe"]
 EVERYWHERE: tuple[Place, ...] = ("shell", "python", "recipe")
@@ -181,20 +183,20 @@ def parse_numbers(text: str) -> tuple[int, ...]:
 def check_values(options: Any) -> None:
     """Raises KDPruneError for a field of ``options``, a dataclass, outside its choices or its range; None passes."""
     for item in fields(options):
-        value, allowed = getattr(options, item.name), choices(item.type)
+        value, allowed, name = getattr(options, item.name), choices(item.type), item.metadata.get("name") or item.name
         least, above, most = (item.metadata.get(bound) for bound in ("least", "above", "most"))
         if value is None:
             continue
         for one in (value if takes_several(item.type) else [value]) if allowed else []:
             if one not in allowed:
-                raise KDPruneError(f"got {item.name} {one!r}, expected one of {', '.join(map(str, allowed))}")
+                raise KDPruneError(f"got {name} {one!r}, expected one of {', '.join(map(str, allowed))}")
         if least is not None and not value >= least:
             kind = "number" if isinstance(value, float) else "whole number"
-            raise KDPruneError(f"got {item.name} {value}, expected a {kind} of at least {least}")
+            raise KDPruneError(f"got {name} {value}, expected a {kind} of at least {least}")
         if above is not None and not value > above:
-            raise KDPruneError(f"got {item.name} {value}, expected a number above {above}")
+            raise KDPruneError(f"got {name} {value}, expected a number above {above}")
         if most is not None and not value <= most:
-            raise KDPruneError(f"got {item.name} {value}, expected a number of at most {most:g}")
+            raise KDPruneError(f"got {name} {value}, expected a number of at most {most:g}")
 
 
 def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -208,8 +210,10 @@ def reject_unknown(names: Iterable[str], known: Iterable[str], what: str) -> Non
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(known))}"
+            near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else ""
+            if not near or len(known) <= FEW:
+                hint = f"{hint} expected one of {', '.join(sorted(known))}".strip()
             raise KDPruneError(f"got unknown {what} {str(name)!r}; {hint}")
 
 
@@ -263,6 +267,8 @@ def _typed(item: Option, value: Any) -> Any:
             raise KDPruneError(f"got {item.name} {shortened(value)} with a NUL, which no name holds; give a path")
         if (isinstance(value, str) and not value) or (isinstance(value, list | tuple) and "" in list(value)):
             raise KDPruneError(f"got an empty {item.name}, expected a name; leave it out for the default")
+    if isinstance(value, torch.dtype):
+        value = str(value).removeprefix("torch.")
     if item.parse is not None and not item.several and isinstance(value, str):
         return item.parse(value)
     if takes_several(item.kind) and isinstance(value, str):

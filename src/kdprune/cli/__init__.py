@@ -110,7 +110,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     except _UsageError as error:
         return _fail(_usage(error))
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", INTERRUPTED)
+        status = INTERRUPTED
     except (MemoryError, RuntimeError) as error:  # torch's of a host has no class of its own
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -119,6 +119,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}")
+    if status == INTERRUPTED:  # typer makes this number of an interrupt
+        return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
 
 

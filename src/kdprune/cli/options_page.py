@@ -33,7 +33,8 @@ _HEAD = """# Options
 
 What the commands, recipes and Python functions take. An option is said once, as a field of an option group or of a
 method's dataclass; this page, `--help`, `help(kdprune.prune)` and the keys of a recipe follow from it, and it is
-written by `python -m kdprune.cli.options_page`. In Python and in recipes `--heal-what` is `heal_what`.
+written by `python -m kdprune.cli.options_page`. In Python and in recipes `--heal-what` is `heal_what`,
+and `--output` is `output_dir`.
 
 What is given beats what a recipe says, also where it is the default. The default, or what follows from leaving the
 option out, stands in brackets. Options in *italics* are rare: `--help` leaves them out, `--help-all` shows them.

@@ -47,6 +47,11 @@ def named_as_text(name: str) -> bool:
     return _kind(Path(name)) in READERS
 
 
+def is_plain_text(path: Path) -> bool:
+    """Whether it is a file without columns."""
+    return path.is_file() and _kind(path) == ".txt"
+
+
 def read_rows(rows: Iterable[Any], columns: Columns, name: str) -> Iterator[Piece]:
     """The documents of rows: texts, or mappings of columns; nulls are left out and counted."""
     for number, row in enumerate(rows, 1):

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from torch import Tensor
 
 from kdprune.data.columns import Columns
-from kdprune.data.readers import READERS, Piece, first_split, named_as_text, read_path, read_rows
+from kdprune.data.readers import READERS, Piece, first_split, is_plain_text, named_as_text, read_path, read_rows
 from kdprune.errors import KDPruneError, one_line, shortened
 from kdprune.runtime.machine import quiet_libraries
 from kdprune.store.files import is_there
@@ -76,6 +76,7 @@ def parse_weighted(values: Sequence[str]) -> str | list[tuple[str, float]]:
             pairs.append((name, float(weight)) if given else (value, 1.0))
         except ValueError:
             pairs.append((value, 1.0))
+    weighted_sources(pairs)  # a weight that is none, of a single text too
     return pairs[0][0] if len(pairs) == 1 else pairs
 
 
@@ -159,6 +160,9 @@ def read_pieces(source: Any, seed: int, columns: Columns | None = None) -> Itera
         source, columns.field = source.source, source.field
     if isinstance(source, str | Path):
         if is_there(source):
+            if columns.field is not None and is_plain_text(Path(source)):
+                raise KDPruneError(f"got text_field {columns.field!r} for {shortened(source)}, which has no columns; "
+                                   "expected a file of rows, or no text_field")
             return read_path(Path(source), columns)
         if isinstance(source, str) and HUB_NAME.fullmatch(source) and not named_as_text(source):
             return _read_hub(source, seed, columns)

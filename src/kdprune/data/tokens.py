@@ -6,7 +6,7 @@ tokenizer puts a beginning-of-text token before a text by itself, every row star
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,10 @@ def _mixture(
     _check_size(sum(pool.tokens for pool in pools), pools[0].source, MINIMUM_TOKENS)
     counts = _row_counts([len(pool) for pool in pools], [share for _, share in parts], samples)
     kept = [pool.select(slice(0, count)) for pool, count in zip(pools, counts, strict=True)]
+    if len(parts) > 1:
+        _tell_scarce([(describe(part), share, len(pool)) for (part, share), pool in zip(parts, pools, strict=True)],
+                     sum(counts), samples)
+        _check_size(sum(one.tokens for one in kept), "the rows that keep the shares of this mixture", MINIMUM_TOKENS)
     ids, mask = torch.cat([part.ids for part in kept]), torch.cat([part.mask for part in kept])
     order = torch.randperm(len(ids), generator=generator)
     used = int(mask.any(0).sum())  # columns that are padding in every row are left out
@@ -221,6 +225,15 @@ def _told(columns: Columns, name: str) -> int:
     return columns.skipped
 
 
+def _tell_scarce(parts: Sequence[tuple[str, float, int]], used: int, samples: int | None) -> None:
+    """Says which part, (name, share, rows), leaves fewer rows than are wanted and there are."""
+    wanted = min(sum(rows for _, _, rows in parts), samples or 0)
+    if used < wanted and world().first:
+        name, share, rows = min(parts, key=lambda part: part[2] / part[1])
+        tell(f"{name} has {rows:,} rows for {share:.0%} of the mixture, so that {used:,} of {wanted:,} rows are used; "
+             "give more of it, or a lower weight")
+
+
 def _row_counts(available: list[int], shares: list[float], samples: int | None) -> list[int]:
     """How many rows to keep of each part so that the shares hold and no part gives more than it has."""
     if len(available) == 1:
@@ -234,7 +247,10 @@ def _row_counts(available: list[int], shares: list[float], samples: int | None) 
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[:missing]:
         counts[i] += 1
-    return [min(max(1, count), most) for count, most in zip(counts, available, strict=True)]
+    counts = [min(max(1, count), most) for count, most in zip(counts, available, strict=True)]
+    while samples is not None and sum(counts) > samples and max(counts) > 1:  # the row of a tiny share
+        counts[counts.index(max(counts))] -= 1
+    return counts
 
 
 def _pack(pieces: Iterator[Piece], tokenizer: Any, length: int, wanted: int | None, name: str) -> TokenSet:
@@ -370,7 +386,8 @@ def _check_counts(samples: int | None, length: int) -> None:
 
 def _check_size(tokens: int, source: str, least: int) -> None:
     if tokens < least:
-        raise KDPruneError(f"got {tokens} tokens from {source}, expected at least {least}; give more text")
+        raise KDPruneError(f"got {tokens} tokens from {source}, expected at least {least}; give more text, or more or "
+                           "longer rows of it")
 
 
 def _check_vocabulary(tokens: TokenSet, vocabulary: int | None) -> None:

@@ -1,5 +1,6 @@
 """A model without weights, pruned as KDP would prune it, and the work that this is, by count."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def meta_model(model: str | Path | PreTrainedConfig, dtype: Any = None) -> PreTr
         KDPruneError: there is no config, it is damaged, or it describes no causal LM of a known family.
     """
     wanted = resolve_dtype(dtype)
-    config = model if isinstance(model, PreTrainedConfig) else _config(model)
+    # A copy: what is set of this model's config below is not set of the one that has weights.
+    config = copy.deepcopy(model) if isinstance(model, PreTrainedConfig) else _config(model)
     found = getattr(config, "dtype", None)
     try:
         with quiet_libraries(), torch.device("meta"):

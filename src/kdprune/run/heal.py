@@ -205,8 +205,8 @@ def _heal(
         language = mean_objective(
             lambda _, batch, rows: language_loss_of(teacher.logits(rows), batch), dense, watched, settings.batch)
     kept = after[0] < before[0]
-    if not kept:  # what it came to, not the start that it ended with
-        after = max(after[0], min(curves["watched"][1:])), after[1]
+    if not kept:  # what it came to, not the start that it ended with; of KL both were looked at with ``top`` apart
+        after = max(after[0], before[0] + min(curves["watched"][1:]) - curves["watched"][0]), after[1]
     record = {
         "loss": settings.loss, "what": settings.what, "tokens": training.seen(curves), "parameters": count,
         "rate": rate, "curve": curves["loss"], "watched": curves["watched"],

@@ -85,7 +85,7 @@ class Training:
         """A line for a look at held-out rows."""
         seen = round(progress.share * self.rows.tokens)
         left = f", about {duration(progress.seconds_left)} left" if progress.share < 1 else ""
-        self.run.stages.tell(f"healing: {progress.watched:.4f} nats on held-out rows after {seen:,} tokens{left}")
+        self.run.stages.tell(f"healing: loss {progress.watched:.4f} nats on held-out rows after {seen:,} tokens{left}")
 
     @property
     def stretch(self) -> int:
@@ -142,7 +142,7 @@ class Training:
             return curves["watched"][-1]
 
         return best_rate(parameters, rates, trial, lambda rate, value: self.run.stages.tell(
-            f"healing: {value:.4f} nats on held-out rows after a trial at rate {rate:.2g}"))
+            f"healing: loss {value:.4f} nats on held-out rows after a trial at rate {rate:.2g}"))
 
 
 def stretch_of(rows: int, batch: int) -> int:

@@ -1,5 +1,6 @@
 """The stages of a run: load → analyse → prune → evaluate → save → report."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ from kdprune.store.directories import (
     Inputs,
     check_apart,
     check_output,
+    claimed,
     staged_directory,
     written_files,
 )
@@ -156,7 +158,8 @@ def prune(
     if resources.load_in is not None:
         settings.check_states_model()
     stages = Stages(show=output.progress and here.first)
-    with open_session(subject, resources, draws.seed, stages) as session:
+    claim = claimed(output.output_dir) if output.output_dir is not None and here.first else contextlib.nullcontext()
+    with claim, open_session(subject, resources, draws.seed, stages) as session:
         tokens = session.calibration(data.calibration, data.samples, data.length)
         heldout = session.heldout(data.heldout, tokens, settings.held, data.heldout_tokens, data.windows)
         check_run(session, settings, tokens, healing)

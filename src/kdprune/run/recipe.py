@@ -57,8 +57,17 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KDPruneError: a name that there is not, or a value that cannot be what it should.
     """
-    return typed_options(
-        given, {name: item for name, item in prune_options(given).items() if "recipe" in item.places})
+    known = {name: item for name, item in prune_options(given).items() if "recipe" in item.places}
+    _check_owners(given, known)
+    return typed_options(given, known)
+
+
+def _check_owners(given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
+    """Raises KDPruneError for an option that other methods have."""
+    for name in given.keys() - known.keys():
+        if owners := [key for key, method in METHODS.items() if name in options_of(method)]:
+            raise KDPruneError(f"got option {name!r}, which belongs to {', '.join(owners)}, with method "
+                               f"{given.get('method') or 'kdp'!r}; choose another method, or leave it out")
 
 
 def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +77,7 @@ def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[st
         raise KDPruneError(f"got a recipe of type {type(recipe).__name__}, expected a file, or a mapping of options")
     options = {} if recipe is None else check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     options |= given
+    _check_owners(options, prune_options(options))
     return typed_options(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")
 
 

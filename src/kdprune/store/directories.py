@@ -15,6 +15,7 @@ from kdprune.store.files import is_gone, refusal
 
 RECORD = "results.json"  # of a result; its "files" name all that the run wrote
 Inputs = Mapping[str, Iterable[Path]]  # what is read, by what a message calls it
+_SIBLING = re.compile(r"\.(?P<name>.+)\.(?P<kind>\w+)-(?P<process>\d+)-\d+@(?P<host>.+)")  # as _new_sibling names them
 FILLED = ("cache", "work directory", "package")  # by programs: many files, and no user's links
 DEEP = ("text",)  # read with all folders below; of others what lies in them
 
@@ -133,6 +134,39 @@ def check_output(path: str | Path, overwrite: bool = False, result: bool = False
 
 
 @contextlib.contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Tells other runs on this machine that `path` is to be written, from the first check on: of two the later one is
+    refused before its work, not after it.
+
+    Raises KDPruneError where a process that is alive said so before, and as :func:`check_output` does.
+    """
+    target = _real(path)
+    made = [folder for folder in target.parents if not folder.exists()]  # deepest first
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        claim = _new_sibling(target, "claim")
+    except OSError as error:
+        raise _refusal(path, error) from error
+    try:
+        for host, process in _claims(target):
+            if host == socket.gethostname() and process != os.getpid() and not is_gone(host, process):
+                raise KDPruneError(
+                    f"got output {path}, which process {process} is making; wait for it, or choose another directory")
+        yield
+    finally:
+        for folder in (claim, *made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _claims(target: Path) -> list[tuple[str, int]]:
+    """Host and process of every claim beside `target`."""
+    found = (_SIBLING.fullmatch(sibling.name) for sibling in target.parent.iterdir())
+    return [(one["host"], int(one["process"])) for one in found
+            if one and one["name"] == target.name and one["kind"] == "claim"]
+
+
+@contextlib.contextmanager
 def staged_directory(path: str | Path, overwrite: bool = False, result: bool = False) -> Iterator[Path]:
     """A new directory beside `path` to write into; renamed to `path` when the body ends well, removed when not.
 
@@ -209,10 +243,10 @@ def _tidy(target: Path) -> None:
     if not target.parent.is_dir():
         return
     for sibling in target.parent.iterdir():
-        found = re.fullmatch(rf"\.{re.escape(target.name)}\.(\w+)-(\d+)-\d+@(.+)", sibling.name)
-        if found is None or not is_gone(found[3], int(found[2])):
+        found = _SIBLING.fullmatch(sibling.name)
+        if found is None or found["name"] != target.name or not is_gone(found["host"], int(found["process"])):
             continue
-        if found[1] == "old" and not target.exists():
+        if found["kind"] == "old" and not target.exists():
             sibling.replace(target)
         else:
             shutil.rmtree(sibling, ignore_errors=True)

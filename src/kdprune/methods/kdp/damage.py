@@ -1,6 +1,7 @@
 """Blocks and stand-ins chosen by what they cost (``measuring``): which are measured, and which sets are proposed."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,12 +73,12 @@ def trials(
 
 def choose_by_damage(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool,
+    fill: bool, starts: Sequence[tuple[Candidate, ...]] = (),
 ) -> tuple[list[Candidate], Damage]:
     """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
 
     1. The relative error of a linear map of the state, held out, for every block.
-    2. Δ alone of the blocks of least error of some lengths, with every form of stand-in:
+    2. Δ alone of the blocks of least error of some lengths, with every form of stand-in, and of those of ``starts``:
 
            Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
@@ -87,7 +88,8 @@ def choose_by_damage(
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``, Δ as :func:`guessed` where it
        is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
        as :func:`trials` allows; of one set at least everything is.
-    4. Δ of these sets, their spare parameters spent: damages do not add up, so that the sum only proposes. Around the
+    4. Δ of these sets and of ``starts``, their spare parameters spent: damages do not add up, so that the sum only
+       proposes. Around the
        best, what the price that proposed it gives without one or another of its candidates, until none of these is
        better.
 
@@ -96,14 +98,15 @@ def choose_by_damage(
         budget: what has to go, and its slack.
         trial: how stand-ins are fitted.
         fill: whether a set's spare parameters are spent before it is measured.
+        starts: sets within the budget that are measured whatever the programme proposes, such as those of similarity.
     """
     follows_from = [
         [trial.settings.solved, trial.held, trial.path],
         [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
-        budget.target.parameters, budget.slack, fill,
+        budget.target.parameters, budget.slack, fill, [[(c.start, c.stop) for c in start] for start in starts],
         [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, ALONE, TOP, PASSES, SET_PASSES, MOST, PRICES]]
     measured = run.cached(
-        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill)),
+        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill, starts)),
         JsonCodec(dict))
     alone = {_candidate(item): _value(value) for item, value in measured["alone"]}
     together = [(tuple(map(_candidate, items)), _value(value)) for items, value in measured["together"]]
@@ -130,7 +133,7 @@ def _value(value: float | None) -> float:
 
 def _measure(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool,
+    fill: bool, starts: Sequence[tuple[Candidate, ...]],
 ) -> Damage:
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
     measuring = Measuring.of(model, tokens, blocks, trial, run)
@@ -140,7 +143,8 @@ def _measure(
     def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
         return dict(zip(new, measuring.damages([[one] for one in new], "damage", ALONE), strict=True))
 
-    alone = damages(_first(candidates, errors))
+    alone = damages(list(dict.fromkeys([*_first(candidates, errors), *itertools.chain(*starts)])))
+    most += len(set(itertools.chain(*starts)))
     chosen = proposed(guessed(candidates, alone, errors), budget)
     while len(alone) < most and (new := _unknown(chosen, alone)):
         alone |= damages(new[: most - len(alone)])
@@ -149,7 +153,7 @@ def _measure(
     if lacking := min((_unknown([one], alone) for one in chosen), key=len):
         alone |= damages(lacking)
     together: dict[tuple[Candidate, ...], float] = {}
-    price_of = proposed(alone, budget)
+    price_of = dict.fromkeys(starts, 0.0) | proposed(alone, budget)
     while new_sets := [one for one in price_of if one not in together][: max(sets - len(together), 0)]:
         values = measuring.damages([filled(one, budget) if fill else one for one in new_sets], "damage of sets")
         together |= zip(new_sets, values, strict=True)

@@ -1,15 +1,24 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.block_data import check_rows
-from kdprune.methods.common.budget import Budget, blocks_to_rank, check_budget, choose_blocks, filled
+from kdprune.methods.common.budget import (
+    Budget,
+    blocks_to_rank,
+    check_budget,
+    choose_blocks,
+    filled,
+    select_by_similarity,
+)
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.shape import Candidate, Shape
@@ -283,9 +292,23 @@ class KDP(RankedMethod):
         if not self.measures:
             method = replace(self, ranking="similarity")
             return [Candidate(block, shape) for block in choose_blocks(method, model, tokens, run, budget)], None
-        candidates = self.candidates(blocks_to_rank(self, model, tokens, run, budget)[0], shape)
+        blocks, scores = blocks_to_rank(self, model, tokens, run, budget)
+        candidates = self.candidates(blocks, shape)
         trial = Trial(self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
-        return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill))
+        similar = self.similar(torch.as_tensor(scores[self.similarity]), candidates, budget)
+        return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill), similar)
+
+    def similar(
+        self, similarity: Tensor, candidates: Sequence[Candidate], budget: Budget
+    ) -> list[tuple[Candidate, ...]]:
+        """The sets that similarity takes, one of every form of stand-in with which blocks can meet the target."""
+        found = []
+        for shape in dict.fromkeys(candidate.shape for candidate in candidates):
+            own, within = [one for one in candidates if one.shape == shape], budget.behind(shape)
+            if within.most_removed(own) >= budget.target.parameters:
+                blocks = select_by_similarity(self, similarity, within, [one.block for one in own])
+                found.append(tuple(Candidate(block, shape) for block in blocks))
+        return found
 
     def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
         """Every block behind every form of stand-in, a single layer behind a linear map alone. No trial is spent on a
