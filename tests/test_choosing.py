@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from kdprune import prune
 from kdprune.data.tokens import TokenSet, load_tokens
-from kdprune.methods.common.budget import WIDEST, Budget, filled, select_by_similarity
+from kdprune.methods.common.budget import (
+    WIDEST,
+    Budget,
+    blocks_to_rank,
+    choose_blocks,
+    filled,
+    select_by_similarity,
+)
 from kdprune.methods.common.selection import candidate_blocks, reachable
 from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp import damage as damage_module
@@ -142,6 +149,24 @@ def test_a_stand_in_that_was_asked_for_is_not_swapped_for_a_linear_map(tiny_mode
         method = KDP(**options, refine=False, ratio=0.3, protect=0.0)
         assert {entry["kind"] for entry in method(model, tokens, Run(batch_size=4)).fit} == {kind}
         assert method.shortest == 2
+
+
+def test_the_sets_that_similarity_takes_are_measured_too(tiny_model) -> None:
+    model, tokens = tiny_model("llama2"), random_tokens(rows=20)
+    method, run = KDP(refine=False, ratio=0.3, protect=0.0), Run(batch_size=4)
+    budget = method.budget(model)
+    blocks, scores = blocks_to_rank(method, model, tokens, run, budget)
+    candidates = method.candidates(blocks, budget.shape)
+    own, linear = method.similar(torch.as_tensor(scores[method.similarity]), candidates, budget)
+    assert ({one.shape.kind for one in linear}, {one.shape.kind for one in own}) == ({"linear"}, {"linear+data"})
+    assert [one.block for one in own] == choose_blocks(
+        dataclasses.replace(method, ranking="similarity"), model, tokens, run, budget)
+    assert all(sum(map(budget.removed_by, chosen)) >= budget.target.parameters for chosen in (linear, own))
+    chosen, damage = method.choose(model, tokens, run, budget)
+    assert damage is not None
+    found = dict(damage.together)
+    assert {linear, own} <= found.keys()
+    assert found[tuple(chosen)] == min(found.values())
 
 
 def test_a_linear_map_alone_is_one_form_at_any_width(bundled: PreTrainedModel) -> None:
