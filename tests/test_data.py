@@ -86,9 +86,9 @@ def test_what_is_one_line_or_row_is_tokenised_in_parts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And reading stops where there is enough."""
-    for module in ("readers", "tokens"):
+    for module in ("readers", "tokenization"):
         monkeypatch.setattr(f"kdprune.data.{module}.PIECE_CHARACTERS", 4 * 25)
-    monkeypatch.setattr("kdprune.data.tokens.BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("kdprune.data.tokenization.BATCH_CHARACTERS", 100)
     text = "".join(f"w{100 + index % 100} "[:5] for index in range(4000))[: 5 * 4000]
     (tmp_path / "line.txt").write_text(text, encoding="utf-8")
     (tmp_path / "row.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")

@@ -5,7 +5,6 @@ tokenizer puts a beginning-of-text token before a text by itself, every row star
 """
 
 import hashlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor
 
 from kdprune.data.columns import Columns
-from kdprune.data.readers import PIECE_CHARACTERS, Piece
+from kdprune.data.readers import Piece
 from kdprune.data.sources import (
     as_given,
     bundled_calibration,
@@ -25,6 +24,7 @@ from kdprune.data.sources import (
     read_pieces,
     weighted_sources,
 )
+from kdprune.data.tokenization import flatten, leading_token, padding_id
 from kdprune.errors import KDPruneError, one_line
 from kdprune.runtime.distributed import World, world
 from kdprune.store.files import tell
@@ -49,7 +49,6 @@ MINIMUM_GIVEN = 32  # fewer given token ids than this, or of held-out text, say 
 POOL = 4  # rows read of a source for every row kept of it
 ENOUGH_ROWS = 16  # with as many full rows the last, partial one is dropped
 STREAM_TOKENS = 2**19  # tokens of held-out text that are read at most
-BATCH_CHARACTERS = 2**20  # characters given to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def load_stream(
         tokenizer = _needed(tokenizer)
         parts, columns = weighted_sources(source), Columns(tokenizer=tokenizer)
         pieces = (piece for part, _ in parts for piece in read_pieces(part, 0, columns))
-        bos = _leading_token(tokenizer)
-        flat = _flatten(pieces, tokenizer, limit)
+        bos = leading_token(tokenizer)
+        flat = flatten(pieces, tokenizer, limit)
         if bos is not None:
             flat = torch.cat([torch.tensor([bos]), flat[: limit - 1]])
         name = " + ".join(describe(part) for part, _ in parts)
@@ -255,9 +254,9 @@ def _row_counts(available: list[int], shares: list[float], samples: int | None) 
 
 def _pack(pieces: Iterator[Piece], tokenizer: Any, length: int, wanted: int | None, name: str) -> TokenSet:
     """Rows (n, length) of a text in order; a partial last row is padded, or dropped if there are enough."""
-    bos = _leading_token(tokenizer)
+    bos = leading_token(tokenizer)
     width = length - (bos is not None)
-    flat = _flatten(pieces, tokenizer, None if wanted is None else wanted * POOL * width)
+    flat = flatten(pieces, tokenizer, None if wanted is None else wanted * POOL * width)
     full, rest = divmod(len(flat), width)
     enough = full >= (ENOUGH_ROWS if wanted is None else min(wanted, ENOUGH_ROWS))
     if rest < 2 or enough:
@@ -265,7 +264,7 @@ def _pack(pieces: Iterator[Piece], tokenizer: Any, length: int, wanted: int | No
     mask = torch.ones(len(flat), dtype=torch.bool)
     if rest:
         missing = width - rest
-        flat = torch.cat([flat, flat.new_full((missing,), _padding(tokenizer))])
+        flat = torch.cat([flat, flat.new_full((missing,), padding_id(tokenizer))])
         mask = torch.cat([mask, mask.new_zeros(missing)])
     ids, mask = flat.view(-1, width), mask.view(-1, width)
     if not len(ids):
@@ -274,62 +273,6 @@ def _pack(pieces: Iterator[Piece], tokenizer: Any, length: int, wanted: int | No
         ids = torch.cat([ids.new_full((len(ids), 1), bos), ids], dim=1)
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
     return _token_set(ids, mask, name, bos)
-
-
-def _flatten(pieces: Iterator[Piece], tokenizer: Any, limit: int | None) -> Tensor:
-    """Token ids (T,) of documents joined by the end-of-text token; reading stops once there are `limit`."""
-    eos = tokenizer.eos_token_id
-    parts: list[Tensor] = []
-    found = 0
-    for batch in _piece_batches(pieces):
-        rows = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        for row, (_, ends) in zip(rows, batch, strict=True):
-            ending = [eos] if ends and eos is not None else []
-            parts.append(torch.tensor([*row, *ending], dtype=torch.long))
-            found += len(parts[-1])
-        if limit is not None and found >= limit:
-            break
-    return torch.cat([torch.empty(0, dtype=torch.long), *parts])[:limit]
-
-
-def _piece_batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces with text in them, and the ends of such, in lists of about BATCH_CHARACTERS."""
-    batch: list[Piece] = []
-    size, inside = 0, False
-    for text, ends in itertools.chain.from_iterable(map(_short, pieces)):
-        text = text.strip("\n") if ends else text
-        if not text.isascii():  # half of a pair of surrogates, as JSON may hold it, is no text
-            text = text.encode("utf-8", "replace").decode()
-        if text.strip() or (inside and ends):
-            batch.append((text, ends))
-            size, inside = size + len(text), not ends
-        if size > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _short(piece: Piece) -> Iterator[Piece]:
-    """A piece in parts of a bounded length: some documents are longer than what can be tokenised at once."""
-    text, ends = piece
-    for start in range(0, max(len(text), 1), PIECE_CHARACTERS):
-        stop = start + PIECE_CHARACTERS
-        yield text[start:stop], ends and stop >= len(text)
-
-
-def _leading_token(tokenizer: Any) -> int | None:
-    """The beginning-of-text token, if the tokenizer puts it before a text by itself."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return int(bos) if bos is not None and ids and ids[0] == bos else None
-
-
-def _padding(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------- token ids
