@@ -1,6 +1,7 @@
 """``kdprune.compare`` and ``kdprune.ablate``: one model, many variants, one protocol."""
 
 import importlib
+import io
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_checkpoint import QUICK, Bench, command, no_drawing, random_ids, tiny_llama
 
 import kdprune
@@ -21,7 +23,7 @@ from kdprune.methods.peers.drop import ShortGPT
 from kdprune.report import summary
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
-from kdprune.report.comparison_table import render_markdown
+from kdprune.report.comparison_table import print_comparison, render_markdown
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache
 from kdprune.train.trial import RATES
@@ -119,6 +121,21 @@ def test_rows_are_numpy_s_mean_and_deviation(done: tuple[Comparison, Path]) -> N
             np.testing.assert_allclose(found.sd, np.std(values, ddof=1), atol=1e-12)
     assert Stat.of([None, 2.0]) == Stat(mean=2.0, sd=None, count=1)
     assert Stat.of([None]) is None
+
+
+def test_a_terminal_shows_the_columns_that_fit(done: tuple[Comparison, Path]) -> None:
+    result, shown = done[0], {}
+    for width in (60, 100, 300):
+        console = Console(width=width, file=io.StringIO())
+        print_comparison(result, console)
+        shown[width] = console.file.getvalue().splitlines()
+        table = [line for line in shown[width] if "│" in line or "┃" in line]
+        assert max(map(len, table)) <= width
+        assert "…" not in "".join(table)  # nothing is cut
+    heads = {width: " ".join(line for line in lines if "┃" in line) for width, lines in shown.items()}
+    assert "excess" in heads[60]
+    assert "peak" not in heads[60]
+    assert "peak" in heads[300]
 
 
 def test_files_are_made_from_the_record_alone(done: tuple[Comparison, Path], tmp_path: Path) -> None:

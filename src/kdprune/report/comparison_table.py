@@ -277,8 +277,8 @@ def print_comparison(comparison: Comparison, console: Console, where: Iterable[s
     """The table in the terminal, of the columns that fit it, failures below it, and the paths written."""
     titles = [title for title in columns(comparison) if title not in (
         "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token", "same tokens")]
-    table = _terminal_table(comparison, titles)
-    while len(titles) > 1 and console.measure(table).maximum > console.width:
+    table, wide = _terminal_table(comparison, titles), console.options.update_width(1000)
+    while len(titles) > 1 and console.measure(table, options=wide).maximum > console.width:
         titles.remove(max(titles, key=lambda title: NEEDED.index(title) if title in NEEDED else len(NEEDED)))
         table = _terminal_table(comparison, titles)
     console.print(table)
@@ -294,7 +294,7 @@ def _terminal_table(comparison: Comparison, titles: Sequence[str]) -> Table:
                   title_style="bold")
     table.add_column("", overflow="fold", max_width=28)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title.replace(" ", "\n"), justify="right")
     table.add_row("dense", *dense_cells(comparison, titles), style="dim")
     group = ""
     for row in comparison.rows:
