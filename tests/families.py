@@ -72,7 +72,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
     "gptj": ("gptj", {"n_inner": 48, "rotary_dim": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "cohere2": ("cohere2", {**_GQA, "sliding_window": 4, "layer_types": _TYPES}),
-    "olmo": ("olmo", {"num_key_value_heads": 2}),
+    "olmo": ("olmo", {"num_key_value_heads": 2, "clip_qkv": 0.5}),
     "nemotron": ("nemotron", {**_GQA}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "qwen3_moe": ("qwen3_moe", {

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdprune.errors import KDPruneError
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache, JsonCodec, TensorCodec, default_work_dir
-from kdprune.store.hashing import PACKAGE, IdentityPart, code_identity, digest, files_identity, part
+from kdprune.store.hashing import PACKAGE, IdentityPart, class_identity, code_identity, digest, files_identity, part
 from kdprune.store.states import SpilledStates
 
 IDENTITY = {"model": part("models/tiny", "weights"), "seed": "0"}
@@ -534,3 +534,14 @@ def test_what_only_shows_figures_keeps_the_cache_and_a_changed_solve_does_not(tm
             file.write("# another solve\n")
         assert code_identity(root) != before, computed
         before = code_identity(root)
+
+
+def test_a_class_that_is_typed_in_again_is_another_one() -> None:
+    first, again = (type("Own", (), {"__module__": "typed_in"}) for _ in range(2))
+    assert class_identity(first) == class_identity(first) != class_identity(again)
+    assert class_identity(Path) == []  # of the standard library, as of kdprune
+    assert len(class_identity(CacheTypes)) == 1
+
+
+class CacheTypes:
+    """A class of this file."""

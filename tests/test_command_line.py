@@ -23,7 +23,7 @@ from kdprune.options import HEADINGS, options_of
 from kdprune.report.results import Results
 from kdprune.run import pipeline
 from kdprune.run.heal import Heal
-from kdprune.run.option_groups import PRUNE
+from kdprune.run.option_groups import PRUNE, DataOptions
 from kdprune.run.resources import Resources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -406,10 +406,16 @@ def test_an_interrupt_is_one_line(bench: Bench, tmp_path: Path, monkeypatch: pyt
 
 def test_columns_and_names_of_texts_that_are_not_there(bench: Bench, tmp_path: Path) -> None:
     run = ("prune", bench.model, "-o", tmp_path / "out")
-    refused("got text_field without calibration, expected both", *run, "--text-field", "body", folder=tmp_path)
+    alone = "got text_field 'body' without a text that has columns"
+    refused(alone, *run, "--text-field", "body", folder=tmp_path)
     (tmp_path / "plain.txt").write_text("words " * 300)
-    refused("got text_field 'body' for .*plain.txt.*, which has no columns", *run, "--text-field", "body",
-            "--calibration", tmp_path / "plain.txt", folder=tmp_path)
+    plain = str(tmp_path / "plain.txt")
+    refused(alone, *run, "--text-field", "body", "--calibration", plain, folder=tmp_path)
+    for given in (
+        {"calibration": "rows.jsonl", "heldout": plain}, {"calibration": {"rows.jsonl": 1, plain: 1}},
+        {"calibration": plain, "heldout": {"a": plain, "b": "org/name"}}, {"calibration": [{"body": "text"}]},
+    ):
+        DataOptions(text_field="body", **given)
     (tmp_path / "plain.txt").unlink()
     refused("got two texts by the name x", *run, "--heldout", f"x={bench.heldout}", "--heldout",
             f"x={bench.calibration}", folder=tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import TRIED
+from families import CONFIGS, EXPERTS, TRIED, build
 from test_methods import random_tokens
 from transformers import PreTrainedModel
 
@@ -14,6 +14,7 @@ from kdprune.model.activations import recorded
 from kdprune.model.families import decoder_layers, family_of, norm_before_mlp
 from kdprune.model.passes import run_layers
 from kdprune.model.structures import activation_of, mlp_channels, norm_affine
+from kdprune.planning.meta import meta_model
 from kdprune.runtime.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,3 +103,10 @@ def test_of_much_text_landmarks_see_the_first_tokens_and_the_read_out_all(
     (chosen, readout), (same, different) = fitted(some), fitted(mixed)
     assert torch.equal(chosen, same)
     assert not torch.equal(readout, different)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in EXPERTS])
+def test_channels_are_where_their_layer_is(name: str) -> None:
+    """Wherever that is: a norm without parameters does not say."""
+    found = mlp_channels(meta_model(build(name).config), 1)
+    assert {part.device.type for part in (found.lines, found.biases, found.outgoing)} == {"meta"}

@@ -152,12 +152,15 @@ def _run(
             device=str(session.model.device), dense=dense,
             variants=[_record(variant, session.model, blocks_from) for variant in variants],
             versions=software_versions())
+        earlier = _recorded_units(folder)
         for number, found in enumerate(_units(bench, variants, seeds, blocks_from, refused, dense), 1):
             result.add(found)
-            if folder is not None:  # what is done can be read, whatever comes of the rest
+            # What is done can be read, whatever comes of the rest.
+            if folder is not None and len(result.units) >= earlier:
                 result.save(folder / "results.json")
             _say(found, number, len(variants) * len(seeds), output.progress)
     if folder is not None:
+        result.save(folder / "results.json")
         write_comparison(result, folder)
     return result
 
@@ -280,6 +283,13 @@ def _check_question(folder: Path, kind: str, wanted: SeedsOptions) -> None:
     if old != new:
         raise KDPruneError(f"got output {folder}, which holds {old}, expected {new}: choose a new directory, or "
                            "replace it with --overwrite")
+
+
+def _recorded_units(folder: Path | None) -> int:
+    """How many units the folder's record has, which one with fewer does not replace before it is whole."""
+    if folder is None or not is_comparison(folder):
+        return 0
+    return len(read_record(folder, "compare")[0].get("units", ()))
 
 
 def _names(folder: Path) -> set[str]:

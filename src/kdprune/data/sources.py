@@ -53,6 +53,15 @@ def in_column(source: Any, field: str | None) -> Any:
     return source if source is None or field is None or isinstance(source, InColumn) else InColumn(source, field)
 
 
+def has_columns(source: Any) -> bool:
+    """Whether any part of a source may have columns, which token ids and files of plain text have not."""
+    if is_named(source):
+        return any(map(has_columns, source.values()))
+    if source is None or gives_ids(source):
+        return False
+    return not all(isinstance(part, str | Path) and is_plain_text(Path(part)) for part, _ in weighted_sources(source))
+
+
 def as_given(source: Any) -> Any:
     """The source without what is said of its columns."""
     return source.source if isinstance(source, InColumn) else source
@@ -160,9 +169,6 @@ def read_pieces(source: Any, seed: int, columns: Columns | None = None) -> Itera
         source, columns.field = source.source, source.field
     if isinstance(source, str | Path):
         if is_there(source):
-            if columns.field is not None and is_plain_text(Path(source)):
-                raise KDPruneError(f"got text_field {columns.field!r} for {shortened(source)}, which has no columns; "
-                                   "expected a file of rows, or no text_field")
             return read_path(Path(source), columns)
         if isinstance(source, str) and HUB_NAME.fullmatch(source) and not named_as_text(source):
             return _read_hub(source, seed, columns)

@@ -44,7 +44,7 @@ _BY_NUMBER: Mapping[str, tuple[str, Callable[[int], Any]]] = {
 _SILU, _GELU = frozenset({"silu", "swish"}), frozenset({"gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"})
 _ACTIVATION: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3", "stablelm", "olmo2", "smollm3", "granite",
-                     "ministral", "mixtral", "qwen3_moe"), _SILU),
+                     "ministral", "mixtral", "qwen3_moe", "cohere2", "olmo"), _SILU), "nemotron": frozenset({"relu2"}),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "phi", "falcon"), _GELU)}
 _ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
 _FIXED: Mapping[str, Mapping[str, Any]] = {

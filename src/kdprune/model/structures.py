@@ -240,8 +240,10 @@ def mlp_channels(model: PreTrainedModel, index: int) -> Channels:
     if isinstance(stand_in, StandIn):
         return _stand_in_channels(model, layer, stand_in)
     *into, out = mlp_parts(model, layer)
-    scale, shift = norm_affine(norm_before_mlp(model, layer).float(), model.config.hidden_size)
     lines = torch.cat([part.lines(layer) for part in into], dim=1).float()
+    # A norm without parameters does not say where the layer is.
+    affine = norm_affine(norm_before_mlp(model, layer).float(), model.config.hidden_size)
+    scale, shift = (part.to(lines.device) for part in affine)
     biases = torch.cat([part.biases(layer) for part in into], dim=1).float() + lines @ shift
     outgoing = out.lines(layer).norm(dim=-1)[:, 0].float() * family_of(model).multiplier(layer)
     return Channels(lines * scale, biases, outgoing)
@@ -254,8 +256,8 @@ def _stand_in_channels(model: PreTrainedModel, layer: nn.Module, stand_in: Stand
     if not into:
         kinds = 1 + is_gated(model)
         return Channels(torch.empty(0, kinds, width), torch.empty(0, kinds), torch.empty(0))
-    scale, shift = norm_affine(norm_before_mlp(model, layer).float(), width)
     lines = torch.stack([part.weight.float() for part in into], dim=1)
+    scale, shift = (part.to(lines.device) for part in norm_affine(norm_before_mlp(model, layer).float(), width))
     biases = torch.stack([part.bias.float() for part in into], dim=1) + lines @ shift
     outgoing = stand_in.readout.weight[:, -count:].float().norm(dim=0)  # the channels are the last part of its kind
     return Channels(lines * scale, biases, outgoing * family_of(model).multiplier(layer))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -84,8 +85,7 @@ def layout(method: KDP, dense: PreTrainedModel) -> list[Candidate]:
     """Blocks and stand-ins as KDP chooses them by a similarity that falls with distance; what damage it would measure
     is not known. Where its stand-in leaves the ratio out of reach, with the smaller one that it may choose."""
     whole = method.budget(dense)
-    index = torch.arange(len(whole.layers) + 1.0)
-    similarity = (-FALL * (index[:, None] - index).abs()).exp()
+    similarity = even_similarity(len(whole.layers))
     *smaller, own = method.forms(whole.shape)
     for shape in (own, *smaller):
         budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == own else method
@@ -95,6 +95,12 @@ def layout(method: KDP, dense: PreTrainedModel) -> list[Candidate]:
     blocks = select_by_similarity(by, similarity, budget, [candidate.block for candidate in offered])
     chosen = [Candidate(block, shape) for block in blocks]
     return filled(chosen, budget) if method.fill else chosen
+
+
+def even_similarity(layers: int) -> Tensor:
+    """Between the states of so many layers, (L+1, L+1), as it may be when no data are seen."""
+    index = torch.arange(layers + 1.0)
+    return (-FALL * (index[:, None] - index).abs()).exp()
 
 
 def added_parameters(method: KDP, dense: PreTrainedModel, chosen: list[Candidate]) -> list[int]:
@@ -143,7 +149,9 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
         return None
     budget, widest = method.budget(dense), chosen[0].shape
     blocks, length = possible_blocks(method, budget), tokens.ids.shape[1]
-    alone, sets, passed = trials(tokens, method.candidates(blocks, widest), method.held, dense)
+    candidates = method.candidates(blocks, widest)
+    starts = method.similar(even_similarity(len(budget.layers)), candidates, budget)
+    alone, sets, passed = trials(tokens, candidates, method.held, dense, starts)
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
     return Choice(
         collected=fitted + scored, passed=passed, fits=[(budget.shape, alone), (widest, sets * len(chosen))],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from kdprune.data.sources import in_column, parse_named, parse_weighted
+from kdprune.data.sources import has_columns, in_column, parse_named, parse_weighted
 from kdprune.errors import KDPruneError
 from kdprune.methods import METHODS
 from kdprune.methods.common.method import Method, RankedMethod
@@ -65,8 +65,10 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         """Every text knows its column, wherever it is read. Raises KDPruneError for a column of no text."""
-        if self.text_field is not None and self.calibration is None and getattr(self, "heldout", None) is None:
-            raise KDPruneError("got text_field without calibration, expected both: the bundled text has no columns")
+        texts = (self.calibration, getattr(self, "heldout", None))
+        if self.text_field is not None and not any(map(has_columns, texts)):
+            raise KDPruneError(f"got text_field {self.text_field!r} without a text that has columns, expected one; "
+                               "plain text and the bundled one have none: leave text_field out")
         for name in ("calibration", "heldout"):
             if hasattr(self, name):
                 object.__setattr__(self, name, in_column(getattr(self, name), self.text_field))

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import psutil
+
 from kdprune.errors import DiskError, KDPruneError, shortened
 from kdprune.store.files import is_gone, refusal
 
@@ -145,13 +147,14 @@ def claimed(path: str | Path) -> Iterator[None]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         claim = _new_sibling(target, "claim")
+        earlier = [process for began, process in _claims(target)
+                   if process != os.getpid() and (began, process) < (claim.stat().st_mtime_ns, os.getpid())]
     except OSError as error:
         raise _refusal(path, error) from error
     try:
-        for host, process in _claims(target):
-            if host == socket.gethostname() and process != os.getpid() and not is_gone(host, process):
-                raise KDPruneError(
-                    f"got output {path}, which process {process} is making; wait for it, or choose another directory")
+        if earlier:
+            raise KDPruneError(
+                f"got output {path}, which process {earlier[0]} is making; wait for it, or choose another directory")
         yield
     finally:
         for folder in (claim, *made):
@@ -159,11 +162,18 @@ def claimed(path: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _claims(target: Path) -> list[tuple[str, int]]:
-    """Host and process of every claim beside `target`."""
-    found = (_SIBLING.fullmatch(sibling.name) for sibling in target.parent.iterdir())
-    return [(one["host"], int(one["process"])) for one in found
-            if one and one["name"] == target.name and one["kind"] == "claim"]
+def _claims(target: Path) -> list[tuple[int, int]]:
+    """Time, in ns, and process of every claim beside `target` whose process is alive on this machine and not younger
+    than it: a number may have come to another."""
+    found = []
+    for sibling in target.parent.iterdir():
+        one = _SIBLING.fullmatch(sibling.name)
+        if one and one["name"] == target.name and one["kind"] == "claim" and one["host"] == socket.gethostname():
+            with contextlib.suppress(psutil.Error, OSError):  # it has ended meanwhile
+                began = sibling.stat().st_mtime_ns
+                if psutil.Process(int(one["process"])).create_time() <= began / 1e9:
+                    found.append((began, int(one["process"])))
+    return found
 
 
 @contextlib.contextmanager

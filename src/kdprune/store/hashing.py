@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).parent.parent
 SHOWS = ("cli", "report", "planning", "testing", "__init__.py", "__main__.py")
-PROCESS = uuid.uuid4().hex  # stands for code that no file holds
+_NO_FILE: WeakKeyDictionary[type, str] = WeakKeyDictionary()  # what stands for the code of classes without one
 WEIGHTS = ("*.safetensors", "*.bin", "*.json", "*.py")  # what a checkpoint directory's model is read from
 
 
@@ -72,16 +73,16 @@ def code_identity(root: Path = PACKAGE) -> str:
 
 def class_identity(kind: type) -> list[str]:
     """Hashes of the files that a class and its bases come from, as ``code_identity`` has those of kdprune; empty for a
-    class of its own. What a console holds and no file is another class in every process."""
+    class of its own. What a console holds and no file is another class whenever it is typed in."""
     found = []
     for base in kind.__mro__:
         package = base.__module__.partition(".")[0]
         if package == PACKAGE.name or package in sys.stdlib_module_names:
             continue
         try:
-            found.append(digest(Path(inspect.getfile(base)).read_text(encoding="utf-8")))
+            found.append(hashlib.sha256(Path(inspect.getfile(base)).read_bytes()).hexdigest())
         except (OSError, TypeError):
-            found.append(PROCESS)
+            found.append(_NO_FILE.setdefault(base, uuid.uuid4().hex))
     return found
 
 

@@ -56,10 +56,12 @@ class Damage:
 
 
 def trials(
-    tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel
+    tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel,
+    starts: Sequence[Sequence[Candidate]] = (),
 ) -> tuple[int, int, float]:
-    """From how many candidates alone on no more are measured, but those that a set still lacks; how many sets at most;
-    and what these cost in tokens that pass the whole model, fits not counted."""
+    """From how many candidates alone on no more are measured, but those that a set still lacks; how many sets at most,
+    both beyond those of ``starts``, which are counted in; and what these cost in tokens that pass the whole model, fits
+    not counted."""
     forms = len({candidate.shape for candidate in candidates})
     blocks = {candidate.block for candidate in candidates}
     lengths = len({len(block) for block in blocks})
@@ -68,6 +70,7 @@ def trials(
     cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
     most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), len(_first_lengths(blocks)) * forms)
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
+    most, sets = most + len(set(itertools.chain(*starts))), sets + len(starts)
     return most, sets, most * cost + sets * scored
 
 
@@ -89,9 +92,8 @@ def choose_by_damage(
        is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
        as :func:`trials` allows; of one set at least everything is.
     4. Δ of these sets and of ``starts``, their spare parameters spent: damages do not add up, so that the sum only
-       proposes. Around the
-       best, what the price that proposed it gives without one or another of its candidates, until none of these is
-       better.
+       proposes. Around the best, what the price that proposed it gives without one or another of its candidates, until
+       none of these is better.
 
     Args:
         candidates: blocks with forms of stand-ins; none of them over a layer that must stay.
@@ -137,14 +139,13 @@ def _measure(
 ) -> Damage:
     blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
     measuring = Measuring.of(model, tokens, blocks, trial, run)
-    most, sets, _ = trials(tokens, candidates, trial.held, model)
+    most, sets, _ = trials(tokens, candidates, trial.held, model, starts)
     errors = measuring.linear_errors(blocks)
 
     def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
         return dict(zip(new, measuring.damages([[one] for one in new], "damage", ALONE), strict=True))
 
     alone = damages(list(dict.fromkeys([*_first(candidates, errors), *itertools.chain(*starts)])))
-    most += len(set(itertools.chain(*starts)))
     chosen = proposed(guessed(candidates, alone, errors), budget)
     while len(alone) < most and (new := _unknown(chosen, alone)):
         alone |= damages(new[: most - len(alone)])

@@ -214,9 +214,9 @@ class KDP(RankedMethod):
     def mixes(self) -> bool:
         """Whether a linear map may stand in where little happens: where blocks are measured and nothing is trained, as
         training gives the stand-in more than the map, and a solve does not see that; and where the stand-in is the
-        default's, as one that was asked for is not to be swapped for another."""
+        default's: another kernel, context or number of channels was asked for and is not to be swapped."""
         default = (self.kernel, self.context, self.channels) == (_BEST["kernel"], _BEST["context"], None)
-        return self.measures and default and not self.trains and self.form == "folded"
+        return self.measures and default and not self.trains
 
     @property
     def parts(self) -> frozenset[str]:
@@ -301,7 +301,8 @@ class KDP(RankedMethod):
     def similar(
         self, similarity: Tensor, candidates: Sequence[Candidate], budget: Budget
     ) -> list[tuple[Candidate, ...]]:
-        """The sets that similarity takes, one of every form of stand-in with which blocks can meet the target."""
+        """The sets that similarity takes of these candidates, one of every form of stand-in with which they can meet
+        the target."""
         found = []
         for shape in dict.fromkeys(candidate.shape for candidate in candidates):
             own, within = [one for one in candidates if one.shape == shape], budget.behind(shape)
