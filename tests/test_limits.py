@@ -64,7 +64,7 @@ def test_theory_taken_in_chunks_is_theory_of_all_tokens(monkeypatch: pytest.Monk
     states = SimpleNamespace(path=path, path_held=held)
     fitting = cast(
         StandInFit, SimpleNamespace(states=states, device=torch.device("cpu"), to_kernel=lambda value: value))
-    for module in ("kdprune.methods.kdp.diagnostics.CHUNK", "kdprune.kernel.bounds._CHUNK"):
+    for module in ("kdprune.methods.kdp.diagnostics.CHUNK", "kdprune.kernel.bounds.CHUNK"):
         monkeypatch.setattr(module, 64)
     found = theory(fitting, step1)
     with torch.no_grad():
