@@ -25,7 +25,7 @@ from kdprune.errors import KDPruneError, one_line
 from kdprune.methods import METHODS
 from kdprune.options import options_of, reject_unknown
 from kdprune.run.option_groups import ABLATE, ANALYZE, COMPARE, PRUNE
-from kdprune.run.recipe import load_recipe
+from kdprune.run.recipe import load_recipe, owners_of
 from kdprune.runtime.interrupts import INTERRUPTED, raise_again
 from kdprune.runtime.machine import quiet_libraries
 
@@ -127,7 +127,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _usage(error: Any) -> str:
     """The message of a usage error; of an unknown option the methods that have it, or the nearest one there is."""
     name = getattr(error, "option_name", "")
-    owners = [key for key, method in METHODS.items() if name[2:].replace("-", "_") in method.__dataclass_fields__]
+    owners = owners_of(name[2:].replace("-", "_"))
     if name and owners:
         command = getattr(getattr(getattr(error, "ctx", None), "command", None), "name", "")
         how = {"prune": "choose that with --method", "compare": f"write it into a variant, {owners[0]}:{name[2:]}=…",

@@ -152,10 +152,10 @@ def _run(
             device=str(session.model.device), dense=dense,
             variants=[_record(variant, session.model, blocks_from) for variant in variants],
             versions=software_versions())
-        earlier = _recorded_units(folder)
+        earlier = len(_recorded(folder).get("units", ()))
         for number, found in enumerate(_units(bench, variants, seeds, blocks_from, refused, dense), 1):
             result.add(found)
-            # What is done can be read, whatever comes of the rest.
+            # What is done can be read, whatever comes of the rest; of fewer units than before, when all are done.
             if folder is not None and len(result.units) >= earlier:
                 result.save(folder / "results.json")
             _say(found, number, len(variants) * len(seeds), output.progress)
@@ -275,9 +275,8 @@ def _prepare(folder: Path) -> Path:
 
 def _check_question(folder: Path, kind: str, wanted: SeedsOptions) -> None:
     """Raises KDPruneError where the folder's record is of another question, which this run would replace."""
-    if not is_comparison(folder):
+    if not (there := _recorded(folder)):
         return
-    there, _ = read_record(folder, "compare")
     old, new = (f"the {what} at {ratio} of the parameters{OUTSIDE.get(of, '')}" for what, ratio, of in (
         (there.get("kind"), there.get("ratio"), there.get("of", "all")), (kind, wanted.ratio, wanted.of)))
     if old != new:
@@ -285,11 +284,9 @@ def _check_question(folder: Path, kind: str, wanted: SeedsOptions) -> None:
                            "replace it with --overwrite")
 
 
-def _recorded_units(folder: Path | None) -> int:
-    """How many units the folder's record has, which one with fewer does not replace before it is whole."""
-    if folder is None or not is_comparison(folder):
-        return 0
-    return len(read_record(folder, "compare")[0].get("units", ()))
+def _recorded(folder: Path | None) -> Mapping[str, Any]:
+    """The record that a folder has of a comparison, as it is there; empty where it has none."""
+    return {} if folder is None or not is_comparison(folder) else read_record(folder, "compare")[0]
 
 
 def _names(folder: Path) -> set[str]:

@@ -175,8 +175,9 @@ def _swapped(comparison: Comparison) -> list[str]:
         if row and maps and row.variant.options.get("method") == "kdp" and (
                 row.variant.options.get("kernel"), row.variant.options.get("context")) != ("linear", "none"):
             parts.append(f"{maps} of {len(unit.stand_ins)} of {unit.variant} (seed {unit.seed})")
-    return [f"Stand-ins that are a linear map of the state, as that does where little happens: {', '.join(parts)}."] * (
-        bool(parts))
+    if not parts:
+        return []
+    return [f"Stand-ins that are a linear map of the state, as that does where little happens: {', '.join(parts)}."]
 
 
 def _parameters(comparison: Comparison) -> str:

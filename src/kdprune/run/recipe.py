@@ -58,16 +58,21 @@ def check_options(given: Mapping[str, Any]) -> dict[str, Any]:
         KDPruneError: a name that there is not, or a value that cannot be what it should.
     """
     known = {name: item for name, item in prune_options(given).items() if "recipe" in item.places}
-    _check_owners(given, known)
-    return typed_options(given, known)
+    return _typed(given, known, "option")
 
 
-def _check_owners(given: Mapping[str, Any], known: Mapping[str, Option]) -> None:
-    """Raises KDPruneError for an option that other methods have."""
+def _typed(given: Mapping[str, Any], known: Mapping[str, Option], what: str) -> dict[str, Any]:
+    """As :func:`typed_options`, and raises KDPruneError for an option that other methods have, with their names."""
     for name in given.keys() - known.keys():
-        if owners := [key for key, method in METHODS.items() if name in options_of(method)]:
+        if owners := owners_of(name):
             raise KDPruneError(f"got option {name!r}, which belongs to {', '.join(owners)}, with method "
                                f"{given.get('method') or 'kdp'!r}; choose another method, or leave it out")
+    return typed_options(given, known, what)
+
+
+def owners_of(name: str) -> list[str]:
+    """The methods that have an option of this name."""
+    return [key for key, method in METHODS.items() if name in method.__dataclass_fields__]
 
 
 def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,8 +82,7 @@ def run_options(recipe: str | Path | Mapping[str, Any] | None, given: Mapping[st
         raise KDPruneError(f"got a recipe of type {type(recipe).__name__}, expected a file, or a mapping of options")
     options = {} if recipe is None else check_options(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
     options |= given
-    _check_owners(options, prune_options(options))
-    return typed_options(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")
+    return _typed(options, prune_options(options), f"option of {options.get('method') or 'kdp'}")
 
 
 def dump_recipe(options: Mapping[str, Any]) -> str:
