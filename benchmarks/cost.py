@@ -52,16 +52,18 @@ STEPS = {"analyse": ("analyse",), "damage": ("damage", "linear maps"), "layer st
          "refine": ("rate", "refine"), "rest": ("rest",), "save and verify": ("save and verify",)}
 
 
-def job(name: str, device: torch.device, work: Path, checkpoint: Path) -> Job:
-    """The job of a run: whole on a GPU, as ``RUNS`` has it on a CPU."""
+def job(name: str, device: torch.device, work: Path, checkpoint: Path, tokens: int) -> Job:
+    """The job of a run: whole on a GPU, of so many tokens; as ``RUNS`` has it on a CPU."""
     chosen = RUNS[name]
     if device.type != "cpu" and name.partition(",")[0] not in TRAINED:
         options = {option: value for option, value in chosen.get("options", {}).items() if option == "preset"}
-        chosen = {"tokens": MILLION, "dtype": "bfloat16", "once": MILLION // 8, "options": options}
+        chosen = {"tokens": tokens, "dtype": "bfloat16", "once": tokens // 8, "options": options}
     return Job(model=str(checkpoint), device=str(device), work_dir=str(work), **chosen)
 
 
-def run(name: str, device: torch.device, folder: Path, checkpoints: Path | None) -> dict[str, Any]:
+def run(
+    name: str, device: torch.device, folder: Path, checkpoints: Path | None, tokens: int = MILLION,
+) -> dict[str, Any]:
     """Makes the checkpoint, runs the job, and removes what it made. Raises SystemExit for a trained model that is not
     there."""
     shape = name.partition(",")[0]
@@ -75,7 +77,7 @@ def run(name: str, device: torch.device, folder: Path, checkpoints: Path | None)
         write_checkpoint(shape, checkpoint, getattr(torch, dtype))
     work = Path(tempfile.mkdtemp(dir=folder))
     try:
-        found = job(name, device, work, checkpoint).start()
+        found = job(name, device, work, checkpoint, tokens).start()
     finally:
         shutil.rmtree(work)
         if made and checkpoints is None:
@@ -134,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=MILLION, help="of random weights on a GPU (%(default)s)")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints and work directories go")
     parser.add_argument("--checkpoints", type=Path, default=None, help="where checkpoints by name are, and stay")
     parser.add_argument("--out", type=Path, default=HERE, help="where the results go")
@@ -153,7 +156,7 @@ def main() -> None:
     }
     for name in given.runs:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            record["runs"][name] = run(name, device, Path(folder), given.checkpoints)
+            record["runs"][name] = run(name, device, Path(folder), given.checkpoints, given.tokens)
         file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         file.with_suffix(".md").write_text(page(record), encoding="utf-8")
     print(file.with_suffix(".md").read_text(), file=sys.stdout)

@@ -107,26 +107,35 @@ class SharedContexts:
             return {}
         read = self._pass(torch.tensor([context[:shared] for context in answers]), **last_logits(self.model, 1))
         last = read.logits[:, -1:]
-        found = {(one.context, one.answer): _score(last[one.row], one.answer) for one in asked if one.read == shared}
+        whole = [one for one in asked if one.read == shared]
+        found = dict(zip(whole, _scores([last[one.row] for one in whole], whole), strict=True))
         for batch in batches:
             past = copy.copy(read.past_key_values)  # a pass puts new tensors into its layers, and writes into none
             past.layers = [copy.copy(layer) for layer in past.layers]
             past.reorder_cache(torch.tensor([one.row for one in batch]))
             tails = [torch.tensor((one.context + one.answer)[shared:-1]) for one in batch]
             logits = self._pass(pad_sequence(tails, batch_first=True), past_key_values=past).logits
-            for one, tail, places in zip(batch, tails, logits, strict=True):
-                places = torch.cat([last[one.row], places[: len(tail)]])  # from the last shared one on
-                found[one.context, one.answer] = _score(places[len(one.context) - shared :], one.answer)
-        return found
+            # From the last shared place on, those in front of the answer.
+            places = [torch.cat([last[one.row], rows[: len(tail)]])[len(one.context) - shared :]
+                      for one, tail, rows in zip(batch, tails, logits, strict=True)]
+            found |= zip(batch, _scores(places, batch), strict=True)
+        return {(one.context, one.answer): score for one, score in found.items()}
 
     def _pass(self, ids: Tensor, **options: Any) -> Any:
         return self.model(input_ids=ids.to(input_device(self.model)), use_cache=True, **options)
 
 
-def _score(logits: Tensor, answer: Tokens) -> Score:
-    """Of logits (n, V) at the n places in front of the answer's tokens."""
-    likely, tokens = logits.float().log_softmax(-1), torch.tensor(answer, device=logits.device)
-    return float(likely.gather(1, tokens[:, None]).sum()), bool((likely.argmax(-1) == tokens).all())
+def _scores(logits: Sequence[Tensor], asked: Sequence[_Asked]) -> list[Score]:
+    """Of logits (n, V) at the n places in front of each answer's tokens; the device is waited for once, not at each."""
+    if not asked:
+        return []
+    padded = pad_sequence([torch.tensor(one.answer) for one in asked], batch_first=True).to(logits[0].device)
+    found = []
+    for one, row in zip(logits, padded, strict=True):
+        likely, tokens = one.float().log_softmax(-1), row[: len(one)]
+        greedy = (likely.argmax(-1) == tokens).all()
+        found.append(torch.stack((likely.gather(1, tokens[:, None]).sum(), greedy.float())))
+    return [(total, bool(greedy)) for total, greedy in torch.stack(found).tolist()]
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
