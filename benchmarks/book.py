@@ -1,6 +1,6 @@
 """Makes the results book, docs/results, from one YAML a page in benchmarks/pages.
 
-    python benchmarks/book.py run PAGE [--folder DIR] [--suite-data DIR]
+    python benchmarks/book.py run PAGE [--folder DIR] [--suite-data DIR] [--device cuda --processes 8]
                                                             runs what the page's records lack, and writes the page
     python benchmarks/book.py page PAGE | --all             page and pictures again, from records and notes
     python benchmarks/book.py check                         which pages are not what their records give
@@ -13,6 +13,9 @@ on where it stopped. The first N rows of a section with `readme: N` also fill th
 import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,31 @@ END = "<!-- end -->"
 # ------------------------------------------------------------------------------------------------- run
 
 
+@dataclass(frozen=True)
+class Job:
+    """A comparison of variants that a record lacks.
+
+    Attributes:
+        model: as the page names it. one: the run of the page. at: where the model lies.
+        folder: of the comparison. call: what else ``kdprune.compare`` is given.
+    """
+
+    model: str
+    one: Mapping[str, Any]
+    at: str
+    folder: Path
+    call: Mapping[str, Any]
+
+    def made(self) -> Comparison:
+        """Runs it, or finishes it."""
+        return kdprune.compare(self.at, output_dir=self.folder, progress=True, **self.call)
+
+
 def run(
     page: Page, work: Path, suite_data: Sequence[str] = (), folders: Sequence[Path] = (), only: Sequence[str] = (),
-    records: Sequence[str] = (),
+    records: Sequence[str] = (), device: str | None = None, processes: int = 1,
 ) -> None:
-    """Runs what the records lack, one comparison after the other, and keeps each as soon as it ends.
+    """Runs what the page's records lack, and keeps each comparison as soon as it ends.
 
     Args:
         work: folder of unfinished comparisons.
@@ -43,22 +66,58 @@ def run(
         folders: where models and texts are looked for that the repository does not hold.
         only: names of models; none: all.
         records: of the runs that are looked at; none: all.
+        device: where they compute; none: as ``kdprune.compare`` chooses.
+        processes: comparisons at once, each of one variant then; times of such runs are of a busy machine.
+
+    Raises:
+        SystemExit: some of several comparisons failed, after the others ended.
     """
     places = (page.root, *folders)
+    jobs = _jobs(page, work, suite_data, places, only, records, device, apart=processes > 1)
+
+    def keep(job: Job, found: Comparison) -> None:
+        page.keep(_as_named(found, page.models[job.model], page.spec.get("options", {}) | job.one), job.model, job.one)
+
+    if processes == 1:
+        for job in jobs:  # what is missing is asked when the one before has been kept
+            keep(job, job.made())
+        return
+    failed = []
+    # A new process each: what one leaves on a device is gone.
+    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(job.made): job for job in jobs}
+        for done in as_completed(waiting):
+            if (error := done.exception()) is None:
+                keep(waiting[done], done.result())
+            else:
+                failed.append(f"{waiting[done].folder}: {error}")
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def _jobs(
+    page: Page, work: Path, suite_data: Sequence[str], places: Sequence[Path], only: Sequence[str],
+    records: Sequence[str], device: str | None, apart: bool,
+) -> Iterator[Job]:
+    """The comparisons that the page lacks, in its order; ``apart``: a variant each. Else as of :func:`run`."""
     for number, one in enumerate(page.spec["runs"]):
         options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
             name: value for name, value in one.items() if name not in ("record", "models")}
         if suite_data and options.get("suite"):
             options["suite_data"] = list(suite_data)
+        if device:
+            options["device"] = device
         if records and one.get("record", page.spec.get("record")) not in records:
             continue
         for model in one.get("models", list(page.models)):
             if only and model not in only:
                 continue
             for call in missing(page, one, model, options, places):
-                folder = work / page.name / f"{number}-{model}-{'_'.join(map(str, call['seeds']))}"
-                found = kdprune.compare(_path(page.models[model], places), output_dir=folder, progress=True, **call)
-                page.keep(_as_named(found, page.models[model], options), model, one)
+                name = f"{number}-{model}-{'_'.join(map(str, call['seeds']))}"
+                split = [(name, call)] if not apart else [
+                    (f"{name}-{place}", call | {"methods": [variant]}) for place, variant in enumerate(call["methods"])]
+                for folder, own in split:
+                    yield Job(model, one, _path(page.models[model], places), work / page.name / folder, own)
 
 
 def missing(
@@ -178,6 +237,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--record", action="append", default=[],
                         help="only runs of this record, as the page names it; may be repeated (all)")
     parser.add_argument("--suite-data", action="append", help="a folder with data of the tasks; may be repeated")
+    parser.add_argument("--device", help="where runs compute (as kdprune compare chooses)")
+    parser.add_argument("--processes", type=int, default=1, help="comparisons at once (%(default)s)")
     options = parser.parse_args(arguments)
     if options.what == "check":
         wrong = check(root)
@@ -188,7 +249,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     for page in [Page.load(name, root) for name in options.pages or names(root)]:
         if options.what == "run":
             run(page, options.work, options.suite_data or (), options.folder, options.only,
-                options.record)
+                options.record, options.device, options.processes)
         render(page)
     return 0
 

@@ -173,6 +173,22 @@ def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, 
     assert again.units[0] == found.units[0]
 
 
+def test_runs_in_processes_give_the_same_record(bench: Bench, tmp_path: Path) -> None:
+    """And one that ends in an error is told when the others are kept."""
+    run = {"methods": CHEAP[:1], "record": "tiny-{model}.json"}
+    broken, found = {**run, "heldout": str(tmp_path / "none.txt"), "record": "broken-{model}.json"}, []
+    for name, runs in (("one", [run]), ("two", [broken, run])):
+        page = repository(bench, tmp_path / name, "tiny", record=run["record"], shows=[], runs=runs)
+        if name == "one":
+            book.run(page, tmp_path / name / "work")
+        else:
+            with pytest.raises(SystemExit, match=r"0-tiny-0-0: .*none\.txt"):
+                book.run(page, tmp_path / name / "work", device="cpu", processes=2)
+        (unit,) = page.comparisons()["tiny"].units
+        found.append((unit.blocks, unit.perplexity.pruned, page.comparisons()["tiny"].recipe))
+    assert found[0] == found[1]
+
+
 def test_sizes_of_several_records_make_curves(tmp_path: Path) -> None:
     page = book_records.Page("grid", {"models": {"coder": None}, "record": "b-{model}.json"}, tmp_path)
     page.results.mkdir(parents=True)

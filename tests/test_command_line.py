@@ -41,9 +41,10 @@ def out(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pruned(bench: Bench, out: Path) -> Outcome:
-    """What that run printed."""
-    return command("prune", bench.model, "-o", out, *bench.flags, *DAMAGE, "--ratio", 0.25)
+def pruned(bench: Bench, out: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What that run printed, which finds nothing of another test's."""
+    work = tmp_path_factory.mktemp("work")
+    return command("prune", bench.model, "-o", out, *bench.flags, *DAMAGE, "--ratio", 0.25, "--work-dir", work)
 
 
 def refused(message: str, *arguments: object, folder: Path) -> None:
