@@ -190,6 +190,8 @@ def test_an_interrupted_comparison_continues(
     kdprune.compare(str(bench.model), [LINEAR], seeds=2, output_dir=folder, **arguments)
     with pytest.raises(KDPruneError, match=r"holds the comparison at 0.25 .*, expected the comparison at 0.3"):
         kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=folder, **arguments)
+    with pytest.raises(KDPruneError, match=rf"of {bench.model.name}, expected the comparison .*, of another: choose"):
+        kdprune.compare(tmp_path / "another", [LINEAR], seeds=1, output_dir=folder, **arguments)
     kdprune.compare(str(bench.model), [LINEAR], seeds=1, ratio=0.3, output_dir=tmp_path / "other",
                     work_dir=folder / "runs", **arguments)
     assert measured[4:] == [(LINEAR, 1), (LINEAR, 0)]

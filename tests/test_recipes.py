@@ -71,6 +71,9 @@ def test_values_come_as_their_types(tmp_path: Path) -> None:
     ("- ratio", "got a list in the recipe"),
     ("", "got a NoneType in the recipe"),
     ("ratio: [", "is not valid YAML"),
+    ("ratio: 0.2\nseed: 1\nratio: 0.3", "is not valid YAML: found 'ratio' twice"),
+    ("heldout: {news: a.txt, news: b.txt}", "is not valid YAML: found 'news' twice"),
+    ("heal-tokens: 100\nheal_tokens: 200", "with dashes and with underscores"),
     ("\x00", "is not valid YAML"),
 ])
 def test_files_that_are_no_recipe(text: str, message: str, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def _run(
             folders=suite.suite_data, resources=resources))
     folder = None if output.output_dir is None else _prepare(Path(output.output_dir))
     if folder is not None and not output.overwrite:
-        _check_question(folder, kind, wanted)
+        _check_question(folder, kind, wanted, subject.model)
     stages = Stages(show=output.progress)
     with open_session(subject, resources, seeds[0], stages) as session, _bench(
             data, suite, writing, session, wanted.ratio, folder, output.progress) as bench:
@@ -273,15 +273,24 @@ def _prepare(folder: Path) -> Path:
     return folder
 
 
-def _check_question(folder: Path, kind: str, wanted: SeedsOptions) -> None:
-    """Raises KDPruneError where the folder's record is of another question, which this run would replace."""
+def _check_question(folder: Path, kind: str, wanted: SeedsOptions, model: Any) -> None:
+    """Raises KDPruneError where the folder's record is of another question or model, which this run would replace.
+
+    A model is known by the end of its name: the same one may be reached by another path.
+    """
     if not (there := _recorded(folder)):
         return
-    old, new = (f"the {what} at {ratio} of the parameters{OUTSIDE.get(of, '')}" for what, ratio, of in (
-        (there.get("kind"), there.get("ratio"), there.get("of", "all")), (kind, wanted.ratio, wanted.of)))
+    named = isinstance(model, str | Path)
+    old, new = (f"the {what} at {ratio} of the parameters{OUTSIDE.get(of, '')}{about}" for what, ratio, of, about in (
+        (there.get("kind"), there.get("ratio"), there.get("of", "all"), _about(there.get("model")) if named else ""),
+        (kind, wanted.ratio, wanted.of, _about(model) if named else "")))
     if old != new:
         raise KDPruneError(f"got output {folder}, which holds {old}, expected {new}: choose a new directory, or "
                            "replace it with --overwrite")
+
+
+def _about(model: Any) -> str:
+    return f", of {Path(str(model)).name}"
 
 
 def _recorded(folder: Path | None) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """YAML recipes: the options of a run as a file, checked against the option groups."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         KDPruneError: the file is missing, is not YAML, or holds something else than a mapping of options.
     """
     try:
-        found = yaml.safe_load(Path(at_home(path)).read_text(encoding="utf-8-sig"))
+        found = yaml.load(Path(at_home(path)).read_text(encoding="utf-8-sig"), Loader=_Loader)
     except OSError as error:
         raise KDPruneError(f"cannot read the recipe {shortened(path)}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no name
@@ -31,7 +31,20 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise KDPruneError(
             f"got a {type(found).__name__} in the recipe {str(path)!r}, expected a mapping such as 'ratio: 0.25'")
     options = {str(name).replace("-", "_"): value for name, value in found.items()}
+    if len(options) < len(found):
+        raise KDPruneError(f"got an option with dashes and with underscores in the recipe {str(path)!r}, expected one")
     return check_options(written(options, prune_options(options)))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML has no key twice; PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [name.value for name, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"found {name!r} twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def prune_options(given: Mapping[str, Any]) -> dict[str, Option]:
