@@ -11,7 +11,7 @@ from book_tables import GAP, markdown, mean, title
 from kdprune.report.bootstrap import RESAMPLES, Lead, lead, paired_bootstrap
 from kdprune.report.comparison_records import Comparison, Row, Unit, task_name
 from kdprune.report.comparison_table import cells, dense_cells
-from kdprune.report.retention import carries_signal, row_name
+from kdprune.report.retention import by_task, carries_signal, row_name
 from kdprune.report.task_records import Generation, TaskScore
 
 READING = f"""Scores in percent, perplexities as they are. Above chance: mean over the tasks with signal of
@@ -42,7 +42,7 @@ def tasks(page: Page, section: Section) -> str:
 
 def signal(found: Comparison) -> str:
     """Which tasks the dense model is above chance in by more than two standard errors, and which not."""
-    rows = [score for score in whole(found.dense.tasks) if score.is_share]
+    rows = [score for score in by_task(found.dense.tasks) if score.is_share]
     said = [f"{score.task} ({_percent(score.value)}, chance {_percent(score.chance)}, ±{_percent(score.stderr)}, "
             f"{score.items:,} items)" for score in rows]
     sure = [carries_signal(score) for score in rows]
@@ -53,39 +53,9 @@ def signal(found: Comparison) -> str:
     return f"{line} Of BLiMP's phenomena alone do not: {', '.join(weak)}." if weak else line
 
 
-def whole(scores: Sequence[TaskScore]) -> list[TaskScore]:
-    """Scores with the rows of a benchmark that has several, each a mean of tasks, as one: the mean over all tasks.
-
-    value = Σ_g n_g value_g / Σ_g n_g, n_g the tasks of row g; stderr = √Σ (n_g stderr_g)² / Σ n_g. Rows of which a
-    record does not say which items were right count as one task each.
-    """
-    groups: dict[tuple[str, str, str], list[TaskScore]] = {}
-    for score in scores:  # the perplexities of several texts stay as they are
-        groups.setdefault((score.task, "" if score.is_share else score.group, score.metric), []).append(score)
-    return [_one(rows) if len(rows) > 1 else rows[0] for rows in groups.values()]
-
-
-def _one(rows: Sequence[TaskScore]) -> TaskScore:
-    sizes = [max(1, len(row.right)) for row in rows]
-    kept = all(row.right for row in rows)
-
-    def weighed(name: str) -> float | None:
-        values = [getattr(row, name) for row in rows]
-        return None if None in values else sum(
-            size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
-
-    errors = [row.stderr for row in rows]
-    return rows[0].model_copy(update={
-        "group": rows[0].task, "value": weighed("value"), "chance": weighed("chance"),
-        "stderr": None if None in errors else math.hypot(
-            *(size * (error or 0.0) for size, error in zip(sizes, errors, strict=True))) / sum(sizes),
-        "items": sum(row.items for row in rows),
-        "right": [text for row in rows for text in row.right] if kept else []})
-
-
 def _scored(found: Comparison) -> dict[str, list[list[TaskScore]]]:
     """Variant → the scores of each of its units that has them."""
-    return {row.variant.name: [whole(unit.tasks) for unit in _units(found, row) if unit.tasks] for row in found.rows}
+    return {row.variant.name: [by_task(unit.tasks) for unit in _units(found, row) if unit.tasks] for row in found.rows}
 
 
 def _units(found: Comparison, row: Row) -> list[Unit]:
@@ -93,7 +63,7 @@ def _units(found: Comparison, row: Row) -> list[Unit]:
 
 
 def _tasks_table(found: Comparison, scored: Mapping[str, Sequence[Sequence[TaskScore]]], ours: str) -> str:
-    dense = whole(found.dense.tasks)
+    dense = by_task(found.dense.tasks)
     kept = {name: lead(dense, units, [dense], above_chance=True) for name, units in scored.items()}
     own = [row.variant.name for row in found.rows if row.variant.options.get("method") == ours]
     others = [(one.difference, name) for name, one in kept.items() if one is not None and name not in own]

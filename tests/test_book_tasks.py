@@ -13,7 +13,7 @@ from tiny_checkpoint import Bench, no_drawing
 import kdprune
 from kdprune.report.bootstrap import lead
 from kdprune.report.comparison_records import Comparison
-from kdprune.report.retention import retention
+from kdprune.report.retention import by_task, retention
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -51,7 +51,7 @@ def lines_of(table: str) -> dict[str, list[str]]:
 
 def test_blimp_is_one_task_and_the_mean_over_its_paradigms(llama: Comparison) -> None:
     rows = [score for score in llama.dense.tasks if score.task == "blimp"]
-    one = next(score for score in book_tasks.whole(llama.dense.tasks) if score.task == "blimp")
+    one = next(score for score in by_task(llama.dense.tasks) if score.task == "blimp")
     paradigms = [text for row in rows for text in row.right]
     shares = [text.count("1") / len(text) for text in paradigms]
     assert len(rows) == 12
@@ -62,7 +62,7 @@ def test_blimp_is_one_task_and_the_mean_over_its_paradigms(llama: Comparison) ->
     assert (one.group, one.chance, one.items) == ("blimp", pytest.approx(0.5), sum(map(len, paradigms)))
     assert one.right == paradigms
     others = [score for score in llama.dense.tasks if score.task != "blimp"]
-    assert [score for score in book_tasks.whole(llama.dense.tasks) if score.task != "blimp"] == others
+    assert [score for score in by_task(llama.dense.tasks) if score.task != "blimp"] == others
 
 
 def test_the_table_of_tasks(llama: Comparison, tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_the_table_of_tasks(llama: Comparison, tmp_path: Path) -> None:
     text = book_tasks.tasks(page, {"ours": "kdp"})
     assert text.startswith(book_tasks.READING)
     assert not book_tasks.tasks(page, {"ours": "kdp", "record": "tiny-{model}.json"}).startswith(book_tasks.READING)
-    rows, dense = lines_of(text), book_tasks.whole(llama.dense.tasks)
+    rows, dense = lines_of(text), by_task(llama.dense.tasks)
     kept = {}
     for row in llama.rows:
-        units = [book_tasks.whole(unit.tasks) for unit in llama.units if unit.variant == row.variant.name]
+        units = [by_task(unit.tasks) for unit in llama.units if unit.variant == row.variant.name]
         if not units:
             continue
         kept[row.variant.name] = 100 * statistics.fmean(retention(dense, unit).above_chance for unit in units)
@@ -86,7 +86,7 @@ def test_the_table_of_tasks(llama: Comparison, tmp_path: Path) -> None:
         assert f"{100 * sciq:.1f}" == cells[place].strip("*")
     best = max((value, name) for name, value in kept.items() if not name.startswith("kdp"))[1]
     assert f"against `{best}`" in text
-    found = lead(dense, *([book_tasks.whole(unit.tasks) for unit in llama.units if unit.variant == name]
+    found = lead(dense, *([by_task(unit.tasks) for unit in llama.units if unit.variant == name]
                           for name in (OURS, best)), above_chance=True)
     assert f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]" in text
     assert rows[book_tables.title([llama], PEER)][-2] == "", "a peer is not compared with a peer"
@@ -96,7 +96,7 @@ def test_which_tasks_carry_signal_is_said(llama: Comparison) -> None:
     said = book_tasks.signal(llama)
     sure, rest = said.split(" Do not: ")
     weak = rest.split(" Of BLiMP's")[0]
-    for score in book_tasks.whole(llama.dense.tasks):
+    for score in by_task(llama.dense.tasks):
         if score.chance is not None:
             assert (f"{score.task} (" in sure) == (score.value - score.chance > 2 * score.stderr)
             assert (f"{score.task} (" in sure) != (f"{score.task} (" in weak)

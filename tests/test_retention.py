@@ -40,6 +40,18 @@ def test_retention_by_hand() -> None:
     assert (same.mean, same.above_chance) == (1.0, 1.0)
 
 
+def test_a_benchmark_counts_once_above_chance() -> None:
+    """Two rows of BLiMP, of one and of three paradigms, beside a task: the paper's mean has three scores, ours two."""
+    rows = [("binding", 0.9, "1"), ("islands", 0.7, "3")]
+    dense, pruned = ([score("a", first, 0.05, 0.5), *(
+        score("blimp", value - less, 0.02, 0.5, group=group, right=["1"] * int(count)) for group, value, count in rows)]
+        for first, less in ((0.8, 0.0), (0.65, 0.1)))
+    found = retention(dense, pruned)
+    assert found.mean == pytest.approx((0.65 + 0.8 + 0.6) / (0.8 + 0.9 + 0.7))
+    assert found.above_chance == pytest.approx((0.15 / 0.3 + (0.65 - 0.5) / (0.75 - 0.5)) / 2)
+    assert (found.signal, found.left_out) == (["a", "blimp"], [])
+
+
 def test_signal_is_two_standard_errors_above_chance() -> None:
     assert carries_signal(score("a", 0.61, 0.05, 0.5))
     assert not carries_signal(score("a", 0.6, 0.05, 0.5))

@@ -152,7 +152,7 @@ class Row(Record):
     divergence: Stat | None = Field(None, description="KL(dense‖pruned), nats per token")
     agreement: Stat | None = Field(None, description="share of tokens with the same most probable next token")
     texts: list[TextStat] = Field(default_factory=list, description="the first text and all others, at every window")
-    retained: Stat | None = Field(None, description="mean over tasks of score / dense score")
+    retained: Stat | None = Field(None, description="Σ score / Σ dense score over all rows (the paper's measure)")
     above_chance: Stat | None = Field(None, description="mean of (score − chance) / (dense − chance) over `signal`")
     same_beginning: Stat | None = Field(None, description="share of a continuation before it leaves the dense model's")
     same_tokens: Stat | None = Field(None, description="share of its tokens that are the dense model's at their place")

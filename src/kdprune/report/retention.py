@@ -5,8 +5,9 @@ With score p_i of the pruned and d_i of the dense model, chance c_i, i = 1 … n
     mean        = Σ p_i / Σ d_i                                     all accuracy-like rows (the paper's measure)
     above chance = mean over S of (p_i − c_i) / (d_i − c_i),  S = {i : d_i − c_i > 2 · stderr(d_i)}
 
-Perplexities enter neither. A row of a suite counts once, however many tasks it is the mean of. Standard errors
-take the two models' errors as independent; both answer the same items, so the true ones are smaller as a rule.
+Perplexities enter neither. Of the first i is a row, as the paper has it, so that BLiMP counts as often as it has rows;
+of the second a benchmark, whose rows are one score (:func:`by_task`). Standard errors take the two models' errors as
+independent; both answer the same items, so the true ones are smaller as a rule.
 """
 
 import math
@@ -23,7 +24,7 @@ SIGNAL = 2.0  # standard errors above chance from which a task says something
 class Retention:
     """Shares of the dense model's performance, 1 = nothing lost.
 
-    above_chance: None where no row carries signal; signal: the rows that do; left_out: the accuracy-like rows that
+    above_chance: None where no benchmark carries signal; signal: those that do; left_out: the accuracy-like ones that
     do not, and enter `mean` alone; mean_stderr, above_chance_stderr: None where a row has no standard error.
     """
 
@@ -62,16 +63,47 @@ def retention(dense: Sequence[TaskScore], pruned: Sequence[TaskScore]) -> Retent
         None if d.stderr is None or p.stderr is None else (p.stderr**2 + (mean * d.stderr) ** 2) / total**2
         for d, p in pairs
     ]
-    kept = [(d, p) for d, p in pairs if carries_signal(d)]
+    whole = list(zip(*(by_task(scores) for scores in zip(*pairs, strict=True)), strict=True))
+    kept = [(d, p) for d, p in whole if carries_signal(d)]
     shares = [_above(d, p) for d, p in kept]
     return Retention(
         mean,
         sum(share for share, _ in shares) / len(shares) if shares else None,
         [row_name(d) for d, _ in kept],
-        [row_name(d) for d, _ in pairs if not carries_signal(d)],
+        [row_name(d) for d, _ in whole if not carries_signal(d)],
         _root(variances),
         _root([None if error is None else (error / len(shares)) ** 2 for _, error in shares]) if shares else None,
     )
+
+
+def by_task(scores: Sequence[TaskScore]) -> list[TaskScore]:
+    """Scores with the rows of a benchmark that has several, each a mean of tasks, as one: the mean over all tasks.
+
+    value = Σ_g n_g value_g / Σ_g n_g, n_g the tasks of row g; stderr = √Σ (n_g stderr_g)² / Σ n_g. Rows of which a
+    record does not say which items were right count as one task each.
+    """
+    groups: dict[tuple[str, str, str], list[TaskScore]] = {}
+    for score in scores:  # the perplexities of several texts stay as they are
+        groups.setdefault((score.task, "" if score.is_share else score.group, score.metric), []).append(score)
+    return [_one(rows) if len(rows) > 1 else rows[0] for rows in groups.values()]
+
+
+def _one(rows: Sequence[TaskScore]) -> TaskScore:
+    sizes = [max(1, len(row.right)) for row in rows]
+    kept = all(row.right for row in rows)
+
+    def weighed(name: str) -> float | None:
+        values = [getattr(row, name) for row in rows]
+        return None if None in values else sum(
+            size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
+
+    errors = [row.stderr for row in rows]
+    return rows[0].model_copy(update={
+        "group": rows[0].task, "value": weighed("value"), "chance": weighed("chance"),
+        "stderr": None if None in errors else math.hypot(
+            *(size * (error or 0.0) for size, error in zip(sizes, errors, strict=True))) / sum(sizes),
+        "items": sum(row.items for row in rows),
+        "right": [text for row in rows for text in row.right] if kept else []})
 
 
 def _pairs(dense: Sequence[TaskScore], pruned: Sequence[TaskScore]) -> list[tuple[TaskScore, TaskScore]]:
