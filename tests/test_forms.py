@@ -124,6 +124,13 @@ def test_bitsandbytes_is_turned_back(bits: int, error: float, wide: Path, tmp_pa
     check_turned_back(tmp_path / "stored", wide, tmp_path / "out", error, "bitsandbytes")
 
 
+def test_attention_without_float32_is_refused() -> None:
+    model = tiny_llama()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(KDPruneError, match="attention by flash_attention_2, which has no float32"):
+        load_model(model)
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq", "something new"])
 def test_what_cannot_be_turned_back_is_refused_by_plan_too(method: str, bench: Bench, tmp_path: Path) -> None:
     shutil.copytree(bench.model, tmp_path / "model")

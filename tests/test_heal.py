@@ -184,7 +184,11 @@ def test_copies_of_weights_are_no_activations() -> None:
     assert 0 < found < 1.2 * activation_bytes(model, batch)
 
 
-def test_healing_ends_where_held_out_rows_gain_nothing_and_keeps_what_was_best() -> None:
+def test_healing_ends_where_held_out_rows_gain_nothing_and_keeps_what_was_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # In one precision throughout: looks on the way are in bfloat16 where the processor has it, the last in float32.
+    monkeypatch.setattr("kdprune.run.heal.computes_in", lambda *_: False)
     model = build("llama3")
     _, _, record = healed(
         model, [Substitute(BLOCK, stand_in(3, scale=0.5))], loss="kl", tokens=4000, rate=3e-2, patience=2)

@@ -4,12 +4,14 @@ from functools import partial
 from typing import ClassVar
 
 import pytest
+import torch
 from families import CONFIGS, EARLIER_FAMILIES, TRIED, build
 from methods import FORMS, REFUSED, STOCK, quick
 
 from kdprune.methods import METHODS
-from kdprune.testing import MethodContract
-from kdprune.testing.method import MethodCase
+from kdprune.model.surgery import apply_edits
+from kdprune.testing import MethodContract, logits_of
+from kdprune.testing.method import MethodCase, run_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # What these make follows from how layers are wired: contexts, merged weights, narrower layers and streams.
@@ -49,3 +51,20 @@ class TestMethods(MethodContract):
     def check_it_is_finite_and_smaller_by_the_ratio(self, case: MethodCase) -> None:
         super().check_it_is_finite_and_smaller_by_the_ratio(case)
         assert (type(case.pruned.model) is type(case.pruned.dense)) == (case.method in STOCK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_on_an_accelerator(form: str, dtype: torch.dtype) -> None:
+    """What it makes there is whole, and in float32 what it makes on the host, but for what is trained in bfloat16."""
+    model = build("llama3").to("cuda", dtype)
+    pruned = apply_edits(model, run_method(quick(form), model).edits)
+    assert {parameter.device.type for parameter in pruned.parameters()} == {"cuda"}
+    assert all(parameter.is_contiguous() for parameter in pruned.parameters())
+    found = logits_of(pruned).float().cpu()
+    assert found.isfinite().all()
+    if dtype == torch.float32:
+        host = build("llama3")
+        expected = logits_of(apply_edits(host, run_method(quick(form), host).edits))
+        assert (found - expected).norm() < 0.05 * expected.norm()

@@ -284,6 +284,18 @@ def test_no_layer_in_front_of_a_candidate_is_run_again() -> None:
     assert calls == [1, 1, 0, 1 + 1, 2, 3]
 
 
+def test_rows_with_many_logits_go_through_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = build("llama3"), padded_tokens(rows=5)
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(len(logits)))
+    expected = losses_without(model, tokens, [], [1, 3], 16)
+    assert max(seen) == 5
+    monkeypatch.setattr("kdprune.evaluation.perplexity.LOGITS", 2 * tokens.ids.shape[1] * model.config.vocab_size)
+    seen.clear()
+    assert losses_without(model, tokens, [], [1, 3], 16) == pytest.approx(expected, rel=1e-6)
+    assert max(seen) == 2
+
+
 def test_a_loss_that_is_not_a_number_is_infinite() -> None:
     model, tokens = build("llama3"), padded_tokens(rows=3)
     with torch.no_grad():

@@ -287,6 +287,7 @@ def test_sizes_are_counted_before_they_are_made(name: str) -> None:
     widths = method.widths(model)
     small = pruned(model, method)
     assert set(widths) == {24}
+    assert {weight.dtype for edit in method(model, tokens()).edits for weight in edit.weights.values()} == {model.dtype}  # type: ignore[union-attr]
     assert StreamSize.of(model).parameters(widths) == small.num_parameters()
     assert small.get_input_embeddings().weight.shape[1] == 24
     assert small.config.hidden_size == WIDTH

@@ -18,6 +18,7 @@ from kdprune.model.families import decoder_layers
 from kdprune.model.surgery import (
     Drop,
     Edit,
+    Rewrite,
     Substitute,
     apply_edits,
     context_layer,
@@ -116,6 +117,17 @@ def test_edits_are_data(tiny_model: Build) -> None:
         if isinstance(edit, Substitute):
             nn.init.ones_(edit.stand_in.readout.weight)
     assert torch.equal(logits(pruned), before)
+
+
+def test_new_weights_lie_as_loaded_ones_do(tiny_model: Build) -> None:
+    """Row by row, whatever they were read from."""
+    model = tiny_model("llama3")
+    name, old = "mlp.down_proj.weight", decoder_layers(model)[1].mlp.down_proj.weight
+    turned = torch.randn(old.shape[::-1]).T
+    new = decoder_layers(apply_edits(model, [Rewrite(1, {name: turned})]))[1].mlp.down_proj.weight
+    assert not turned.is_contiguous()
+    assert new.is_contiguous()
+    assert torch.equal(new, turned)
 
 
 def test_pruning_twice_is_pruning_once(tiny_model: Build) -> None:

@@ -190,6 +190,9 @@ def check_loaded(model: Any) -> None:
     if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise KDPruneError("got a model that holds an adapter (LoRA), expected plain weights; merge it first: "
                            "PeftModel.merge_and_unload(), or model.delete_adapter(name)")
+    if "flash" in (attention := str(getattr(model.config, "_attn_implementation", None))):
+        raise KDPruneError(f"got a model with attention by {attention}, which has no float32, in which layers are "
+                           "fitted; expected torch's: load it with attn_implementation='sdpa'")
     if (method := quantised_by(model)) is not None:
         raise KDPruneError(f"got a loaded model that is quantised with {method}, expected full precision; give its "
                            "directory or hub id, which is turned back where that can be, or the model it was made from")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -115,7 +116,8 @@ def states_by_ways(
     def through(module: nn.Module, index: int, number: int) -> None:
         """Takes a way's states through a layer, or what stands in its place and is given what it would be."""
         for batch, state in enumerate(states[number]):
-            args, kwargs = arguments[batch][index]
+            # A stand-in has no hook that would fetch rotations from the device where they were made.
+            args, kwargs = send_to_device(arguments[batch][index], device)
             found = state_of(module(state.to(device), *args, **kwargs))
             states[number][batch] = found.cpu() if streamed else found
 

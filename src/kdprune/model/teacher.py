@@ -25,13 +25,11 @@ class Targets:
 
     Attributes:
         log_probabilities: log p of the k most probable tokens, float32 (n, k).
-        ids: these tokens, int64 (n, k).
-        whole: whether k is the whole vocabulary.
+        ids: these tokens, int64 (n, k); None: all of the vocabulary, in its order.
     """
 
     log_probabilities: Tensor
-    ids: Tensor
-    whole: bool
+    ids: Tensor | None
 
     def divergence(self, logits: Tensor) -> Tensor:
         """Summed KL(p‖q) in nats, all tokens but the k most probable ones taken as one.
@@ -43,9 +41,10 @@ class Targets:
             logits: of the other model at the same positions, (n, V).
         """
         logits = logits.float()
-        found = logits.gather(-1, self.ids) - logits.logsumexp(-1, keepdim=True)
+        known = logits if self.ids is None else logits.gather(-1, self.ids)
+        found = known - logits.logsumexp(-1, keepdim=True)
         total = functional.kl_div(found, self.log_probabilities, log_target=True, reduction="sum")
-        if not self.whole:
+        if self.ids is not None:
             p, q = _log_rest(self.log_probabilities), _log_rest(found)
             total = total + (p.exp() * (p - q)).sum()
         return total
@@ -63,7 +62,8 @@ class Teacher:
         dense: the model.
         rows: the rows, N of T tokens.
         top: k, how many tokens of a distribution are told apart; None, or more than there are: the vocabulary.
-        keep: numbers of the rows whose distributions are kept, because they are asked for again: T·k·8 bytes each.
+        keep: numbers of the rows whose distributions are kept, because they are asked for again: T·k·8 bytes each,
+            half of it for the whole vocabulary.
         folder: where they are kept if they are too much for memory; None: they are computed again then.
         final: the model's states behind its last layer. Of rows that are there no layer is run; those of the others are
             put there.
@@ -77,7 +77,8 @@ class Teacher:
         self.dense, self.rows, self.top = dense, rows, min(top or vocabulary, vocabulary)
         self.whole, self.final = self.top == vocabulary, final
         keep = torch.empty(0, dtype=torch.long) if keep is None else keep.unique()
-        shape = (len(keep), rows.ids.shape[1], 2 * self.top)  # float32 holds ids up to 2²⁴ as they are
+        # Beside log p its tokens (float32 holds ids up to 2²⁴ as they are), but for the whole vocabulary's.
+        shape = (len(keep), rows.ids.shape[1], self.top if self.whole else 2 * self.top)
         much = math.prod(shape) * 4 > KEPT
         self.place = torch.full((len(rows),), -1)  # of a row among those that are kept
         self.kept: States | None = None
@@ -129,17 +130,21 @@ class Teacher:
 
     @torch.no_grad()
     def _compute(self, numbers: Tensor, mask: Tensor) -> Tensor:
-        """log p and ids beside each other, (n, 2k)."""
+        """log p and ids beside each other, (n, 2k); of the whole vocabulary log p, (n, k)."""
         logits = self.logits(numbers)
         rows = logits[mask.to(logits.device)]
         parts = []
         for part in rows.split(max(1, SLICE // rows.shape[-1])):
             log_probabilities = part.float().log_softmax(-1)
-            values, ids = log_probabilities.topk(self.top, -1) if not self.whole else (
-                log_probabilities, torch.arange(self.top, device=rows.device).expand_as(log_probabilities))
-            parts.append(torch.cat([values, ids.float()], -1))
+            if not self.whole:
+                values, ids = log_probabilities.topk(self.top, -1)
+                log_probabilities = torch.cat([values, ids.float()], -1)
+            parts.append(log_probabilities)
         return torch.cat(parts)
 
     def _targets(self, packed: Tensor) -> Targets:
-        log_probabilities, ids = packed.to(input_device(self.dense)).split(self.top, -1)
-        return Targets(log_probabilities, ids.long(), self.whole)
+        packed = packed.to(input_device(self.dense))
+        if self.whole:
+            return Targets(packed, None)
+        log_probabilities, ids = packed.split(self.top, -1)
+        return Targets(log_probabilities, ids.long())

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,7 +79,9 @@ def set_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str) ->
         old, holder = known[name], module.get_submodule(owner)
         settle(holder)
         nowhere = old.is_meta and not hasattr(old, SOURCE)  # narrowed without having been read
-        weight = weight.detach().to(device=device_of(module if nowhere else holder), dtype=old.dtype).clone()
+        # Row by row, as a loaded one lies: products of the other order may differ in their last bits.
+        weight = weight.detach().to(device=device_of(module if nowhere else holder), dtype=old.dtype).clone(
+            memory_format=torch.contiguous_format)
         setattr(holder, leaf, nn.Parameter(weight, old.requires_grad))
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.models import evaluating
+from kdprune.evaluation.perplexity import default_batch
 from kdprune.methods.common.method import Method
 from kdprune.model.families import decoder_layers
 from kdprune.model.losses import language_loss, language_loss_of, mean_loss
@@ -239,10 +240,11 @@ def asked_again(numbers: Tensor, settings: Heal) -> Tensor:
 @torch.no_grad()
 def _measured(model: PreTrainedModel, teacher: Teacher, settings: Heal) -> tuple[float, float]:
     """The loss that is trained on, of all tokens of the vocabulary, and the next-token loss, on the teacher's rows."""
-    language = mean_loss(model, teacher.rows, settings.batch)
+    batch = min(settings.batch, default_batch(model, teacher.rows.ids.shape[1], copies=2))
+    language = mean_loss(model, teacher.rows, batch)
     if settings.loss == "lm":
         return language, language
-    return mean_objective(teacher.divergence, model, teacher.rows, settings.batch), language
+    return mean_objective(teacher.divergence, model, teacher.rows, batch), language
 
 
 def put_in(pruned: PreTrainedModel, dense: PreTrainedModel, edits: Sequence[Edit]) -> list[str]:

@@ -70,7 +70,9 @@ class Session:
         self.seed, self.stages, self.resources, self._source = seed, stages, resources, model
         dtype = None if isinstance(model, PreTrainedModel) else dtype
         self._warned, self._before = False, (host_peak_bytes(), device_peak_bytes())
-        self.memory, self._place = resources.memory(device), resolve_device(device)
+        stays = isinstance(model, PreTrainedModel) and device == "auto" and model.device.type != "meta"
+        place = str(model.device) if stays else device  # type: ignore[union-attr]  # a loaded model
+        self.memory, self._place = resources.memory(place), resolve_device(place)
         if resources.load_in is not None:
             check_load_in(resources.load_in, model)
         stages.watch = self._watch

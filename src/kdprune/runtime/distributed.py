@@ -51,11 +51,9 @@ class World:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.detach().flatten() for tensor in alike])
-            home = flat.device
-            flat = flat.to(_channel())
+            flat = torch.cat([tensor.detach().flatten().to(_channel()) for tensor in alike])  # from any device
             self._guarded(distributed.all_reduce, flat)
-            for tensor, part in zip(alike, flat.to(home).split([tensor.numel() for tensor in alike]), strict=True):
+            for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 with torch.no_grad():
                     tensor.copy_(part.view_as(tensor))
 

@@ -71,8 +71,8 @@ def peak_memory_bytes() -> int:
 
 
 def device_peak_bytes() -> int:
-    """Most that was allocated on the accelerator, in bytes; 0 without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    """Most that was allocated on each accelerator, added up, in bytes; 0 without one."""
+    return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
 
 
 def host_peak_bytes() -> int:
@@ -101,7 +101,8 @@ def reset_peak_memory() -> bool:
     release_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

@@ -333,7 +333,9 @@ class _FitState:
 
     def keep(self) -> None:
         """Keeps the state, to go back to."""
-        self.kept = _copy(self.state(), self.kept)
+        state = self.state()
+        best = state.pop("best")  # which is put anew where it is, and never written into
+        self.kept = {**_copy(state, self.kept), "best": best}
 
     def restart_slower(self) -> None:
         """Goes back to the state kept last, at half its rate."""

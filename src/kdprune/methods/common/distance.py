@@ -112,8 +112,9 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
 
 def _gather(states: dict[int, Tensor], row: Tensor, column: Tensor) -> Tensor:
     """Chosen tokens of all states: (S, n, d), float64."""
-    return torch.stack([states[index][row.to(state.device), column.to(state.device)].double()
-                        for index, state in sorted(states.items())])
+    devices = {state.device for state in states.values()}
+    places = {device: (row.to(device), column.to(device)) for device in devices}
+    return torch.stack([state[places[state.device]].double() for _, state in sorted(states.items())])
 
 
 def _cosines(states: Tensor) -> Tensor:

@@ -228,13 +228,14 @@ def _draw_kernel(this: Fit) -> tuple[FourierFeatures, Tensor]:
 def _new_inverse(this: Fit) -> InverseNetwork:
     shape, generator = this.shape, this.draw
     entries = (this.fitting.stand_in.lift if shape.hidden else this.fitting.stand_in.readout).in_features
-    inverse = InverseNetwork(entries, shape.hidden, shape.width).to(this.fitting.device)
+    inverse = InverseNetwork(entries, shape.hidden, shape.width)
     if inverse.lift is not None:
         # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
-        # for inputs of norm √(2m), would leave it linear and its read-out enormous.
+        # for inputs of norm √(2m), would leave it linear and its read-out enormous. Draws are
+        # the host's.
         nn.init.normal_(inverse.lift.weight, generator=generator)
         nn.init.normal_(inverse.lift.bias, generator=generator)
-    return inverse
+    return inverse.to(this.fitting.device)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.evaluation.perplexity import default_batch
 from kdprune.methods.common.block_data import nearest
 from kdprune.methods.common.budget import check_blocks, layer_sizes, shortest_blocks
 from kdprune.methods.common.distance import measure_distances
@@ -262,7 +263,7 @@ def losses_changed(
 
     What enters a layer is the same whether it is changed or not, so one pass through ``layers`` gives the states in
     front of all changes, and of each model only the layers from the changed one on are run, and the head. Held are the
-    states of one batch.
+    states of one batch, of fewer rows where the logits of ``batch_size`` would be many.
 
     Args:
         layers: that the model is run with, in place of its own.
@@ -271,7 +272,7 @@ def losses_changed(
     """
     places = {place for place, _ in changes.values()}
     totals, scored = dict.fromkeys(changes, 0.0), 0
-    for batch in tokens.batches(batch_size):
+    for batch in tokens.batches(min(batch_size, default_batch(model, tokens.ids.shape[1]))):
         # recorded() comes last: inside, places are the layers' indices.
         with (layers_replaced(model, layers), standing_in(layers[max(places):], let_pass),
               recorded(model, places) as states):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
+from kdprune.evaluation.perplexity import default_batch
 from kdprune.methods.common.budget import layer_sizes
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.peers.drop import DropMethod, cheapest_layers, runs
@@ -227,7 +228,8 @@ class Judge:
         """Mean KL(dense‖without) in nats over the real tokens of the rows with these numbers, of every candidate;
         infinite where it is not a number."""
         totals, layers = [0.0] * len(candidates), list(decoder_layers(self._model))
-        for part in numbers.split(self._batch_size):
+        size = min(self._batch_size, default_batch(self._model, self._tokens.ids.shape[1], copies=2))
+        for part in numbers.split(size):
             batch = self._tokens.select(part)
             targets = self._teacher(part, batch.mask)
             fresh = len(part) if self._teacher.kept is None else int((~self._seen[part]).sum())

@@ -21,6 +21,7 @@ from kdprune.model.families import decoder_layers, family_of, own_channels
 from kdprune.model.structures import StructurePart, attention_parts, has_joined_heads, mlp_parts, refuse_experts
 from kdprune.model.surgery import Resize, check_model
 from kdprune.options import option
+from kdprune.runtime.distributed import world
 from kdprune.runtime.run import Run
 
 
@@ -136,7 +137,8 @@ class LLMPruner(Method):
                 width = {"groups": kept.groups} if kept.channels is None else dataclasses.asdict(kept)
                 for parts, count in zip(_parts(model, layer), width.values(), strict=True):
                     score = torch.stack([part.total(layer, saliency) for part in parts]).sum(0)
-                    chosen = score.argsort(descending=True, stable=True)[:count].cpu()
+                    # The first process's: gradients may differ in their last bits from one to the next.
+                    chosen = world().broadcast(score.argsort(descending=True, stable=True)[:count].cpu())
                     for part in parts:
                         weights |= part.select(layer, chosen)
                 edits.append(Resize(index, width, weights))

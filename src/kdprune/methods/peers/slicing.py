@@ -1,7 +1,7 @@
 """The residual stream in principal components: sizes, rotations cut by cut, and the layers that result (SliceGPT)."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,8 +221,13 @@ def sliced_edits(model: PreTrainedModel, rotations: Sequence[Tensor]) -> list[Re
         if not parallel:
             weights["kdp_attention_shortcut.weight"] = b.T @ a
         weights["kdp_mlp_shortcut.weight"] = c.T @ b
-        edits.append(Resize(index, {"states": sizes}, weights))
+        edits.append(Resize(index, {"states": sizes}, _stored(weights, model)))
     return edits
+
+
+def _stored(weights: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """In the model's dtype, which they get in the end: in float64 all of them would take several times its memory."""
+    return {name: weight.to(model.dtype) for name, weight in weights.items()}
 
 
 def _turned(projection: Projection, before: Tensor | None, behind: Tensor | None) -> Projection:
@@ -243,7 +248,7 @@ def _outside(model: PreTrainedModel, rotation: Tensor) -> Resize:
         table = model.get_parameter(f"{path}.weight").detach().double()
         weights[f"{path}.weight"] = centred(table, norm) @ rotation
     name, head = _head(model)
-    return Resize(None, {}, weights | named(name, head, behind_norm(read(head), norm, family)))
+    return Resize(None, {}, _stored(weights | named(name, head, behind_norm(read(head), norm, family)), model))
 
 
 def _head(model: PreTrainedModel) -> tuple[str, nn.Module]:
