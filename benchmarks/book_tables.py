@@ -9,6 +9,7 @@ from typing import Any
 
 from book_records import Page, Section
 
+from kdprune.methods import METHODS
 from kdprune.report import summary
 from kdprune.report.comparison_records import Comparison, Row, Stat
 from kdprune.report.comparison_table import cells, stat, title_of
@@ -32,9 +33,9 @@ def mean(found: Stat | None) -> float | None:
 
 
 def title(found: Iterable[Comparison], name: str) -> str:
-    """A variant as tables show it: a method's title and name, or what is typed for one with options."""
+    """A variant as tables show it: a method's title, and what is typed for one with options."""
     if ":" in name:
-        return f"`{name}`"
+        return f"{METHODS[name.partition(':')[0]].title} `{name}`"
     return next(title_of(row) for comparison in found if (row := comparison.row(name)))
 
 
