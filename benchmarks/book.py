@@ -182,7 +182,8 @@ def files(page: Page, leave_out: Sequence[str] = ()) -> dict[Path, str]:
             made |= _readme(page, "\n".join(body.splitlines()[: 2 + rows]))
     notes = page.results / f"{page.name}-notes.md"
     said = f"\n{notes.read_text(encoding='utf-8').strip()}\n" if notes.is_file() else ""
-    head = [f"# {spec['title']}", spec["asks"].strip(), f"    python benchmarks/book.py run {page.name} --folder FOLDER"]
+    command = f"    python benchmarks/book.py run {page.name} --folder FOLDER"
+    head = [f"# {spec['title']}", spec["asks"].strip(), command]
     made[page.results / f"{page.name}.md"] = "\n\n".join([*head, *parts]) + "\n" + said
     return made
 

@@ -50,7 +50,7 @@ def test_p_under_no_difference_and_under_a_clear_one() -> None:
 
 def score(group: str, value: float, right: list[str], chance: float | None = 0.5, **changes: object) -> TaskScore:
     return TaskScore.model_validate({
-        "task": "t", "group": group, "metric": "acc", "value": value, "stderr": 0.01, "chance": chance,
+        "task": group, "group": group, "metric": "acc", "value": value, "stderr": 0.01, "chance": chance,
         "items": sum(map(len, right)), "higher_is_better": True, "right": right, **changes})
 
 

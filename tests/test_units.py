@@ -99,10 +99,19 @@ def test_results_run_in_fewer_bits(form: str, bits: str, results: tuple[int, dic
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     width, folders = results
+    if bits == "4bit" and unit_of(width) < 64 and _packs_on_use():
+        pytest.skip("this processor's 4-bit kernels want multiples of 64, which smaller models do not have")
     maps, error = in_fewer_bits(folders[form], bits)
     assert 0 < error < 1.5 * in_fewer_bits(folders["dense"], bits)[1]
     if bits == "4bit" and unit_of(width) == 64:
         _check_packed(maps)
+
+
+def _packs_on_use() -> bool:
+    """Whether bitsandbytes packs 4-bit weights when they are used first: on processors with bfloat16 instructions."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    return bool(has_avx512bf16())
 
 
 def in_fewer_bits(folder: Path, bits: str) -> tuple[list[Any], float]:

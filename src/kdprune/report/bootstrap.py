@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdprune.errors import KDPruneError
-from kdprune.report.retention import carries_signal
+from kdprune.report.retention import by_task, carries_signal
 from kdprune.report.task_records import TaskScore
 
 RESAMPLES = 10_000
@@ -79,6 +79,8 @@ def lead(
     Returns None where a record does not say which items were right (runs older than that), or no row carries signal.
     Raises KDPruneError where the two did not answer the same items.
     """
+    if above_chance:  # where a benchmark counts once
+        dense, first, second = by_task(dense), [by_task(one) for one in first], [by_task(one) for one in second]
     weights = _weights(dense, above_chance)
     sides = [[_items(scores, weights) for scores in method] for method in (first, second)]
     if not weights or not all(sides) or any(found is None for side in sides for found in side):
