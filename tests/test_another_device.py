@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(
-    not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="torch knows no devices made in Python")
+    not hasattr(registration, "_setup_privateuseone_for_python_backend"), reason="torch has no such devices")
 @pytest.mark.parametrize("families", [
     ["llama3"], pytest.param(["gpt2", "gemma3", "falcon", "opt", "bloom", "mixtral"], marks=pytest.mark.slow)])
 def test_all_that_runs_there_stays_there(families: list[str], bench: Bench, tmp_path: Path) -> None:
