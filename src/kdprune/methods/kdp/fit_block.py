@@ -231,8 +231,8 @@ def _new_inverse(this: Fit) -> InverseNetwork:
     inverse = InverseNetwork(entries, shape.hidden, shape.width)
     if inverse.lift is not None:
         # ‖φ‖ = 1, so entries of unit variance give the hidden layer inputs of unit variance; torch's usual start, made
-        # for inputs of norm √(2m), would leave it linear and its read-out enormous. Draws are
-        # the host's.
+        # for inputs of norm √(2m), would leave it linear and its read-out enormous. The
+        # generator is the host's, as of all draws.
         nn.init.normal_(inverse.lift.weight, generator=generator)
         nn.init.normal_(inverse.lift.bias, generator=generator)
     return inverse.to(this.fitting.device)
