@@ -7,12 +7,11 @@ import sys
 from typing import Any
 
 import torch
-from methods import FORMS, QUICK
+from methods import FORMS, QUICK, taken
 from safetensors.torch import save_file
 from tiny_checkpoint import CONTEXT
 
 import kdprune
-from kdprune.methods import METHODS
 from kdprune.runtime.distributed import world
 
 ROWS = 40  # batches hold 16 rows: both processes have some
@@ -30,10 +29,9 @@ def main(checkpoint: str, file: str) -> None:
     ids[::3, 20:], mask[::3, 20:] = 0, 0
     text = {"input_ids": ids, "attention_mask": mask}
     for form, (name, options) in {**FORMS, **MORE}.items():
-        fields = METHODS[name].__dataclass_fields__
-        quick = {key: value for key, value in {**QUICK, "ratio": 0.2}.items() if key in fields}
         result = kdprune.prune(
-            checkpoint, method=name, calibration=text, heldout=text, device="cpu", **{**quick, **options})
+            checkpoint, method=name, calibration=text, heldout=text, device="cpu",
+            **{**taken(name, QUICK), "ratio": 0.2, **options})
         if world().first:
             state = {key: value.clone() for key, value in result.model.state_dict().items()}
             save_file(state, f"{file}-{form}.safetensors")

@@ -43,6 +43,9 @@ STOCK = {
 def quick(form: str, **options: Any) -> Method:
     """A method at settings that take no time, for a ratio that every tiny model can reach."""
     name, own = FORMS[form]
-    names = METHODS[name].__dataclass_fields__
-    given = {"ratio": 0.2, **QUICK, **own, **options}
-    return METHODS[name](**{key: value for key, value in given.items() if key in names})
+    return METHODS[name](**taken(name, {"ratio": 0.2, **QUICK, **own, **options}))
+
+
+def taken(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the method has."""
+    return {key: value for key, value in options.items() if key in METHODS[method].__dataclass_fields__}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from families import build
-from methods import FORMS, QUICK, quick
+from methods import FORMS, QUICK, quick, taken
 from other_device import PLACE, accelerator, moved
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kdprune
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.tasks import run_suite
-from kdprune.methods import METHODS
 from kdprune.model.surgery import apply_edits
 from kdprune.run import heal
 from kdprune.runtime import machine
@@ -66,8 +65,7 @@ def of_run(name: str) -> float:
     mask = torch.ones_like(ids)
     ids[::3, 20:], mask[::3, 20:] = 0, 0
     text = {"input_ids": ids, "attention_mask": mask}
-    own = {key: value for key, value in QUICK.items() if key in METHODS[method].__dataclass_fields__}
-    given = {"ratio": 0.2, "method": method, "calibration": text, "heldout": text, **own, **options}
+    given = {"ratio": 0.2, "method": method, "calibration": text, "heldout": text, **taken(method, QUICK), **options}
     expected = kdprune.prune(build("llama3"), device="cpu", **given).metrics["perplexity"]
     with accelerator():
         found = kdprune.prune(moved(build("llama3")), **given).metrics["perplexity"]

@@ -75,9 +75,10 @@ def default_stride(window: int) -> int:
     return max(1, window // 2)
 
 
-def default_batch(model: PreTrainedModel, window: int, copies: int = 1) -> int:
-    """Windows a forward pass, so that their logits fit, or so many copies of them."""
-    return max(1, LOGITS // (copies * window * vocabulary_size(model)))
+def default_batch(model: PreTrainedModel, window: int, copies: int = 1, most: int | None = None) -> int:
+    """Windows a forward pass, so that their logits fit, or so many copies of them; no more than ``most``."""
+    fit = max(1, LOGITS // (copies * window * vocabulary_size(model)))
+    return fit if most is None else min(fit, most)
 
 
 def window_sums(

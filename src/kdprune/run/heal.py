@@ -240,7 +240,7 @@ def asked_again(numbers: Tensor, settings: Heal) -> Tensor:
 @torch.no_grad()
 def _measured(model: PreTrainedModel, teacher: Teacher, settings: Heal) -> tuple[float, float]:
     """The loss that is trained on, of all tokens of the vocabulary, and the next-token loss, on the teacher's rows."""
-    batch = min(settings.batch, default_batch(model, teacher.rows.ids.shape[1], copies=2))
+    batch = default_batch(model, teacher.rows.ids.shape[1], copies=2, most=settings.batch)
     language = mean_loss(model, teacher.rows, batch)
     if settings.loss == "lm":
         return language, language

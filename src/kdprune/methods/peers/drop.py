@@ -272,7 +272,7 @@ def losses_changed(
     """
     places = {place for place, _ in changes.values()}
     totals, scored = dict.fromkeys(changes, 0.0), 0
-    for batch in tokens.batches(min(batch_size, default_batch(model, tokens.ids.shape[1]))):
+    for batch in tokens.batches(default_batch(model, tokens.ids.shape[1], most=batch_size)):
         # recorded() comes last: inside, places are the layers' indices.
         with (layers_replaced(model, layers), standing_in(layers[max(places):], let_pass),
               recorded(model, places) as states):

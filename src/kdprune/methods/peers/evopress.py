@@ -228,7 +228,7 @@ class Judge:
         """Mean KL(dense‖without) in nats over the real tokens of the rows with these numbers, of every candidate;
         infinite where it is not a number."""
         totals, layers = [0.0] * len(candidates), list(decoder_layers(self._model))
-        size = min(self._batch_size, default_batch(self._model, self._tokens.ids.shape[1], copies=2))
+        size = default_batch(self._model, self._tokens.ids.shape[1], copies=2, most=self._batch_size)
         for part in numbers.split(size):
             batch = self._tokens.select(part)
             targets = self._teacher(part, batch.mask)
