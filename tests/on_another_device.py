@@ -1,4 +1,4 @@
-"""Run by test_another_device.py: methods, healing, tasks and sums on a device that refuses tensors of the host.
+"""Run by test_another_device.py: methods, healing, tasks and sums on devices that refuse each other's tensors.
 
 Arguments: a checkpoint with tokenizer, a folder with tasks' rows, and families; a line each of what was tried: its name
 and the relative difference from what the host gives, or what was raised.
@@ -8,18 +8,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from families import build
 from methods import FORMS, QUICK, quick, taken
-from other_device import PLACE, accelerator, moved
+from other_device import PLACE, accelerator, moved, spread
 from torch import distributed
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kdprune
 from kdprune.errors import KDPruneError
 from kdprune.evaluation.tasks import run_suite
+from kdprune.methods import METHODS
+from kdprune.model.placement import input_device
 from kdprune.model.surgery import apply_edits
 from kdprune.run import heal
 from kdprune.runtime import machine
@@ -33,6 +36,8 @@ RUNS = {
     "lora": ("shortgpt", {"heal": "lm", "heal_tokens": 400}), "paper": ("kdp", {"preset": "paper"}),
 }
 
+Placed = Callable[[PreTrainedModel], PreTrainedModel]
+
 
 def tried(name: str, difference: Callable[[], float]) -> None:
     """Prints a line."""
@@ -44,22 +49,22 @@ def tried(name: str, difference: Callable[[], float]) -> None:
         print(f"{name}: {error!r} at {' '.join(own[-3:])}", flush=True)
 
 
-def of_method(form: str, family: str) -> float:
-    def logits(device: torch.device) -> torch.Tensor:
-        model = build(family)
-        if device == PLACE:
-            moved(model)
-        pruned = apply_edits(model, run_method(quick(form), model).edits)
-        assert {parameter.device for parameter in pruned.parameters()} == {device}
-        return pruned(IDS.to(device)).logits.detach().cpu()
-
-    expected = logits(torch.device("cpu"))
+def of_method(form: str, family: str, place: Placed) -> float:
+    expected = logits(form, build(family))
     with accelerator():
-        found = logits(PLACE)
+        found = logits(form, place(build(family)))
     return float((found - expected).norm() / expected.norm())
 
 
-def of_run(name: str) -> float:
+def logits(form: str, model: PreTrainedModel) -> torch.Tensor:
+    """Of the model pruned, which is where the model was."""
+    places = {parameter.device for parameter in model.parameters()}
+    pruned = apply_edits(model, run_method(quick(form), model).edits)
+    assert {parameter.device for parameter in pruned.parameters()} <= places
+    return pruned(IDS.to(input_device(model))).logits.detach().cpu()
+
+
+def of_run(name: str, place: Placed) -> float:
     method, options = RUNS[name]
     ids = torch.randint(3, 64, (40, 24), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -68,7 +73,7 @@ def of_run(name: str) -> float:
     given = {"ratio": 0.2, "method": method, "calibration": text, "heldout": text, **taken(method, QUICK), **options}
     expected = kdprune.prune(build("llama3"), device="cpu", **given).metrics["perplexity"]
     with accelerator():
-        found = kdprune.prune(moved(build("llama3")), **given).metrics["perplexity"]
+        found = kdprune.prune(place(build("llama3")), **given).metrics["perplexity"]
     return abs(found["pruned"] / expected["pruned"] - 1) + abs(found["divergence"] / expected["divergence"] - 1)
 
 
@@ -96,14 +101,16 @@ def main(checkpoint: str, data: str, *families: str) -> None:
     # In float32 on both sides: there is no autocast on the device.
     machine.computes_in = heal.computes_in = lambda *_: False
     for family in families:
-        for form in FORMS:
+        for form, (method, _) in FORMS.items():
             try:
                 quick(form).check(build(family), CALIBRATION)
             except KDPruneError:
                 continue
-            tried(f"{form} of {family}", lambda form=form, family=family: of_method(form, family))
+            for place in (moved, spread) if METHODS[method].spreads else (moved,):
+                tried(f"{form} of {family}, {place.__name__}", partial(of_method, form, family, place))
     for name in RUNS:
-        tried(f"run {name}", lambda name=name: of_run(name))
+        tried(f"run {name}", partial(of_run, name, moved))
+    tried("run kdp, spread", partial(of_run, "kdp", spread))
     tried("tasks", lambda: of_tasks(Path(checkpoint), Path(data)))
     tried("sums", of_sums)
 

@@ -1,4 +1,4 @@
-"""An accelerator that is none, for tests: a device whose tensors are computed on the host.
+"""Accelerators that are none, for tests: devices whose tensors are computed on the host.
 
 As on a GPU, an operation refuses operands of two devices (but for numbers, copies, and indices on the host), and a draw
 a generator of another one. What is not as on a GPU: no memory of its own (nothing can be saved from it), no autocast,
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torch.utils.backend_registration as registration
+from accelerate import dispatch_model
+from device_maps import device_map
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -46,17 +48,17 @@ INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, a
 
 
 class There(Tensor):
-    """A tensor of the device, around the one of the host that has its values."""
+    """A tensor of a device, around the one of the host that has its values."""
 
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> "There":
+    def __new__(cls, held: Tensor, place: torch.device) -> "There":
         return Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=PLACE, requires_grad=held.requires_grad)
+            device=place, requires_grad=held.requires_grad)
 
-    def __init__(self, held: Tensor):
+    def __init__(self, held: Tensor, place: torch.device):
         self.held = held
 
     def __repr__(self) -> str:
@@ -73,35 +75,43 @@ class There(Tensor):
 def _computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What the operation gives, of the host's tensors, put where it belongs."""
     leaves = tree_flatten((args, kwargs))[0]
-    there = any(isinstance(leaf, There) for leaf in leaves)
-    onto = there if kwargs.get("device") is None else torch.device(kwargs["device"]).type == NAME
+    there = next((leaf.device for leaf in leaves if isinstance(leaf, There)), None)
+    onto = there if kwargs.get("device") is None else _place(kwargs["device"])
     if there and function not in COPIES:
         _check(function, args, leaves)
     if onto and any(isinstance(leaf, torch.Generator) for leaf in leaves):
-        raise RuntimeError(f"{function}: expected a generator of the device {NAME}, got one of the host")
+        raise RuntimeError(f"{function}: expected a generator of the device {onto}, got one of the host")
     host_args, host_kwargs = tree_map(lambda leaf: leaf.held if isinstance(leaf, There) else leaf, (args, kwargs))
     if kwargs.get("device") is not None:
         host_kwargs["device"] = torch.device("cpu")
     if function is aten.histc.default:  # of integers it counts on accelerators alone
-        return There(function(host_args[0].float(), *host_args[1:], **host_kwargs).to(host_args[0].dtype))
+        return There(function(host_args[0].float(), *host_args[1:], **host_kwargs).to(host_args[0].dtype), onto)
     found = function(*host_args, **host_kwargs)
     if function is aten.copy_.default:
         return args[0]
-    if not onto:
+    if onto is None:
         return found
-    made = tree_map(lambda value: There(value) if type(value) is Tensor else value, found)
+    made = tree_map(lambda value: There(value, onto) if type(value) is Tensor else value, found)
     return return_and_correct_aliasing(function, args, kwargs, made) if there and function not in COPIES else made
 
 
+def _place(device: Any) -> torch.device | None:
+    """Which of the devices; None: the host."""
+    found = torch.device(device)
+    return torch.device(NAME, found.index or 0) if found.type == NAME else None
+
+
 def _check(function: Any, args: Any, leaves: list[Any]) -> None:
-    """Raises RuntimeError for tensors of the host, of more than one number, among those of the device."""
+    """Raises RuntimeError for tensors of two devices, those of the host that are one number left out."""
     if function in INDEXED:
         indices = tree_flatten(args[1])[0]
-        if not isinstance(args[0], There) and any(isinstance(one, There) for one in indices):
-            raise RuntimeError(f"{function}: a tensor of the host indexed by one of the device")
+        if any(isinstance(one, There) and one.device != args[0].device for one in indices):
+            raise RuntimeError(f"{function}: a tensor on {args[0].device} indexed by one of another device")
         leaves = [args[0], *args[2:]]
-    if any(isinstance(leaf, Tensor) and not isinstance(leaf, There) and leaf.dim() for leaf in leaves):
-        raise RuntimeError(f"{function}: expected all tensors on one device, got some on {NAME}, some on the host")
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    places = {str(leaf.device) for leaf in tensors if leaf.dim() or isinstance(leaf, There)}
+    if len(places) > 1:
+        raise RuntimeError(f"{function}: expected all tensors on one device, got some on {', '.join(sorted(places))}")
 
 
 class _Operations(TorchDispatchMode):
@@ -134,6 +144,12 @@ def accelerator() -> Iterator[None]:
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """The model under accelerate's hooks, every second layer on a second device."""
+    places = [f"{NAME}:0", f"{NAME}:1"]
+    return dispatch_model(model, device_map(model, lambda index: places[index % 2], *places))
 
 
 def moved(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device_maps import device_map
 from families import LAYERS, WIDTH, WIRINGS, build
 from methods import FORMS, quick
 from safetensors.torch import load_file
@@ -42,12 +43,7 @@ SPREAD = (
 
 def mixed(model: PreTrainedModel, disk: bool) -> dict[str, Any]:
     """A device_map: every second layer on disk; or all of the model, embeddings and head too."""
-    path, found = family_of(model).layers, {}
-    for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        inside = name.startswith(f"{path}.")
-        part = ".".join(name.split(".")[: path.count(".") + 2]) if inside else name.rpartition(".")[0]
-        found[part] = "disk" if disk or (inside and int(part.rpartition(".")[2]) % 2) else "cpu"
-    return found
+    return device_map(model, lambda index: "disk" if disk or index % 2 else "cpu", "disk" if disk else "cpu")
 
 
 def placed(folder: Path, model: PreTrainedModel, disk: bool) -> PreTrainedModel:
@@ -221,9 +217,8 @@ def test_layers_on_an_accelerator_and_offloaded(kind: str, tmp_path: Path) -> No
     plain.save_pretrained(tmp_path / "dense")
     second = 1 if torch.accelerator.device_count() > 1 else "cpu"
     places = [0, "cpu", second, "disk", second, 0]
-    device_map = {"model.embed_tokens": 0, "model.norm": second, "lm_head": 0, "model.rotary_emb": 0}
-    device_map |= {f"model.layers.{index}": place for index, place in enumerate(places)}
-    model = load_model(tmp_path / "dense", device_map=device_map, offload_folder=tmp_path / "offloaded")
+    where = device_map(plain, places.__getitem__, 0, second)
+    model = load_model(tmp_path / "dense", device_map=where, offload_folder=tmp_path / "offloaded")
     assert input_device(model) == device_of(decoder_layers(model)[0]) == torch.device(0)
     tokens = CALIBRATION
     for (_, expected), (_, found) in zip(

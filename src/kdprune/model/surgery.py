@@ -319,17 +319,17 @@ def _slots(pruned: PreTrainedModel, edits: Sequence[Drop | Substitute], family: 
             if edit.context is not None:
                 sequence.append(_context_slot(edit.context, pruned, edit))
             elif edit.stand_in is not None:
-                sequence.append(_adapted(edit.stand_in, pruned, layer))
+                sequence.append(edit.stand_in)
     slots = [item for item in sequence if isinstance(item, _Slot)]
     if not slots:
         raise KDPruneError("the blocks take out every layer; keep at least one")
-    _fold_all(sequence, family)
+    _fold_all(sequence, pruned, family)
     return slots
 
 
-def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
-    """Fold every stand-in of ``sequence`` into the layer before it, or into the next if only that one holds none yet;
-    if both hold some, around those of the layer before it."""
+def _fold_all(sequence: Sequence[_Slot | StandIn], model: PreTrainedModel, family: Family) -> None:
+    """Fold a copy of every stand-in of ``sequence`` into the layer before it, or into the next if only that one holds
+    none yet; if both hold some, around those of the layer before it."""
     ends: list[_Slot | StandIn | None] = [None, *sequence, None]
     for before, item, after in zip(ends, sequence, ends[2:], strict=False):
         if isinstance(item, _Slot):
@@ -338,8 +338,9 @@ def _fold_all(sequence: Sequence[_Slot | StandIn], family: Family) -> None:
             raise KDPruneError("two blocks with token-wise stand-ins touch; join them or keep a layer between")
         sides = [(slot, place) for slot, place in ((before, "after"), (after, "before")) if slot is not None]
         slot, place = next((side for side in sides if not isinstance(side[0].layer, FoldedLayer)), sides[0])
-        _fold(slot.layer, item, place, family)
-        follow(item, slot.layer)
+        stand_in = _adapted(item, model, slot.layer)  # the block may have been on another device
+        _fold(slot.layer, stand_in, place, family)
+        follow(stand_in, slot.layer)
 
 
 def _fold(layer: nn.Module, stand_in: StandIn, place: str, family: Family) -> None:
