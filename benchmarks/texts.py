@@ -4,11 +4,11 @@
 
 Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
 in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations; and
-files of some of these kinds alone, of conversations also as messages, for a model's chat template. Held out: the same
-four kinds, of other documents, conversations as messages too, and Python code, of which the calibration text has none:
-modules of the standard library (PSF licence) of the Python that runs this, so that figures on it compare within one
-version. Models have surely been trained on these modules: what a pruned one loses on them is partly what it has
-forgotten by heart.
+files of some of these kinds alone, of conversations also as messages, for a model's chat template, and one with as much
+Python code as there is of each kind of prose besides. Held out: the same four kinds, of other documents, conversations
+as messages too, and code. Code is of the standard library (PSF licence) of the Python that runs this, what is held out
+of other modules, so that figures on it compare within one version. Models have surely been trained on these modules:
+what a pruned one loses on them is partly what it has forgotten by heart.
 """
 
 import json
@@ -32,6 +32,8 @@ MODULES = (
     "zipfile", "statistics", "difflib", "configparser", "tarfile", "string", "ipaddress", "urllib/parse", "calendar",
     "sched", "dataclasses", "logging/handlers", "email/header", "pathlib", "graphlib", "tempfile", "unittest/mock",
     "selectors", "xml/dom/minidom", "queue", "bisect")
+PACKAGES = (
+    "asyncio", "collections", "concurrent/futures", "email", "html", "http", "json", "logging", "unittest", "xml/dom")
 MODULE = 5_000  # characters of each, from the first class or function on: what stands before is prose
 TURNS = 300  # conversations that are held out, the first
 
@@ -70,12 +72,31 @@ def as_messages(some: list[dict[str, str]]) -> str:
         ensure_ascii=False) + "\n" for one in some)
 
 
+def calibration_code() -> list[dict[str, str]]:
+    """Whole modules of the standard library, and pieces of long ones, but for those that are held out."""
+    library, found, left = Path(sysconfig.get_paths()["stdlib"]), [], CALIBRATION
+    held = {module(library, name) for name in MODULES}
+    files = {*library.glob("*.py"), *(file for name in PACKAGES for file in (library / name).glob("*.py"))} - held
+    for file in sorted(files):
+        text = file.read_text(encoding="utf-8")
+        for start in range(0, len(text), LONGEST):
+            piece = text[start:start + LONGEST].strip()[:left]
+            if len(piece) > 500:
+                found.append({"text": piece, "kind": "code"})
+                left -= len(piece)
+    return found
+
+
+def module(library: Path, name: str) -> Path:
+    """The file of a module of the standard library."""
+    return file if (file := library / f"{name}.py").is_file() else library / name / "__init__.py"
+
+
 def code() -> str:
     """Parts of modules of the standard library, whole lines."""
     library, found = Path(sysconfig.get_paths()["stdlib"]), []
     for name in MODULES:
-        text = (file if (file := library / f"{name}.py").is_file() else library / name / "__init__.py").read_text(
-            encoding="utf-8")
+        text = module(library, name).read_text(encoding="utf-8")
         begun = re.search(r"^(?:@|(?:async )?def |class )", text, re.MULTILINE)
         piece = text[begun.start() if begun else 0:][:MODULE]
         found.append(piece[: piece.rfind("\n") + 1])
@@ -89,6 +110,10 @@ def main() -> None:
     for name, kinds in PARTS.items():
         lines = [json.dumps(one, ensure_ascii=False) for one in documents if one["kind"] in kinds]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    mixed = [*documents, *calibration_code()]
+    random.Random(0).shuffle(mixed)
+    (out / "calibration-code.jsonl").write_text(
+        "\n".join(json.dumps(one, ensure_ascii=False) for one in mixed) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
     talks = conversations(data)
     held |= {"chat": "\n\n".join(map(as_turns, talks[:TURNS])), "code": code()}
