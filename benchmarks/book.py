@@ -99,7 +99,11 @@ def _jobs(
     page: Page, work: Path, suite_data: Sequence[str], places: Sequence[Path], only: Sequence[str],
     records: Sequence[str], device: str | None, apart: bool,
 ) -> Iterator[Job]:
-    """The comparisons that the page lacks, in its order; ``apart``: a variant each. Else as of :func:`run`."""
+    """The comparisons that the page lacks, in its order; ``apart``: a variant each. Else as of :func:`run`.
+
+    Those of a model come after each other and keep their stages in one place, so that what is measured of the dense
+    model, tasks above all, is found by the next. Processes at work at once cannot share it.
+    """
     for number, one in enumerate(page.spec["runs"]):
         options = {"ratio": 0.25, "seeds": 3} | page.spec.get("options", {}) | {
             name: value for name, value in one.items() if name not in ("record", "models")}
@@ -113,9 +117,11 @@ def _jobs(
             if only and model not in only:
                 continue
             for call in missing(page, one, model, options, places):
-                name = f"{number}-{model}-{'_'.join(map(str, call['seeds']))}"
-                split = [(name, call)] if not apart else [
-                    (f"{name}-{place}", call | {"methods": [variant]}) for place, variant in enumerate(call["methods"])]
+                record = Path(one.get("record", page.spec.get("record")).format(model=model)).stem
+                name = f"{record}-{'_'.join(map(str, call['seeds']))}"
+                split = [(name, call | {"work_dir": work / page.name / "stages" / model})] if not apart else [
+                    (f"{name}-{number}-{place}", call | {"methods": [variant]})
+                    for place, variant in enumerate(call["methods"])]
                 for folder, own in split:
                     yield Job(model, one, _path(page.models[model], places), work / page.name / folder, own)
 

@@ -171,6 +171,8 @@ def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, 
     again = Comparison.load(results / "tiny-tiny.json")
     assert [(unit.variant, unit.seed) for unit in again.units] == [*((name, 0) for name in CHEAP), (CHEAP[0], 1)]
     assert again.units[0] == found.units[0]
+    kept = tmp_path / "work" / "tiny" / "stages" / "tiny" / "stages"
+    assert len(list(kept.glob("dense-*"))) == 1, "the dense model was measured once, for both comparisons"
 
 
 def test_runs_in_processes_give_the_same_record(bench: Bench, tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_runs_in_processes_give_the_same_record(bench: Bench, tmp_path: Path) ->
         if name == "one":
             book.run(page, tmp_path / name / "work")
         else:
-            with pytest.raises(SystemExit, match=r"0-tiny-0-0: .*none\.txt"):
+            with pytest.raises(SystemExit, match=r"broken-tiny-0-0-0: .*none\.txt"):
                 book.run(page, tmp_path / name / "work", device="cpu", processes=2)
         (unit,) = page.comparisons()["tiny"].units
         found.append((unit.blocks, unit.perplexity.pruned, page.comparisons()["tiny"].recipe))
