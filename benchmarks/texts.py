@@ -3,12 +3,12 @@
     python benchmarks/texts.py DATA OUT      DATA holds train/, heldout/ and bench/; OUT gets one file a text
 
 Calibration: books, encyclopedia, news, and conversations (questions and answers of GSM8K, MIT licence) as plain turns,
-in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations; and
-files of some of these kinds alone, of conversations also as messages, for a model's chat template, and one with as much
-Python code as there is of each kind of prose besides. Held out: the same four kinds, of other documents, conversations
-as messages too, and code. Code is of the standard library (PSF licence) of the Python that runs this, what is held out
-of other modules, so that figures on it compare within one version. Models have surely been trained on these modules:
-what a pruned one loses on them is partly what it has forgotten by heart.
+in an order drawn from seed 0; as many characters of each of the first three, a third of that of conversations; files of
+some of these kinds alone, of conversations also as messages, for a model's chat template; one with as much Python code
+as there is of each kind of prose besides, and one of that code alone. Held out: the same four kinds, of other
+documents, conversations as messages too, and code. Code is of the standard library (PSF licence) of the Python that
+runs this, what is held out of other modules, so that figures on it compare within one version. Models have surely been
+trained on these modules: what a pruned one loses on them is partly what it has forgotten by heart.
 """
 
 import json
@@ -112,8 +112,10 @@ def main() -> None:
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     mixed = [*documents, *calibration_code()]
     random.Random(0).shuffle(mixed)
-    (out / "calibration-code.jsonl").write_text(
-        "\n".join(json.dumps(one, ensure_ascii=False) for one in mixed) + "\n", encoding="utf-8")
+    code_alone = [one for one in mixed if one["kind"] == "code"]
+    for name, some in (("calibration-code", mixed), ("calibration-code-alone", code_alone)):
+        lines = [json.dumps(one, ensure_ascii=False) for one in some]
+        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
     talks = conversations(data)
     held |= {"chat": "\n\n".join(map(as_turns, talks[:TURNS])), "code": code()}
