@@ -107,13 +107,11 @@ def main() -> None:
     data, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
     documents = calibration(data)
-    for name, kinds in PARTS.items():
-        lines = [json.dumps(one, ensure_ascii=False) for one in documents if one["kind"] in kinds]
-        (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     mixed = [*documents, *calibration_code()]
     random.Random(0).shuffle(mixed)
-    code_alone = [one for one in mixed if one["kind"] == "code"]
-    for name, some in (("calibration-code", mixed), ("calibration-code-alone", code_alone)):
+    parts = {name: [one for one in documents if one["kind"] in kinds] for name, kinds in PARTS.items()} | {
+        "calibration-code": mixed, "calibration-code-alone": [one for one in mixed if one["kind"] == "code"]}
+    for name, some in parts.items():
         lines = [json.dumps(one, ensure_ascii=False) for one in some]
         (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     held = {name: (data / "heldout" / f"{file}.txt").read_text(encoding="utf-8") for name, file in HELD_OUT.items()}
