@@ -101,7 +101,7 @@ def _jobs(
 ) -> Iterator[Job]:
     """The comparisons that the page lacks, in its order; ``apart``: a variant each. Else as of :func:`run`.
 
-    Those of a model come after each other and keep their stages in one place, so that what is measured of the dense
+    Those of a model run one after the other and keep their stages in one place, so that what is measured of the dense
     model, tasks above all, is found by the next. Processes at work at once cannot share it.
     """
     for number, one in enumerate(page.spec["runs"]):
