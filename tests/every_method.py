@@ -7,13 +7,11 @@ import sys
 from typing import Any
 
 import torch
-from methods import FORMS, QUICK, taken
+from methods import FORMS, QUICK, in_float32, taken
 from safetensors.torch import save_file
 from tiny_checkpoint import CONTEXT
 
 import kdprune
-from kdprune.run import heal
-from kdprune.runtime import machine
 from kdprune.runtime.distributed import world
 
 ROWS = 40  # batches hold 16 rows: both processes have some
@@ -26,8 +24,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main(checkpoint: str, file: str) -> None:
     torch.set_num_threads(1)
-    # In float32: sums in another order are not equal behind products in bfloat16.
-    machine.computes_in = heal.computes_in = lambda *_: False
+    in_float32()  # sums in another order are not equal behind products in bfloat16
     ids = torch.randint(3, 256, (ROWS, CONTEXT // 2), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     ids[::3, 20:], mask[::3, 20:] = 0, 0

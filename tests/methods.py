@@ -6,6 +6,8 @@ from families import EXPERTS, NORMS_BEHIND
 
 from kdprune.methods import METHODS
 from kdprune.methods.common.method import Method
+from kdprune.run import heal
+from kdprune.runtime import machine
 
 # A third of a tiny model, with nothing much to learn; options that a method lacks are left out.
 QUICK: dict[str, Any] = {
@@ -49,3 +51,8 @@ def quick(form: str, **options: Any) -> Method:
 def taken(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the method has."""
     return {key: value for key, value in options.items() if key in METHODS[method].__dataclass_fields__}
+
+
+def in_float32() -> None:
+    """From here on this process has no products in bfloat16, so that what it computes can be held against another's."""
+    machine.computes_in = heal.computes_in = lambda *_: False

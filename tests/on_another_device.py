@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from families import build
-from methods import FORMS, QUICK, quick, taken
+from methods import FORMS, QUICK, in_float32, quick, taken
 from other_device import PLACE, accelerator, moved, spread
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -24,8 +24,6 @@ from kdprune.evaluation.tasks import run_suite
 from kdprune.methods import METHODS
 from kdprune.model.placement import input_device
 from kdprune.model.surgery import apply_edits
-from kdprune.run import heal
-from kdprune.runtime import machine
 from kdprune.runtime.distributed import World
 from kdprune.testing.method import run_method
 from kdprune.testing.models import CALIBRATION, IDS
@@ -98,8 +96,7 @@ def of_sums() -> float:
 
 def main(checkpoint: str, data: str, *families: str) -> None:
     torch.set_num_threads(1)
-    # In float32 on both sides: there is no autocast on the device.
-    machine.computes_in = heal.computes_in = lambda *_: False
+    in_float32()  # on both sides: there is no autocast on the device
     for family in families:
         for form, (method, _) in FORMS.items():
             try:
