@@ -75,7 +75,7 @@ def cost(page: Page, section: Section) -> str:
     """A table a model: what every variant took, least time first. ``record`` names another record than the page's."""
     parts, every = [], ["time", "peak memory", "tokens used", "trained × tokens", "search, passes"]
     for model, found in page.comparisons(section.get("record")).items():
-        rows = sorted((row for row in found.rows if row.seeds), key=lambda row: mean(row.seconds) or 0.0)
+        rows = sorted((row for row in found.rows if row.seeds), key=lambda row: mean(row.seconds) or math.inf)
         columns = [one for one in every if any(cells(row, [one]) != [summary.MISSING] for row in rows)]
         parts += [f"### {model}", markdown(["", *columns], [
             [title([found], row.variant.name), *cells(row, columns)] for row in rows])]

@@ -23,7 +23,7 @@ from kdprune.methods.peers.drop import ShortGPT
 from kdprune.report import summary
 from kdprune.report.comparison_page import render_comparison
 from kdprune.report.comparison_records import Comparison, Stat
-from kdprune.report.comparison_table import print_comparison, render_markdown
+from kdprune.report.comparison_table import cells, print_comparison, render_markdown
 from kdprune.runtime.run import Run
 from kdprune.store.cache import Cache
 from kdprune.train.trial import RATES
@@ -462,9 +462,13 @@ def test_a_unit_goes_on_inside_and_leaves_only_its_record(
         kdprune.compare(str(bench.model), [two_blocks], seeds=1, output_dir=folder, **options(bench))
     assert fitted == [0]
     interrupt = False
-    [unit] = kdprune.compare(str(bench.model), [two_blocks], seeds=1, output_dir=folder, **options(bench)).units
+    found = kdprune.compare(str(bench.model), [two_blocks], seeds=1, output_dir=folder, **options(bench))
+    [unit], [row] = found.units, found.rows
     assert fitted == [0, 1]
     assert unit.resumed
+    assert row.seconds is None
+    assert row.peak_memory_bytes is None
+    assert cells(row, ["time", "peak memory"]) == [summary.MISSING] * 2
     kept = {path.name.rpartition("-")[0] for path in (folder / "runs" / "stages").iterdir()}
     assert kept == {"dense", "kdp-seed0"}
     assert not (folder / "runs" / "states").exists()

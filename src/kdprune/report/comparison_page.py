@@ -80,9 +80,10 @@ def tiles(comparison: Comparison) -> list[Tile]:
                   f"{summary.count(comparison.dense.parameters)} parameters")]
     if rows:
         found.append(Tile(f"{_excess(rows[0]):.3f}", "least excess loss", rows[0].variant.title))
-        cheapest = min(rows, key=lambda row: row.seconds.mean if row.seconds and row.seconds.mean else 0.0)
-        if cheapest.seconds is not None:
-            found.append(Tile(summary.duration(cheapest.seconds.mean), "least time to prune", cheapest.variant.title))
+        timed = [(row.seconds.mean or 0.0, row.variant.title) for row in rows if row.seconds]
+        if timed:
+            least, title = min(timed)
+            found.append(Tile(summary.duration(least), "least time to prune", title))
     total = len(comparison.units) + len(comparison.failures)
     found.append(Tile(f"{len(comparison.units)}{SPACE}of{SPACE}{total}", "runs came to an end",
                       f"{len(comparison.rows)} variants, {len(comparison.seeds)} seeds"))

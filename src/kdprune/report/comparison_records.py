@@ -160,8 +160,8 @@ class Row(Record):
     prefill: Stat | None = Field(None, description="prefill speed over the dense model's")
     decode: Stat | None = Field(None, description="decode speed over the dense model's")
     kv_cache_saving: Stat | None = Field(None, description="1 − pruned / dense bytes per token")
-    seconds: Stat | None = Field(None, description="of pruning")
-    peak_memory_bytes: Stat | None = Field(None, description="while pruning")
+    seconds: Stat | None = Field(None, description="of pruning, resumed units apart")
+    peak_memory_bytes: Stat | None = Field(None, description="while pruning, resumed units apart")
     tokens: Stat | None = Field(None, description="calibration tokens looked at")
     trained: Stat | None = Field(None, description="parameters trained × tokens seen in training")
     passes: Stat | None = Field(None, description="forward passes of the calibration rows that a search took")
@@ -217,6 +217,7 @@ class Comparison(Record):
         # Tasks take time: a record may have them of some seeds alone.
         kept = [retention(self.dense.tasks, unit.tasks) for unit in units if unit.tasks and _scored(self.dense.tasks)]
         written = [unit.generation for unit in units if unit.generation]
+        whole = [unit for unit in units if not unit.resumed]  # of another, time and memory are those of the rest
         return Row(
             variant=variant, seeds=[unit.seed for unit in units],
             failures=[failure for failure in self.failures if failure.variant == variant.name],
@@ -236,8 +237,8 @@ class Comparison(Record):
             decode=Stat.of(unit.speed.decode.ratio for unit in units if unit.speed),
             kv_cache_saving=Stat.of(
                 removed(unit.kv_cache_bytes_per_token.dense, unit.kv_cache_bytes_per_token.pruned) for unit in units),
-            seconds=Stat.of(unit.seconds for unit in units),
-            peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in units),
+            seconds=Stat.of(unit.seconds for unit in whole),
+            peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in whole),
             tokens=Stat.of(unit.tokens for unit in units),
             trained=Stat.of(unit.trained for unit in units), passes=Stat.of(unit.passes for unit in units),
             tasks=_by_task(units),
