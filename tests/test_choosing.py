@@ -19,7 +19,6 @@ from kdprune.data.tokens import TokenSet, load_tokens
 from kdprune.methods.common.budget import (
     WIDEST,
     Budget,
-    blocks_to_rank,
     choose_blocks,
     filled,
     select_by_similarity,
@@ -139,41 +138,31 @@ def test_the_damage_of_a_block_is_that_of_a_run_on_it_alone(options: dict, tiny_
     assert model.config.num_hidden_layers == 6
 
 
-def test_a_stand_in_that_was_asked_for_is_not_swapped_for_a_linear_map(tiny_model) -> None:
+def test_every_block_gets_the_stand_in_that_was_asked_for(tiny_model) -> None:
     model, tokens = tiny_model("llama2"), random_tokens(rows=20)
-    default = KDP(refine=False)
-    assert [shape.kind for shape in default.forms(default.shape(model))] == ["linear", "linear+data"]
-    assert default.shortest == 1
-    for options, kind in (({"kernel": "learned"}, "fourier"), ({"channels": 16}, "linear+data"),
+    for options, kind in (({}, "linear+data"), ({"kernel": "learned"}, "fourier"), ({"channels": 16}, "linear+data"),
                           ({"context": "none"}, "linear+data")):
         method = KDP(**options, refine=False, ratio=0.3, protect=0.0)
         assert {entry["kind"] for entry in method(model, tokens, Run(batch_size=4)).fit} == {kind}
         assert method.shortest == 2
 
 
-def test_the_sets_that_similarity_takes_are_measured_too(tiny_model) -> None:
+def test_the_set_that_similarity_takes_is_measured_too(tiny_model) -> None:
     model, tokens = tiny_model("llama2"), random_tokens(rows=20)
     method, run = KDP(refine=False, ratio=0.3, protect=0.0), Run(batch_size=4)
     budget = method.budget(model)
-    blocks, scores = blocks_to_rank(method, model, tokens, run, budget)
-    candidates = method.candidates(blocks, budget.shape)
-    own, linear = method.similar(torch.as_tensor(scores[method.similarity]), candidates, budget)
-    assert ({one.shape.kind for one in linear}, {one.shape.kind for one in own}) == ({"linear"}, {"linear+data"})
-    assert [one.block for one in own] == choose_blocks(
-        dataclasses.replace(method, ranking="similarity"), model, tokens, run, budget)
-    assert all(sum(map(budget.removed_by, chosen)) >= budget.target.parameters for chosen in (linear, own))
+    similar = choose_blocks(dataclasses.replace(method, ranking="similarity"), model, tokens, run, budget)
     chosen, damage = method.choose(model, tokens, run, budget)
     assert damage is not None
     found = dict(damage.together)
-    assert {linear, own} <= found.keys()
+    assert tuple(budget.candidates(similar)) in found
     assert found[tuple(chosen)] == min(found.values())
 
 
-def test_a_linear_map_alone_is_one_form_at_any_width(bundled: PreTrainedModel) -> None:
-    """Which has no step 3, so that a single layer may go behind it whether or not one is asked for."""
+def test_a_single_layer_may_go_behind_a_linear_map_alone() -> None:
+    """Which has no step 3, whether or not one is asked for."""
     for refine in (True, False):
         method = KDP(kernel="linear", context="none", refine=refine)
-        assert method.forms(method.shape(bundled)) == [method.shape(bundled)]
         assert (method.shortest, method.trains) == (1, False)
     assert KDP(kernel="linear").trains
 
@@ -200,13 +189,11 @@ def test_what_a_hidden_layer_is_measured_with_is_solved_for(tiny_model) -> None:
 
 def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(tiny_model) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
-    method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
+    method = KDP(**{**SOLVED, "kernel": "linear", "context": "none", "features": None, "ratio": 0.15, "max_block": 3})
     budget, run = method.budget(model), Run(3, batch_size=4)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = method.candidates(candidate_blocks(range(6), 1, 3), budget.shape)
+    candidates = budget.candidates(candidate_blocks(range(6), 1, 3))
     assert {len(candidate.block) for candidate in candidates} == {1, 2, 3}
-    assert list(dict.fromkeys((c.shape.kind, c.shape.context) for c in candidates if len(c.block) > 1)) == [
-        ("linear+data", True), ("linear", False)]
     chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, fill=False)
     assert chosen == list(min(damage.together, key=lambda entry: entry[1])[0])
     assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
@@ -217,18 +204,16 @@ def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(tiny
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     for taken, value in damage.together:
         assert sum(budget.removal(c.block, c.shape) for c in taken) >= budget.target.parameters
-        edits = [edit for c in taken for edit in KDP(**{
-            **SOLVED, "kernel": c.shape.kind, "context": "attention" if c.shape.context else "none", "features": None,
-            "fill": False, "blocks": ((c.start, c.stop),)})(model, tokens, run).edits]
+        edits = [edit for c in taken for edit in dataclasses.replace(
+            method, fill=False, blocks=((c.start, c.stop),))(model, tokens, run).edits]
         assert value == pytest.approx(divergence(model, apply_edits(model, edits), held), rel=1e-3, abs=1e-5)
     assert method(model, tokens, run).blocks == [candidate.block for candidate in chosen]
 
 
 def drawn_damage(model: PreTrainedModel) -> tuple[Budget, dict[Candidate, float]]:
     """A budget, and candidates with a damage that was drawn."""
-    method = KDP(ratio=0.25, protect=0.25, refine=False)
-    budget = method.budget(model)
-    candidates = method.candidates(candidate_blocks(range(4, 12), 1, 4), budget.shape)
+    budget = KDP(ratio=0.2, protect=0.25, kernel="linear", context="none").budget(model)
+    candidates = budget.candidates(candidate_blocks(range(4, 12), 1, 4))
     draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return budget, dict(zip(candidates, draw.tolist(), strict=True))
 
@@ -257,11 +242,11 @@ def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedMo
 
 
 def test_what_is_not_known_is_guessed_from_the_line_through_what_is(tiny_model) -> None:
-    shapes = [KDP(refine=False, context=context).shape(tiny_model("llama3")) for context in ("attention", "none")]
+    shape = KDP(refine=False).shape(tiny_model("llama3"))
     blocks = [range(start, start + 2) for start in range(4)]
-    candidates = [Candidate(block, shape) for shape in shapes for block in blocks]
+    candidates = [Candidate(block, shape) for block in blocks]
     errors = {block: 0.1 * 2.0**number for number, block in enumerate(blocks)}
-    alone = {candidates[0]: 0.3, candidates[3]: 0.3 * 8**0.5, candidates[4]: 1.0}
+    alone = {candidates[0]: 0.3, candidates[3]: 0.3 * 8**0.5}
     found = guessed(candidates, alone, errors)
     assert {c: found[c] for c in alone} == alone
     assert list(found) == [*alone, *(c for c in candidates if c not in alone)]
@@ -270,14 +255,14 @@ def test_what_is_not_known_is_guessed_from_the_line_through_what_is(tiny_model) 
     slope = (squares / 2 + 0.1) / (squares + 0.1)
     middle = 0.3 * 8**0.25
     assert found[candidates[1]] == pytest.approx(middle * (errors[blocks[1]] / (0.1 * 8**0.5)) ** slope)
-    assert found[candidates[7]] == pytest.approx(8.0)  # of one measurement alone: as the error goes
+    assert guessed(candidates, {candidates[0]: 1.0}, errors)[candidates[3]] == pytest.approx(8.0)  # as the error goes
 
 
 def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
     budget = method.budget(model)
-    candidates = method.candidates(candidate_blocks(range(6), 1, 3), budget.shape)
+    candidates = budget.candidates(candidate_blocks(range(6), 2, 3))
     trial, errors = Trial(method.settings(budget.shape, tokens), method.held, 0), {}
     linear_errors = Measuring.linear_errors
     monkeypatch.setattr(Measuring, "linear_errors",
@@ -343,7 +328,7 @@ def test_a_run_that_finds_what_no_number_was_takes_the_same(
     monkeypatch.setattr(Measuring, "damages", overflowing)
     cache = Cache(tmp_path)
     first, second = (choose_by_damage(
-        model, tokens, method.candidates(candidate_blocks(range(6), 1, 3), budget.shape), budget,
+        model, tokens, budget.candidates(candidate_blocks(range(6), 2, 3)), budget,
         Trial(method.settings(budget.shape, tokens), method.held, 0),
         Run(3, batch_size=4, cache=cache, about="this"), fill=False) for _ in range(2))
     assert math.inf in first[1].alone.values()
@@ -364,7 +349,7 @@ def test_other_schedules_find_the_choice_and_another_ridge_does_not(
     def chosen(**options) -> tuple:
         settings = dataclasses.replace(method, **options).settings(budget.shape, tokens)
         found, _ = choose_by_damage(
-            model, tokens, method.candidates(candidate_blocks(range(6), 1, 3), budget.shape), budget,
+            model, tokens, budget.candidates(candidate_blocks(range(6), 2, 3)), budget,
             Trial(settings, method.held, 0), run, fill=False)
         return tuple(found)
 
@@ -461,9 +446,9 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.1, "max_block": 3, "protect": 0.1})
     budget = method.budget(whole)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = method.candidates(candidate_blocks(range(1, 5), 1, 3), budget.shape)
+    candidates = budget.candidates(candidate_blocks(range(1, 5), 2, 3))
     (chosen, damage), (again, found) = (
-        choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), fill=True)
+        choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), True, candidates[:1])
         for model in (whole, streamed))
     assert (chosen, damage) == (again, found)
     last = [count for key, count in reads.items() if key.startswith("model.layers.5.")]

@@ -30,7 +30,7 @@ def expected_seconds(model: PreTrainedModel, method: Method, tokens: TokenSet, r
     dense = meta_model(model.config, model.dtype)
     try:
         chosen = layout(method, dense)
-    except KDPruneError:  # only stand-ins of several forms together reach so large a ratio
+    except KDPruneError:  # only with single layers among its blocks does a linear map reach so large a ratio
         return None
     job = job_of(method, dense, prune_meta(dense, chosen), chosen, tokens)
     cpu = "cpu" if computes_in(torch.bfloat16, model.device) else "cpu-float32"

@@ -83,17 +83,10 @@ def _config(name: str | Path) -> PreTrainedConfig:
 
 def layout(method: KDP, dense: PreTrainedModel) -> list[Candidate]:
     """Blocks and stand-ins as KDP chooses them by a similarity that falls with distance; what damage it would measure
-    is not known. Where its stand-in leaves the ratio out of reach, with the smaller one that it may choose."""
-    whole = method.budget(dense)
-    similarity = even_similarity(len(whole.layers))
-    *smaller, own = method.forms(whole.shape)
-    for shape in (own, *smaller):
-        budget, by = whole.behind(shape), replace(method, ranking="similarity") if shape == own else method
-        offered = [c for c in by.candidates(possible_blocks(by, budget), own) if c.shape == shape]
-        if method.blocks is not None or budget.target.parameters <= budget.most_removed(offered):
-            break
-    blocks = select_by_similarity(by, similarity, budget, [candidate.block for candidate in offered])
-    chosen = [Candidate(block, shape) for block in blocks]
+    is not known."""
+    budget = method.budget(dense)
+    by = replace(method, ranking="similarity")
+    chosen = budget.candidates(select_by_similarity(by, even_similarity(len(budget.layers)), budget))
     return filled(chosen, budget) if method.fill else chosen
 
 
@@ -149,9 +142,8 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
         return None
     budget, widest = method.budget(dense), chosen[0].shape
     blocks, length = possible_blocks(method, budget), tokens.ids.shape[1]
-    candidates = method.candidates(blocks, widest)
-    starts = method.similar(even_similarity(len(budget.layers)), candidates, budget)
-    alone, sets, passed = trials(tokens, candidates, method.held, dense, starts)
+    start = select_by_similarity(method, even_similarity(len(budget.layers)), budget, blocks)
+    alone, sets, passed = trials(tokens, blocks, method.held, dense, start)
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
     return Choice(
         collected=fitted + scored, passed=passed, fits=[(budget.shape, alone), (widest, sets * len(chosen))],

@@ -1,8 +1,7 @@
 """From scores and a net-parameter budget to blocks, and from a budget's slack to wider stand-ins."""
 
-import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +53,9 @@ class Budget:
         self.norm_behind = max(norms)
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
-    def behind(self, shape: Shape) -> "Budget":
-        """The same with another stand-in."""
-        other = copy.copy(self)
-        other.shape = shape
-        return other
+    def candidates(self, blocks: Iterable[range]) -> list[Candidate]:
+        """These blocks, each with the stand-in."""
+        return [Candidate(block, self.shape) for block in blocks]
 
     def removal(self, block: range, shape: Shape | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -93,7 +90,7 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     """
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
-        most = budget.most_removed(options.candidates(candidates, budget.shape))
+        most = budget.most_removed(budget.candidates(candidates))
         budget.target.check(most, *out_of_reach(candidates))
 
 
@@ -149,7 +146,7 @@ def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> l
     if len(beside) < len(candidates):
         names = ", ".join(map(str, sorted(layers)))
         budget.target.check(
-            budget.most_removed(options.candidates(beside, budget.shape)),
+            budget.most_removed(budget.candidates(beside)),
             f"that blocks beside layers {names} allow, which write or erase massive tokens",
             "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
             "(blocks=…) to remove those layers")

@@ -12,7 +12,6 @@ from kdprune.data.tokens import TokenSet
 from kdprune.errors import KDPruneError
 from kdprune.methods.common.result import MethodResult
 from kdprune.methods.common.selection import open_layers
-from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.common.target import Of, Target
 from kdprune.model.families import decoder_layers, lacks_sublayers
 from kdprune.model.placement import is_dispatched
@@ -194,7 +193,3 @@ class RankedMethod(DepthMethod):
     def shortest(self) -> int:
         """Layers of the shortest block considered."""
         return 2
-
-    def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
-        """Blocks with the forms of stand-in that they may get, where ``shape`` is the method's own."""
-        return [Candidate(block, shape) for block in blocks]

@@ -1,8 +1,8 @@
 """Blocks and stand-ins chosen by what they cost (``measuring``): which are measured, and which sets are proposed."""
 
 import dataclasses
-import itertools
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from kdprune.store.cache import JsonCodec
 
 PASSES = 2.0  # passes of the calibration rows through the model that measuring candidates alone may cost, …
 SET_PASSES = 1.0  # … and measuring sets
-MOST = 4  # most candidates alone for every length and form of stand-in, and most sets for every price
+MOST = 4  # most candidates alone for every length, and most sets for every price
 # What one block more counts, in nats, in the programme that proposes sets: damages do not add up, and which way they
 # do not is found by measuring a set of many short blocks beside one of few long ones.
 PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
@@ -50,38 +50,34 @@ class Damage:
 
     @property
     def by_block(self) -> dict[range, float]:
-        """The least Δ of every block that was measured, whichever form of stand-in has it."""
-        return {block: min(value for candidate, value in self.alone.items() if candidate.block == block)
-                for block in {candidate.block for candidate in self.alone}}
+        """Δ of every block that was measured alone."""
+        return {candidate.block: value for candidate, value in self.alone.items()}
 
 
 def trials(
-    tokens: TokenSet, candidates: Sequence[Candidate], held: float, model: PreTrainedModel,
-    starts: Sequence[Sequence[Candidate]] = (),
+    tokens: TokenSet, blocks: Sequence[range], held: float, model: PreTrainedModel, start: Sequence[range] = (),
 ) -> tuple[int, int, float]:
-    """From how many candidates alone on no more are measured, but those that a set still lacks; how many sets at most,
-    both beyond those of ``starts``, which are counted in; and what these cost in tokens that pass the whole model, fits
-    not counted."""
-    forms = len({candidate.shape for candidate in candidates})
-    blocks = {candidate.block for candidate in candidates}
-    lengths = len({len(block) for block in blocks})
+    """From how many blocks alone on no more are measured, but those that a set still lacks; how many sets at most, both
+    beyond the set of ``start``, which is counted in; and what these cost in tokens that pass the whole model, fits not
+    counted."""
+    lengths = len(set(map(len, blocks)))
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
     cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
-    most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths * forms), len(_first_lengths(blocks)) * forms)
+    most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths), len(_first_lengths(blocks)))
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
-    most, sets = most + len(set(itertools.chain(*starts))), sets + len(starts)
+    most, sets = most + len(start), sets + bool(start)
     return most, sets, most * cost + sets * scored
 
 
 def choose_by_damage(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool, starts: Sequence[tuple[Candidate, ...]] = (),
+    fill: bool, start: Sequence[Candidate] = (),
 ) -> tuple[list[Candidate], Damage]:
     """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
 
     1. The relative error of a linear map of the state, held out, for every block.
-    2. Δ alone of the blocks of least error of some lengths, with every form of stand-in, and of those of ``starts``:
+    2. Δ alone of the blocks of least error of some lengths, and of those of ``start``:
 
            Δ = E[ KL(p‖q) ],  p(x_t | x_<t) of the dense model, q of the one with the closed-form stand-in
 
@@ -91,24 +87,24 @@ def choose_by_damage(
     3. Sets of least Σ Δ + price · blocks within the budget, one for every of ``PRICES``, Δ as :func:`guessed` where it
        is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
        as :func:`trials` allows; of one set at least everything is.
-    4. Δ of these sets and of ``starts``, their spare parameters spent: damages do not add up, so that the sum only
+    4. Δ of these sets and of ``start``, their spare parameters spent: damages do not add up, so that the sum only
        proposes. Around the best, what the price that proposed it gives without one or another of its candidates, until
        none of these is better.
 
     Args:
-        candidates: blocks with forms of stand-ins; none of them over a layer that must stay.
+        candidates: blocks with their stand-ins; none of them over a layer that must stay.
         budget: what has to go, and its slack.
         trial: how stand-ins are fitted.
         fill: whether a set's spare parameters are spent before it is measured.
-        starts: sets within the budget that are measured whatever the programme proposes, such as those of similarity.
+        start: a set within the budget that is measured whatever the programme proposes, such as that of similarity.
     """
     follows_from = [
         [trial.settings.solved, trial.held, trial.path],
         [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
-        budget.target.parameters, budget.slack, fill, [[(c.start, c.stop) for c in start] for start in starts],
+        budget.target.parameters, budget.slack, fill, [(c.start, c.stop) for c in start],
         [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, ALONE, TOP, PASSES, SET_PASSES, MOST, PRICES]]
     measured = run.cached(
-        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill, starts)),
+        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill, start)),
         JsonCodec(dict))
     alone = {_candidate(item): _value(value) for item, value in measured["alone"]}
     together = [(tuple(map(_candidate, items)), _value(value)) for items, value in measured["together"]]
@@ -135,17 +131,17 @@ def _value(value: float | None) -> float:
 
 def _measure(
     model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool, starts: Sequence[tuple[Candidate, ...]],
+    fill: bool, start: Sequence[Candidate],
 ) -> Damage:
-    blocks = sorted({candidate.block for candidate in candidates}, key=lambda block: (block.start, block.stop))
+    blocks = sorted((candidate.block for candidate in candidates), key=lambda block: (block.start, block.stop))
     measuring = Measuring.of(model, tokens, blocks, trial, run)
-    most, sets, _ = trials(tokens, candidates, trial.held, model, starts)
+    most, sets, _ = trials(tokens, blocks, trial.held, model, [one.block for one in start])
     errors = measuring.linear_errors(blocks)
 
     def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
         return dict(zip(new, measuring.damages([[one] for one in new], "damage", ALONE), strict=True))
 
-    alone = damages(list(dict.fromkeys([*_first(candidates, errors), *itertools.chain(*starts)])))
+    alone = damages(list(dict.fromkeys([*_first(candidates, errors), *start])))
     chosen = proposed(guessed(candidates, alone, errors), budget)
     while len(alone) < most and (new := _unknown(chosen, alone)):
         alone |= damages(new[: most - len(alone)])
@@ -154,7 +150,7 @@ def _measure(
     if lacking := min((_unknown([one], alone) for one in chosen), key=len):
         alone |= damages(lacking)
     together: dict[tuple[Candidate, ...], float] = {}
-    price_of = dict.fromkeys(starts, 0.0) | proposed(alone, budget)
+    price_of = ({tuple(start): 0.0} if start else {}) | proposed(alone, budget)
     while new_sets := [one for one in price_of if one not in together][: max(sets - len(together), 0)]:
         values = measuring.damages([filled(one, budget) if fill else one for one in new_sets], "damage of sets")
         together |= zip(new_sets, values, strict=True)
@@ -170,10 +166,9 @@ def _unknown(sets: Iterable[Sequence[Candidate]], known: Mapping[Candidate, floa
 
 
 def _first(candidates: Sequence[Candidate], errors: Mapping[range, float]) -> list[Candidate]:
-    """The block of least error of some lengths, behind all its forms of stand-in."""
-    blocks = [min((block for block in errors if len(block) == length), key=errors.__getitem__)
-              for length in _first_lengths(errors)]
-    return [candidate for block in blocks for candidate in candidates if candidate.block == block]
+    """The block of least error of some lengths."""
+    return [min((one for one in candidates if len(one.block) == length), key=lambda one: errors[one.block])
+            for length in _first_lengths(errors)]
 
 
 def _first_lengths(blocks: Iterable[range]) -> list[int]:
@@ -185,30 +180,25 @@ def _first_lengths(blocks: Iterable[range]) -> list[int]:
 def guessed(
     candidates: Sequence[Candidate], alone: Mapping[Candidate, float], errors: Mapping[range, float]
 ) -> dict[Candidate, float]:
-    """Δ of every candidate: as measured, or of what has been measured of its form, or of all forms,
+    """Δ of every candidate: as measured, or
 
         log Δ = a + b log error,   b = (Σ xy + ε) / (Σ x² + ε)
 
-    with x and y the logarithms less their means, and ε = .1 for one measurement in which Δ goes with the error. Where
-    nothing has a finite Δ, the error itself.
+    with x and y the logarithms of what has been measured, less their means, and ε = .1 for one measurement in which Δ
+    goes with the error. Where nothing has a finite Δ, the error itself.
     """
     def logarithm(value: float) -> float:
         return math.log(min(max(value, 1e-12), 1e3))
 
-    lines, finite = {}, [candidate for candidate in alone if math.isfinite(alone[candidate])]
-    for shape in {candidate.shape for candidate in candidates}:
-        own = [candidate for candidate in finite if candidate.shape == shape] or finite
-        if not own:
-            lines[shape] = 0.0, 0.0, 1.0
-            continue
+    middle, height, slope = 0.0, 0.0, 1.0
+    if finite := [candidate for candidate in alone if math.isfinite(alone[candidate])]:
         x, y = ([logarithm(value) for value in values] for values in (
-            [errors[candidate.block] for candidate in own], [alone[candidate] for candidate in own]))
-        middle, height = sum(x) / len(x), sum(y) / len(y)
+            [errors[candidate.block] for candidate in finite], [alone[candidate] for candidate in finite]))
+        middle, height = statistics.fmean(x), statistics.fmean(y)
         products = sum((one - middle) * (other - height) for one, other in zip(x, y, strict=True))
-        lines[shape] = middle, height, (products + 0.1) / (sum((one - middle) ** 2 for one in x) + 0.1)
+        slope = (products + 0.1) / (sum((one - middle) ** 2 for one in x) + 0.1)
     found = dict(alone)
     for candidate in candidates:
-        middle, height, slope = lines[candidate.shape]
         found.setdefault(candidate, math.exp(height + slope * (logarithm(errors[candidate.block]) - middle)))
     return found
 

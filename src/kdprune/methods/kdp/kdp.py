@@ -1,11 +1,10 @@
 """Kernelized Dynamics Pruning: the method as a frozen dataclass (KDP, ICLR 2026)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
@@ -124,8 +123,7 @@ class KDP(RankedMethod):
         None, "what stands before the kernel map: nothing, or one attention sublayer started from the block's first",
         group="size")
     refine: bool | None = option(
-        None, "step 3: train kernel and inverse (and context) together on the state (without it a linear map may take "
-        "the default stand-in's place where little happens)", rare=True)
+        None, "step 3: train kernel and inverse (and context) together on the state", rare=True)
     fill: bool | None = option(
         None, "spend what the blocks remove beyond the ratio on more features (not when features is given)",
         group="size", rare=True)
@@ -211,14 +209,6 @@ class KDP(RankedMethod):
         return bool(self.refine) and not self.is_linear
 
     @property
-    def mixes(self) -> bool:
-        """Whether a linear map may stand in where little happens: where blocks are measured and nothing is trained, as
-        training gives the stand-in more than the map, and a solve does not see that; and where the stand-in is the
-        default's: another kernel, context or number of channels was asked for and is not to be swapped."""
-        default = (self.kernel, self.context, self.channels) == (_BEST["kernel"], _BEST["context"], None)
-        return self.measures and default and not self.trains
-
-    @property
     def parts(self) -> frozenset[str]:
         """The parts of the kernel, as they are asked for."""
         return frozenset((self.kernel or "").split("+"))
@@ -287,48 +277,21 @@ class KDP(RankedMethod):
     def choose(
         self, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget
     ) -> tuple[list[Candidate], Damage | None]:
-        """The blocks with the form of their stand-ins, and what was measured to find them."""
+        """The blocks with their stand-ins, and what was measured to find them."""
         shape = budget.shape
         if not self.measures:
             method = replace(self, ranking="similarity")
-            return [Candidate(block, shape) for block in choose_blocks(method, model, tokens, run, budget)], None
+            return budget.candidates(choose_blocks(method, model, tokens, run, budget)), None
         blocks, scores = blocks_to_rank(self, model, tokens, run, budget)
-        candidates = self.candidates(blocks, shape)
         trial = Trial(self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
-        similar = self.similar(torch.as_tensor(scores[self.similarity]), candidates, budget)
-        return choose_by_damage(model, tokens, candidates, budget, trial, run, bool(self.fill), similar)
-
-    def similar(
-        self, similarity: Tensor, candidates: Sequence[Candidate], budget: Budget
-    ) -> list[tuple[Candidate, ...]]:
-        """The sets that similarity takes of these candidates, one of every form of stand-in with which they can meet
-        the target."""
-        found = []
-        for shape in dict.fromkeys(candidate.shape for candidate in candidates):
-            own, within = [one for one in candidates if one.shape == shape], budget.behind(shape)
-            if within.most_removed(own) >= budget.target.parameters:
-                blocks = select_by_similarity(self, similarity, within, [one.block for one in own])
-                found.append(tuple(Candidate(block, shape) for block in blocks))
-        return found
-
-    def candidates(self, blocks: list[range], shape: Shape) -> list[Candidate]:
-        """Every block behind every form of stand-in, a single layer behind a linear map alone. No trial is spent on a
-        linear map in the place of the first layers, which costs 1.6 to 25 times what one costs elsewhere."""
-        forms = self.forms(shape)
-        if len(forms) == 1:
-            return [Candidate(block, shape) for block in blocks]
-        return [Candidate(block, form) for block in blocks for form in forms
-                if (form == forms[0] or len(block) > 1) and (form == shape or block.start > 0)]
-
-    def forms(self, shape: Shape) -> list[Shape]:
-        """The stand-in, and a linear map of the state where that may stand in too (``mixes``)."""
-        linear = Shape(shape.width, "linear", 0, 0, residual=True, context=False, unit=shape.unit)
-        return [linear, shape] if self.mixes else [shape]
+        similar = select_by_similarity(self, torch.as_tensor(scores[self.similarity]), budget, blocks)
+        return choose_by_damage(
+            model, tokens, budget.candidates(blocks), budget, trial, run, bool(self.fill), budget.candidates(similar))
 
     @property
     def shortest(self) -> int:
         """A single layer may go behind a linear map."""
-        return 1 if self.mixes or (self.is_linear and self.measures) else 2
+        return 1 if self.is_linear and self.measures else 2
 
     @property
     def measures(self) -> bool:
