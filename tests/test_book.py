@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_every_page_is_what_its_records_give() -> None:
-    assert book.names() == ["real", "real-calibration", "real-parts", "real-short", "real-tasks"]
+    assert book.names() == ["real", "real-calibration", "real-parts", "real-short"]
     assert book.check(leave_out=SLOW) == []
 
 
