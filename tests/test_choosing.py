@@ -187,14 +187,20 @@ def test_what_a_hidden_layer_is_measured_with_is_solved_for(tiny_model) -> None:
     assert math.isfinite(value)
 
 
-def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(tiny_model) -> None:
+@pytest.mark.parametrize(("kernel", "context", "shortest", "start"), [
+    ("linear", "none", 1, []), ("linear+data", "attention", 2, [range(3)])])
+def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(
+    kernel: str, context: str, shortest: int, start: list[range], tiny_model,
+) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
-    method = KDP(**{**SOLVED, "kernel": "linear", "context": "none", "features": None, "ratio": 0.15, "max_block": 3})
+    method = KDP(**{
+        **SOLVED, "kernel": kernel, "context": context, "features": None, "ratio": 0.15, "max_block": 3})
     budget, run = method.budget(model), Run(3, batch_size=4)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = budget.candidates(candidate_blocks(range(6), 1, 3))
-    assert {len(candidate.block) for candidate in candidates} == {1, 2, 3}
-    chosen, damage = choose_by_damage(model, tokens, candidates, budget, trial, run, fill=False)
+    candidates = budget.candidates(candidate_blocks(range(6), shortest, 3))
+    assert {len(candidate.block) for candidate in candidates} == set(range(shortest, 4))
+    chosen, damage = choose_by_damage(
+        model, tokens, candidates, budget, trial, run, False, budget.candidates(start))
     assert chosen == list(min(damage.together, key=lambda entry: entry[1])[0])
     assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
     tried, first = {taken for taken, _ in damage.together}, proposed(damage.alone, budget)

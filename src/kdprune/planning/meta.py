@@ -143,7 +143,7 @@ def choice_of(method: KDP, dense: PreTrainedModel, chosen: list[Candidate], toke
     budget, widest = method.budget(dense), chosen[0].shape
     blocks, length = possible_blocks(method, budget), tokens.ids.shape[1]
     start = select_by_similarity(method, even_similarity(len(budget.layers)), budget, blocks)
-    alone, sets, passed = trials(tokens, blocks, method.held, dense, start)
+    alone, sets, passed = trials(tokens, blocks, method.held, dense, len(start))
     fitted, scored = fit_rows(tokens, method.held, widest.width).tokens, damage_rows(tokens, method.held).tokens
     return Choice(
         collected=fitted + scored, passed=passed, fits=[(budget.shape, alone), (widest, sets * len(chosen))],

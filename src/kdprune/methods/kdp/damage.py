@@ -55,18 +55,18 @@ class Damage:
 
 
 def trials(
-    tokens: TokenSet, blocks: Sequence[range], held: float, model: PreTrainedModel, start: Sequence[range] = (),
+    tokens: TokenSet, blocks: Sequence[range], held: float, model: PreTrainedModel, start: int = 0,
 ) -> tuple[int, int, float]:
     """From how many blocks alone on no more are measured, but those that a set still lacks; how many sets at most, both
-    beyond the set of ``start``, which is counted in; and what these cost in tokens that pass the whole model, fits not
-    counted."""
+    beyond a set of ``start`` blocks, which is counted in; and what these cost in tokens that pass the whole model, fits
+    not counted."""
     lengths = len(set(map(len, blocks)))
     fitted, scored = fit_rows(tokens, held, model.config.hidden_size).tokens, damage_rows(tokens, held).tokens
     # A trial runs the layers behind the block, half of all on average, and the block's MLPs over the fitted rows.
     cost = scored / ALONE / 2 + fitted * (1 + lengths / 2) / len(decoder_layers(model))
     most = max(min(round(PASSES * tokens.tokens / cost), MOST * lengths), len(_first_lengths(blocks)))
     sets = max(min(round(SET_PASSES * tokens.tokens / max(scored, 1)), MOST * len(PRICES)), len(PRICES))
-    most, sets = most + len(start), sets + bool(start)
+    most, sets = most + start, sets + (start > 0)
     return most, sets, most * cost + sets * scored
 
 
@@ -135,7 +135,7 @@ def _measure(
 ) -> Damage:
     blocks = sorted((candidate.block for candidate in candidates), key=lambda block: (block.start, block.stop))
     measuring = Measuring.of(model, tokens, blocks, trial, run)
-    most, sets, _ = trials(tokens, blocks, trial.held, model, [one.block for one in start])
+    most, sets, _ = trials(tokens, blocks, trial.held, model, len(start))
     errors = measuring.linear_errors(blocks)
 
     def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
