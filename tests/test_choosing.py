@@ -20,7 +20,6 @@ from kdprune.methods.common.budget import (
     WIDEST,
     Budget,
     choose_blocks,
-    filled,
     select_by_similarity,
 )
 from kdprune.methods.common.selection import candidate_blocks, reachable
@@ -51,7 +50,7 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     budget, layers = method.budget(model), model.config.num_hidden_layers
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
-    chosen = filled([Candidate(block, budget.shape) for block in blocks], budget)
+    chosen = budget.candidates(blocks, fill=True)
     return chosen, chosen[0].shape, sum(map(budget.removed_by, chosen)) / budget.target.total
 
 
@@ -109,9 +108,8 @@ def measured(model: PreTrainedModel, tokens: TokenSet, blocks: list[range], **op
     method = solved(**{**options, "ratio": 0.001})
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, method.path_rows(tokens, budget.shape).fit)
-    found = [Candidate(block, budget.shape) for block in blocks]
     measuring = Measuring.of(model, tokens, blocks, trial, Run(3, batch_size=4))
-    return dict(zip(blocks, measuring.damages([[candidate] for candidate in found], "damage"), strict=True))
+    return dict(zip(blocks, measuring.damages([[one] for one in budget.candidates(blocks)], "damage"), strict=True))
 
 
 def padded_tokens() -> TokenSet:
@@ -155,7 +153,7 @@ def test_the_set_that_similarity_takes_is_measured_too(tiny_model) -> None:
     chosen, damage = method.choose(model, tokens, run, budget)
     assert damage is not None
     found = dict(damage.together)
-    assert tuple(budget.candidates(similar)) in found
+    assert tuple(similar) in found
     assert found[tuple(chosen)] == min(found.values())
 
 
@@ -197,38 +195,38 @@ def test_the_set_of_least_damage_is_taken_of_those_that_were_tried_together(
         **SOLVED, "kernel": kernel, "context": context, "features": None, "ratio": 0.15, "max_block": 3})
     budget, run = method.budget(model), Run(3, batch_size=4)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = budget.candidates(candidate_blocks(range(6), shortest, 3))
-    assert {len(candidate.block) for candidate in candidates} == set(range(shortest, 4))
-    chosen, damage = choose_by_damage(
-        model, tokens, candidates, budget, trial, run, False, budget.candidates(start))
-    assert chosen == list(min(damage.together, key=lambda entry: entry[1])[0])
-    assert {candidate for taken, _ in damage.together for candidate in taken} <= set(damage.alone)
+    blocks = candidate_blocks(range(6), shortest, 3)
+    assert set(map(len, blocks)) == set(range(shortest, 4))
+    damage = choose_by_damage(model, tokens, blocks, budget, trial, run, False, start)
+    chosen, least = damage.together[0]
+    assert least == min(value for _, value in damage.together)
+    assert {block for taken, _ in damage.together for block in taken} <= set(damage.alone)
     tried, first = {taken for taken, _ in damage.together}, proposed(damage.alone, budget)
     assert first.keys() < tried
     near = [set(beside(chosen, damage.alone, budget, price)) for price in set(first.values())]
     assert any(sets and sets <= tried for sets in near)  # at the price that proposed it
     held = tokens.select(slice(len(tokens) - tokens.held_out(method.held), None))
     for taken, value in damage.together:
-        assert sum(budget.removal(c.block, c.shape) for c in taken) >= budget.target.parameters
+        assert sum(map(budget.removal, taken)) >= budget.target.parameters
         edits = [edit for c in taken for edit in dataclasses.replace(
             method, fill=False, blocks=((c.start, c.stop),))(model, tokens, run).edits]
         assert value == pytest.approx(divergence(model, apply_edits(model, edits), held), rel=1e-3, abs=1e-5)
-    assert method(model, tokens, run).blocks == [candidate.block for candidate in chosen]
+    assert method(model, tokens, run).blocks == list(chosen)
 
 
-def drawn_damage(model: PreTrainedModel) -> tuple[Budget, dict[Candidate, float]]:
-    """A budget, and candidates with a damage that was drawn."""
+def drawn_damage(model: PreTrainedModel) -> tuple[Budget, dict[range, float]]:
+    """A budget, and blocks with a damage that was drawn."""
     budget = KDP(ratio=0.2, protect=0.25, kernel="linear", context="none").budget(model)
-    candidates = budget.candidates(candidate_blocks(range(4, 12), 1, 4))
+    candidates = candidate_blocks(range(4, 12), 1, 4)
     draw = torch.rand(len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return budget, dict(zip(candidates, draw.tolist(), strict=True))
 
 
-def within_slack(budget: Budget, candidates: Iterable[Candidate]) -> list[tuple[Candidate, ...]]:
-    """By brute force the sets of separated candidates that meet the target and stay within the slack."""
+def within_slack(budget: Budget, candidates: Iterable[range]) -> list[tuple[range, ...]]:
+    """By brute force the sets of separated blocks that meet the target and stay within the slack."""
     sets = [taken for count in (1, 2, 3) for taken in itertools.combinations(candidates, count)
             if all(second.start > first.stop for first, second in itertools.pairwise(taken))]
-    removed = [sum(budget.removal(c.block, c.shape) for c in taken) for taken in sets]
+    removed = [sum(map(budget.removal, taken)) for taken in sets]
     least = min(value for value in removed if value >= budget.target.parameters)
     most = max(least, budget.target.parameters + budget.slack)
     return [taken for taken, value in zip(sets, removed, strict=True) if budget.target.parameters <= value <= most]
@@ -247,42 +245,40 @@ def test_proposals_are_those_of_brute_force_at_every_price(bundled: PreTrainedMo
     assert len({len(taken) for taken in within}) > 1
 
 
-def test_what_is_not_known_is_guessed_from_the_line_through_what_is(tiny_model) -> None:
-    shape = KDP(refine=False).shape(tiny_model("llama3"))
+def test_what_is_not_known_is_guessed_from_the_line_through_what_is() -> None:
     blocks = [range(start, start + 2) for start in range(4)]
-    candidates = [Candidate(block, shape) for block in blocks]
     errors = {block: 0.1 * 2.0**number for number, block in enumerate(blocks)}
-    alone = {candidates[0]: 0.3, candidates[3]: 0.3 * 8**0.5}
-    found = guessed(candidates, alone, errors)
-    assert {c: found[c] for c in alone} == alone
-    assert list(found) == [*alone, *(c for c in candidates if c not in alone)]
+    alone = {blocks[0]: 0.3, blocks[3]: 0.3 * 8**0.5}
+    found = guessed(alone, errors)
+    assert {block: found[block] for block in alone} == alone
+    assert list(found) == blocks
     # One pair at a distance of log 8 and a slope of 1/2, and the measurement of slope 1 that counts .1.
     squares = math.log(8) ** 2 / 2
     slope = (squares / 2 + 0.1) / (squares + 0.1)
     middle = 0.3 * 8**0.25
-    assert found[candidates[1]] == pytest.approx(middle * (errors[blocks[1]] / (0.1 * 8**0.5)) ** slope)
-    assert guessed(candidates, {candidates[0]: 1.0}, errors)[candidates[3]] == pytest.approx(8.0)  # as the error goes
+    assert found[blocks[1]] == pytest.approx(middle * (errors[blocks[1]] / (0.1 * 8**0.5)) ** slope)
+    assert guessed({blocks[0]: 1.0}, errors)[blocks[3]] == pytest.approx(8.0)  # as the error goes
 
 
 def test_what_the_best_guess_would_take_is_measured(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("qwen3", seed=5), random_tokens(rows=40, length=16)
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.15, "max_block": 3})
     budget = method.budget(model)
-    candidates = budget.candidates(candidate_blocks(range(6), 2, 3))
+    blocks = candidate_blocks(range(6), 2, 3)
     trial, errors = Trial(method.settings(budget.shape, tokens), method.held, 0), {}
     linear_errors = Measuring.linear_errors
     monkeypatch.setattr(Measuring, "linear_errors",
                         lambda *about: errors.update(linear_errors(*about)) or errors)
     monkeypatch.setattr(damage_module, "PASSES", 1e9)
-    _, damage = choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), fill=False)
-    assert len(damage.alone) < len(candidates)
-    for taken in proposed(guessed(candidates, damage.alone, errors), budget):
+    damage = choose_by_damage(model, tokens, blocks, budget, trial, Run(3, batch_size=4), fill=False)
+    assert len(damage.alone) < len(blocks)
+    for taken in proposed(guessed(damage.alone, errors), budget):
         assert set(taken) <= set(damage.alone)  # whatever else was not measured
 
 
-def test_sets_beside_the_best_lack_one_of_its_candidates_and_cost_least_of_those(bundled: PreTrainedModel) -> None:
+def test_sets_beside_the_best_lack_one_of_its_blocks_and_cost_least_of_those(bundled: PreTrainedModel) -> None:
     budget, damage = drawn_damage(bundled)
-    damage = {candidate: 0.2 * value for candidate, value in damage.items()}  # of the prices' size
+    damage = {block: 0.2 * value for block, value in damage.items()}  # of the prices' size
     sets = within_slack(budget, damage)
     assert len(proposed(damage, budget)) > 1
     for best, price in proposed(damage, budget).items():
@@ -299,8 +295,8 @@ def test_sets_beside_the_best_lack_one_of_its_candidates_and_cost_least_of_those
 def test_a_loss_that_is_no_number_is_never_chosen() -> None:
     model = build("llama3")
     budget = KDP(ratio=0.1).budget(model)
-    damage = {Candidate(range(1, 3), budget.shape): math.inf, Candidate(range(2, 4), budget.shape): 3.0}
-    assert list(proposed(damage, budget)) == [(Candidate(range(2, 4), budget.shape),)]
+    damage = {range(1, 3): math.inf, range(2, 4): 3.0}
+    assert list(proposed(damage, budget)) == [(range(2, 4),)]
 
 
 def test_same_seed_same_damage_and_the_final_fits_do_not_know_of_it(tiny_model) -> None:
@@ -334,13 +330,11 @@ def test_a_run_that_finds_what_no_number_was_takes_the_same(
     monkeypatch.setattr(Measuring, "damages", overflowing)
     cache = Cache(tmp_path)
     first, second = (choose_by_damage(
-        model, tokens, budget.candidates(candidate_blocks(range(6), 2, 3)), budget,
+        model, tokens, candidate_blocks(range(6), 2, 3), budget,
         Trial(method.settings(budget.shape, tokens), method.held, 0),
         Run(3, batch_size=4, cache=cache, about="this"), fill=False) for _ in range(2))
-    assert math.inf in first[1].alone.values()
-    assert (first[0], dict(first[1].alone), list(first[1].together)) == (
-        second[0], dict(second[1].alone), list(second[1].together))
-    assert first[1].by_block == second[1].by_block
+    assert math.inf in first.alone.values()
+    assert first == second
 
 
 def test_other_schedules_find_the_choice_and_another_ridge_does_not(
@@ -354,10 +348,10 @@ def test_other_schedules_find_the_choice_and_another_ridge_does_not(
 
     def chosen(**options) -> tuple:
         settings = dataclasses.replace(method, **options).settings(budget.shape, tokens)
-        found, _ = choose_by_damage(
-            model, tokens, budget.candidates(candidate_blocks(range(6), 2, 3)), budget,
+        found = choose_by_damage(
+            model, tokens, candidate_blocks(range(6), 2, 3), budget,
             Trial(settings, method.held, 0), run, fill=False)
-        return tuple(found)
+        return found.together[0][0]
 
     first = chosen()
     assert chosen(refine_epochs=7, rate=1e-5, kernel_epochs=3, batch=2) == first
@@ -452,11 +446,11 @@ def test_a_streamed_model_is_measured_to_the_same_bits(
     method = KDP(**{**SOLVED, "kernel": "linear+data", "features": None, "ratio": 0.1, "max_block": 3, "protect": 0.1})
     budget = method.budget(whole)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = budget.candidates(candidate_blocks(range(1, 5), 2, 3))
-    (chosen, damage), (again, found) = (
-        choose_by_damage(model, tokens, candidates, budget, trial, Run(3, batch_size=4), True, candidates[:1])
+    blocks = candidate_blocks(range(1, 5), 2, 3)
+    damage, found = (
+        choose_by_damage(model, tokens, blocks, budget, trial, Run(3, batch_size=4), True, blocks[:1])
         for model in (whole, streamed))
-    assert (chosen, damage) == (again, found)
+    assert damage == found
     last = [count for key, count in reads.items() if key.startswith("model.layers.5.")]
     assert len(rounds) // 2 < len(damage.alone) + len(damage.together)
     passes = 1 + len(rounds) // 2 if room != "one by one" else 1 + len(damage.alone) + len(damage.together)
@@ -498,12 +492,12 @@ def test_of_a_copy_in_fewer_bits_it_is_the_copy_that_is_measured(tiny_model) -> 
     tokens, method = random_tokens(rows=20), solved(kernel="linear", ratio=0.1)
     budget = method.budget(model)
     trial = Trial(method.settings(budget.shape, tokens), method.held, 0)
-    candidates = [Candidate(range(1, 3), budget.shape)]
+    block = range(1, 3)
     values = [
-        choose_by_damage(one, tokens, candidates, budget, trial, Run(3, batch_size=4, states_model=states), False)[1]
+        choose_by_damage(one, tokens, [block], budget, trial, Run(3, batch_size=4, states_model=states), False)
         for one, states in ((model, None), (copy, None), (model, copy))]
     assert values[2].alone != values[0].alone
-    assert values[2].alone[candidates[0]] != values[1].alone[candidates[0]]  # its attention is the model's own
+    assert values[2].alone[block] != values[1].alone[block]  # its attention is the model's own
 
 
 def test_planning_measures_nothing() -> None:

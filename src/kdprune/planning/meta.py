@@ -16,7 +16,6 @@ from kdprune.evaluation.models import vocabulary_size
 from kdprune.evaluation.perplexity import default_batch
 from kdprune.methods.common.budget import (
     Budget,
-    filled,
     layer_sizes,
     possible_blocks,
     select_by_similarity,
@@ -86,8 +85,8 @@ def layout(method: KDP, dense: PreTrainedModel) -> list[Candidate]:
     is not known."""
     budget = method.budget(dense)
     by = replace(method, ranking="similarity")
-    chosen = budget.candidates(select_by_similarity(by, even_similarity(len(budget.layers)), budget))
-    return filled(chosen, budget) if method.fill else chosen
+    blocks = select_by_similarity(by, even_similarity(len(budget.layers)), budget)
+    return budget.candidates(blocks, bool(method.fill))
 
 
 def even_similarity(layers: int) -> Tensor:

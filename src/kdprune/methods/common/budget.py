@@ -1,7 +1,7 @@
 """From scores and a net-parameter budget to blocks, and from a budget's slack to wider stand-ins."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,22 @@ class Budget:
         self.norm_behind = max(norms)
         self.slack = round(slack * sum(self.layers) / len(self.layers))
 
-    def candidates(self, blocks: Iterable[range]) -> list[Candidate]:
-        """These blocks, each with the stand-in."""
-        return [Candidate(block, self.shape) for block in blocks]
+    def candidates(self, blocks: Sequence[range], fill: bool = False) -> list[Candidate]:
+        """These blocks, each with the stand-in; with ``fill``, where it can be wider, widened evenly by what all remove
+        beyond the target.
+
+        The count grows by the shape's unit while the target is still met, up to ``WIDEST`` · d or the shape's most;
+        where units are more than one, the first blocks' grow by one more as long as there is that much left. The net
+        ratio ends above the target by less than one unit of features, or channels, or one of them a block, unless that
+        cap is reached.
+        """
+        shape, each, left = self.shape, 0, 0
+        spare, cost = sum(map(self.removal, blocks)) - self.target.parameters, shape.unit * shape.parameters_per_unit()
+        if fill and cost and spare > 0:
+            each, left = divmod(spare // cost, len(blocks))
+        most = max((shape.most or WIDEST * shape.width) - shape.units, 0)
+        return [Candidate(block, shape.wider(min((each + (shape.unit > 1 and place < left)) * shape.unit, most)))
+                for place, block in enumerate(blocks)]
 
     def removal(self, block: range, shape: Shape | None = None) -> int:
         """Net parameters removed by replacing a block: its layers minus its stand-in."""
@@ -68,9 +81,9 @@ class Budget:
         """Net parameters that a block behind its form of stand-in removes."""
         return self.removal(candidate.block, candidate.shape)
 
-    def most_removed(self, candidates: Sequence[Candidate]) -> int:
+    def most_removed(self, blocks: Sequence[range]) -> int:
         """The most parameters that a set of separated ones removes."""
-        return max(reachable(candidates, lambda _: 0.0, self.removed_by))
+        return max(reachable(blocks, lambda _: 0.0, self.removal))
 
 
 def layer_sizes(model: PreTrainedModel) -> list[int]:
@@ -90,7 +103,7 @@ def check_budget(options: RankedMethod, budget: Budget) -> None:
     """
     candidates = possible_blocks(options, budget)
     if options.blocks is None:
-        most = budget.most_removed(budget.candidates(candidates))
+        most = budget.most_removed(candidates)
         budget.target.check(most, *out_of_reach(candidates))
 
 
@@ -146,7 +159,7 @@ def blocks_beside(layers: list[int], options: RankedMethod, budget: Budget) -> l
     if len(beside) < len(candidates):
         names = ", ".join(map(str, sorted(layers)))
         budget.target.check(
-            budget.most_removed(budget.candidates(beside)),
+            budget.most_removed(beside),
             f"that blocks beside layers {names} allow, which write or erase massive tokens",
             "lower the ratio, protect fewer layers (protect=…), allow longer blocks (max_block=…), or name the blocks "
             "(blocks=…) to remove those layers")
@@ -227,24 +240,3 @@ def shortest_blocks(model: PreTrainedModel, target: Target, allowed: range, cost
         if size >= target.parameters:
             enough.setdefault(block.start, block)
     return list(enough.values())
-
-
-def filled(candidates: Sequence[Candidate], budget: Budget) -> list[Candidate]:
-    """The same blocks with stand-ins, of those that can be wider, widened evenly by what all remove beyond the target.
-
-    The count grows by the shape's unit while the target is still met, up to ``WIDEST`` · d or the shape's most; where
-    units are more than one, the first blocks' grow by one more as long as there is that much left. The net ratio ends
-    above the target by less than one unit of features, or channels, or one of them a block, unless that cap is reached.
-    """
-    spare = sum(map(budget.removed_by, candidates)) - budget.target.parameters
-    costs = [shape.unit * shape.parameters_per_unit() for shape in (candidate.shape for candidate in candidates)]
-    if spare < 0 or not any(costs):
-        return list(candidates)
-    each, spare = divmod(spare, sum(costs))
-    found = []
-    for candidate, cost in zip(candidates, costs, strict=True):
-        shape, more = candidate.shape, candidate.shape.unit > 1 and 0 < cost <= spare
-        spare -= cost * more
-        most = (shape.most or WIDEST * shape.width) - shape.units
-        found.append(Candidate(candidate.block, shape.wider(max(min((each + more) * shape.unit, most), 0))))
-    return found

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -12,21 +12,8 @@ from kdprune.methods.common.target import Target
 _ONE_MORE = 1e5
 
 
-class Removable(Protocol):
-    """Anything that takes out the layers from ``start`` up to ``stop``."""
-
-    @property
-    def start(self) -> int:
-        """Its first layer."""
-
-    @property
-    def stop(self) -> int:
-        """The layer behind it."""
-
-
-Taken = TypeVar("Taken", bound=Removable)
 # Best total score and the blocks that reach it, by parameters removed.
-_Table: TypeAlias = dict[int, tuple[float, tuple[Taken, ...]]]
+_Table: TypeAlias = dict[int, tuple[float, tuple[range, ...]]]
 
 
 def open_layers(layers: int, protect: float) -> range:
@@ -46,9 +33,9 @@ def candidate_blocks(layers: range, shortest: int, longest: int) -> list[range]:
 
 
 def reachable(
-    candidates: Sequence[Taken], score: Callable[[Taken], float], removal: Callable[[Taken], int],
+    candidates: Sequence[range], score: Callable[[range], float], removal: Callable[[range], int],
     most: float = math.inf,
-) -> _Table[Taken]:
+) -> _Table:
     """For every total removal that some set of separated blocks reaches, the set of greatest total score.
 
     Two blocks are separated by at least one kept layer, because a stand-in is folded into the layer before its
@@ -62,9 +49,9 @@ def reachable(
         most: totals beyond this are not looked at, nor what they could lead to.
     """
     last = max((block.stop for block in candidates), default=0)
-    kept: list[_Table[Taken]] = [{} for _ in range(last + 1)]
+    kept: list[_Table] = [{} for _ in range(last + 1)]
     kept[0][0] = (0.0, ())
-    cut: list[_Table[Taken]] = [{} for _ in range(last + 1)]
+    cut: list[_Table] = [{} for _ in range(last + 1)]
     for position in range(last + 1):
         if position:
             _merge(kept[position], kept[position - 1])
@@ -77,13 +64,13 @@ def reachable(
                     for removed, (total, blocks) in kept[position].items() if removed + size <= most
                 }
                 _merge(cut[block.stop], extended)
-    result: _Table[Taken] = {}
+    result: _Table = {}
     _merge(result, kept[last])
     _merge(result, cut[last])
     return result
 
 
-def _merge(into: _Table[Taken], other: _Table[Taken]) -> None:
+def _merge(into: _Table, other: _Table) -> None:
     for removed, entry in other.items():
         if removed not in into or entry[0] > into[removed][0]:
             into[removed] = entry

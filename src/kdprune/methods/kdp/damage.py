@@ -1,6 +1,5 @@
-"""Blocks and stand-ins chosen by what they cost (``measuring``): which are measured, and which sets are proposed."""
+"""Blocks chosen by what their stand-ins cost (``measuring``): which are measured, and which sets are proposed."""
 
-import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kdprune.data.tokens import TokenSet
-from kdprune.methods.common.budget import Budget, filled
+from kdprune.methods.common.budget import Budget
 from kdprune.methods.common.selection import reachable
-from kdprune.methods.common.shape import Candidate, Shape
 from kdprune.methods.kdp.measuring import (
     ALONE,
     DAMAGE_TOKENS,
@@ -38,20 +36,15 @@ PRICES = (-0.1, -0.03, 0.0, 0.03, 0.1)
 
 @dataclass(frozen=True)
 class Damage:
-    """What was measured: Δ, KL(dense‖pruned) in nats a token, of every candidate alone and of the sets tried together.
+    """What was measured: Δ, KL(dense‖pruned) in nats a token, of blocks alone and of the sets tried together.
 
     Attributes:
-        alone: by candidate.
+        alone: by block.
         together: the sets, best first, with the Δ of all their stand-ins at once.
     """
 
-    alone: Mapping[Candidate, float]
-    together: Sequence[tuple[tuple[Candidate, ...], float]]
-
-    @property
-    def by_block(self) -> dict[range, float]:
-        """Δ of every block that was measured alone."""
-        return {candidate.block: value for candidate, value in self.alone.items()}
+    alone: Mapping[range, float]
+    together: Sequence[tuple[tuple[range, ...], float]]
 
 
 def trials(
@@ -71,10 +64,11 @@ def trials(
 
 
 def choose_by_damage(
-    model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool, start: Sequence[Candidate] = (),
-) -> tuple[list[Candidate], Damage]:
-    """The set of separated candidates that meets the budget and, all in place at once, does the least damage found.
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], budget: Budget, trial: Trial, run: Run,
+    fill: bool, start: Sequence[range] = (),
+) -> Damage:
+    """Damage of blocks behind stand-ins, and of separated ones that meet the budget together, of which the first set,
+    all in place at once, does the least that was found.
 
     1. The relative error of a linear map of the state, held out, for every block.
     2. Δ alone of the blocks of least error of some lengths, and of those of ``start``:
@@ -88,40 +82,35 @@ def choose_by_damage(
        is not known; what of these is only guessed is measured alone, and so on until nothing in them is, or as often
        as :func:`trials` allows; of one set at least everything is.
     4. Δ of these sets and of ``start``, their spare parameters spent: damages do not add up, so that the sum only
-       proposes. Around the best, what the price that proposed it gives without one or another of its candidates, until
-       none of these is better.
+       proposes. Around the best, what the price that proposed it gives without one or another of its blocks, until none
+       of these is better.
 
     Args:
-        candidates: blocks with their stand-ins; none of them over a layer that must stay.
-        budget: what has to go, and its slack.
+        blocks: those to choose from, none of them over a layer that must stay.
+        budget: what has to go, its slack, and the stand-in.
         trial: how stand-ins are fitted.
         fill: whether a set's spare parameters are spent before it is measured.
         start: a set within the budget that is measured whatever the programme proposes, such as that of similarity.
     """
     follows_from = [
         [trial.settings.solved, trial.held, trial.path],
-        [(c.start, c.stop, dataclasses.asdict(c.shape)) for c in candidates],
-        budget.target.parameters, budget.slack, fill, [(c.start, c.stop) for c in start],
+        budget.shape, _ends(blocks), budget.target.parameters, budget.slack, fill, _ends(start),
         [FIT_TOKENS, PER_INPUT, DAMAGE_TOKENS, ALONE, TOP, PASSES, SET_PASSES, MOST, PRICES]]
     measured = run.cached(
-        "damage", follows_from, lambda: _plain(_measure(model, tokens, candidates, budget, trial, run, fill, start)),
+        "damage", follows_from, lambda: _plain(_measure(model, tokens, blocks, budget, trial, run, fill, start)),
         JsonCodec(dict))
-    alone = {_candidate(item): _value(value) for item, value in measured["alone"]}
-    together = [(tuple(map(_candidate, items)), _value(value)) for items, value in measured["together"]]
-    return list(together[0][0]), Damage(alone, together)
+    alone = {range(*ends): _value(value) for ends, value in measured["alone"]}
+    return Damage(alone, [(tuple(range(*ends) for ends in chosen), _value(value))
+                          for chosen, value in measured["together"]])
 
 
 def _plain(damage: Damage) -> dict[str, Any]:
-    def item(candidate: Candidate) -> list[Any]:
-        return [candidate.start, candidate.stop, dataclasses.asdict(candidate.shape)]
-
-    return {"alone": [[item(candidate), value] for candidate, value in damage.alone.items()],
-            "together": [[[item(candidate) for candidate in chosen], value] for chosen, value in damage.together]}
+    return {"alone": list(zip(_ends(damage.alone), damage.alone.values(), strict=True)),
+            "together": [[_ends(chosen), value] for chosen, value in damage.together]}
 
 
-def _candidate(item: Sequence[Any]) -> Candidate:
-    start, stop, shape = item
-    return Candidate(range(start, stop), Shape(**shape))
+def _ends(blocks: Iterable[range]) -> list[list[int]]:
+    return [[block.start, block.stop] for block in blocks]
 
 
 def _value(value: float | None) -> float:
@@ -130,29 +119,29 @@ def _value(value: float | None) -> float:
 
 
 def _measure(
-    model: PreTrainedModel, tokens: TokenSet, candidates: Sequence[Candidate], budget: Budget, trial: Trial, run: Run,
-    fill: bool, start: Sequence[Candidate],
+    model: PreTrainedModel, tokens: TokenSet, blocks: Sequence[range], budget: Budget, trial: Trial, run: Run,
+    fill: bool, start: Sequence[range],
 ) -> Damage:
-    blocks = sorted((candidate.block for candidate in candidates), key=lambda block: (block.start, block.stop))
     measuring = Measuring.of(model, tokens, blocks, trial, run)
     most, sets, _ = trials(tokens, blocks, trial.held, model, len(start))
     errors = measuring.linear_errors(blocks)
 
-    def damages(new: Sequence[Candidate]) -> dict[Candidate, float]:
-        return dict(zip(new, measuring.damages([[one] for one in new], "damage", ALONE), strict=True))
+    def damages(new: Sequence[range]) -> dict[range, float]:
+        values = measuring.damages([[one] for one in budget.candidates(new)], "damage", ALONE)
+        return dict(zip(new, values, strict=True))
 
-    alone = damages(list(dict.fromkeys([*_first(candidates, errors), *start])))
-    chosen = proposed(guessed(candidates, alone, errors), budget)
+    alone = damages(list(dict.fromkeys([*_first(errors), *start])))
+    chosen = proposed(guessed(alone, errors), budget)
     while len(alone) < most and (new := _unknown(chosen, alone)):
         alone |= damages(new[: most - len(alone)])
-        chosen = proposed(guessed(candidates, alone, errors), budget)
+        chosen = proposed(guessed(alone, errors), budget)
     # Else what is known might meet the target with one long block alone, far beyond it.
     if lacking := min((_unknown([one], alone) for one in chosen), key=len):
         alone |= damages(lacking)
-    together: dict[tuple[Candidate, ...], float] = {}
+    together: dict[tuple[range, ...], float] = {}
     price_of = ({tuple(start): 0.0} if start else {}) | proposed(alone, budget)
     while new_sets := [one for one in price_of if one not in together][: max(sets - len(together), 0)]:
-        values = measuring.damages([filled(one, budget) if fill else one for one in new_sets], "damage of sets")
+        values = measuring.damages([budget.candidates(one, fill) for one in new_sets], "damage of sets")
         together |= zip(new_sets, values, strict=True)
         best = min(together, key=together.__getitem__)
         price_of = beside(best, alone, budget, price_of[best]) | price_of
@@ -160,14 +149,14 @@ def _measure(
     return Damage(alone, sorted(together.items(), key=lambda entry: entry[1]))
 
 
-def _unknown(sets: Iterable[Sequence[Candidate]], known: Mapping[Candidate, float]) -> list[Candidate]:
-    """The candidates of these sets whose Δ is not known, each once."""
-    return list(dict.fromkeys(candidate for chosen in sets for candidate in chosen if candidate not in known))
+def _unknown(sets: Iterable[Sequence[range]], known: Mapping[range, float]) -> list[range]:
+    """The blocks of these sets whose Δ is not known, each once."""
+    return list(dict.fromkeys(block for chosen in sets for block in chosen if block not in known))
 
 
-def _first(candidates: Sequence[Candidate], errors: Mapping[range, float]) -> list[Candidate]:
+def _first(errors: Mapping[range, float]) -> list[range]:
     """The block of least error of some lengths."""
-    return [min((one for one in candidates if len(one.block) == length), key=lambda one: errors[one.block])
+    return [min((block for block in errors if len(block) == length), key=errors.__getitem__)
             for length in _first_lengths(errors)]
 
 
@@ -177,10 +166,8 @@ def _first_lengths(blocks: Iterable[range]) -> list[int]:
     return [length for length in lengths if length & (length - 1) == 0] or lengths[:1]
 
 
-def guessed(
-    candidates: Sequence[Candidate], alone: Mapping[Candidate, float], errors: Mapping[range, float]
-) -> dict[Candidate, float]:
-    """Δ of every candidate: as measured, or
+def guessed(alone: Mapping[range, float], errors: Mapping[range, float]) -> dict[range, float]:
+    """Δ of every block: as measured, or
 
         log Δ = a + b log error,   b = (Σ xy + ε) / (Σ x² + ε)
 
@@ -191,42 +178,39 @@ def guessed(
         return math.log(min(max(value, 1e-12), 1e3))
 
     middle, height, slope = 0.0, 0.0, 1.0
-    if finite := [candidate for candidate in alone if math.isfinite(alone[candidate])]:
-        x, y = ([logarithm(value) for value in values] for values in (
-            [errors[candidate.block] for candidate in finite], [alone[candidate] for candidate in finite]))
+    if finite := [block for block, value in alone.items() if math.isfinite(value)]:
+        x, y = ([logarithm(of[block]) for block in finite] for of in (errors, alone))
         middle, height = statistics.fmean(x), statistics.fmean(y)
         products = sum((one - middle) * (other - height) for one, other in zip(x, y, strict=True))
         slope = (products + 0.1) / (sum((one - middle) ** 2 for one in x) + 0.1)
-    found = dict(alone)
-    for candidate in candidates:
-        found.setdefault(candidate, math.exp(height + slope * (logarithm(errors[candidate.block]) - middle)))
-    return found
+    return {block: alone[block] if block in alone else math.exp(height + slope * (logarithm(error) - middle))
+            for block, error in errors.items()}
 
 
 def beside(
-    best: Sequence[Candidate], alone: Mapping[Candidate, float], budget: Budget, price: float
-) -> dict[tuple[Candidate, ...], float]:
-    """The sets that this price proposes without one of the best set's candidates, where there are any, → the price."""
-    found: dict[tuple[Candidate, ...], float] = {}
-    for candidate in best:
-        others = {other: value for other, value in alone.items() if other != candidate}
+    best: Sequence[range], alone: Mapping[range, float], budget: Budget, price: float
+) -> dict[tuple[range, ...], float]:
+    """The sets that this price proposes without one of the best set's blocks, where there are any, → the price."""
+    found: dict[tuple[range, ...], float] = {}
+    for block in best:
+        others = {other: value for other, value in alone.items() if other != block}
         if others and budget.most_removed(list(others)) >= budget.target.parameters:
             found |= proposed(others, budget, (price,))
     return found
 
 
 def proposed(
-    alone: Mapping[Candidate, float], budget: Budget, prices: Sequence[float] = PRICES
-) -> dict[tuple[Candidate, ...], float]:
-    """The sets of separated candidates within the budget and its slack of least Σ Δ + price · blocks → the price, that
+    alone: Mapping[range, float], budget: Budget, prices: Sequence[float] = PRICES
+) -> dict[tuple[range, ...], float]:
+    """The sets of separated blocks within the budget and its slack of least Σ Δ + price · blocks → the price, that
     nearest to none of those that propose it."""
-    found: dict[tuple[Candidate, ...], float] = {}
-    target, sizes = budget.target.parameters, [budget.removed_by(candidate) for candidate in alone]
+    found: dict[tuple[range, ...], float] = {}
+    target, sizes = budget.target.parameters, list(map(budget.removal, alone))
     # A set beyond this still meets the target when it lacks any one of its blocks.
     most = target + budget.slack + max(sizes) - sum(min(size, 0) for size in sizes)
     for price in sorted(prices, key=abs):
-        cost = {candidate: min(value, 1e3) + price for candidate, value in alone.items()}
-        table = reachable(list(cost), lambda one, cost=cost: -cost[one], budget.removed_by, most)  # type: ignore[misc]
+        cost = {block: min(value, 1e3) + price for block, value in alone.items()}
+        table = reachable(list(cost), lambda one, cost=cost: -cost[one], budget.removal, most)  # type: ignore[misc]
         enough = [removed for removed in table if removed >= target]
         near = [removed for removed in enough if removed <= max(min(enough), target + budget.slack)]
         found.setdefault(table[max(near, key=lambda removed: table[removed][0])][1], price)

@@ -15,12 +15,11 @@ from kdprune.methods.common.budget import (
     blocks_to_rank,
     check_budget,
     choose_blocks,
-    filled,
     select_by_similarity,
 )
 from kdprune.methods.common.method import RankedMethod
 from kdprune.methods.common.result import MethodResult
-from kdprune.methods.common.shape import Candidate, Shape
+from kdprune.methods.common.shape import Shape
 from kdprune.methods.common.units import unit_of, whole_units
 from kdprune.methods.kdp.damage import Damage, choose_by_damage
 from kdprune.methods.kdp.fit_block import FitSettings
@@ -265,28 +264,26 @@ class KDP(RankedMethod):
     def __call__(self, model: PreTrainedModel, tokens: TokenSet, run: Run = Run()) -> MethodResult:
         """Chooses the blocks, fits their stand-ins and returns the edits."""
         budget = self.budget(model)
-        chosen, damage = self.choose(model, tokens, run, budget)
-        if self.fill:
-            chosen = filled(chosen, budget)
-        blocks, shapes = [candidate.block for candidate in chosen], [candidate.shape for candidate in chosen]
+        blocks, damage = self.choose(model, tokens, run, budget)
+        shapes = [candidate.shape for candidate in budget.candidates(blocks, bool(self.fill))]
         plan = FitPlan(
             blocks, shapes, self.settings(budget.shape, tokens), tokens.held_out(self.held),
             max((self.path_rows(tokens, shape) for shape in shapes), key=lambda rows: rows.fit), bool(self.sequential))
-        return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else damage.by_block)
+        return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else dict(damage.alone))
 
     def choose(
         self, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget
-    ) -> tuple[list[Candidate], Damage | None]:
-        """The blocks with their stand-ins, and what was measured to find them."""
-        shape = budget.shape
+    ) -> tuple[list[range], Damage | None]:
+        """The blocks, and what was measured to find them."""
         if not self.measures:
             method = replace(self, ranking="similarity")
-            return budget.candidates(choose_blocks(method, model, tokens, run, budget)), None
+            return choose_blocks(method, model, tokens, run, budget), None
         blocks, scores = blocks_to_rank(self, model, tokens, run, budget)
+        shape = budget.shape
         trial = Trial(self.settings(shape, tokens), self.held, self.path_rows(tokens, shape).fit)
         similar = select_by_similarity(self, torch.as_tensor(scores[self.similarity]), budget, blocks)
-        return choose_by_damage(
-            model, tokens, budget.candidates(blocks), budget, trial, run, bool(self.fill), budget.candidates(similar))
+        damage = choose_by_damage(model, tokens, blocks, budget, trial, run, bool(self.fill), similar)
+        return list(damage.together[0][0]), damage
 
     @property
     def shortest(self) -> int:
