@@ -15,7 +15,7 @@ from kdprune.report.comparison_records import Comparison, Row, Stat
 from kdprune.report.comparison_table import cells, stat, title_of
 
 GAP = "—"  # not measured
-SAME_SIZE = 5e-4  # of the layers' parameters
+SAME_SIZE = 2e-3  # of the layers' parameters: what no table shows apart
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> str:
@@ -32,6 +32,11 @@ def mean(found: Stat | None) -> float | None:
     return None if found is None else found.mean
 
 
+def three(value: float) -> str:
+    """Nats, to a thousandth."""
+    return f"{value:.3f}"
+
+
 def title(found: Iterable[Comparison], name: str) -> str:
     """A variant as tables show it: a method's title, and what is typed for one with options."""
     if ":" in name:
@@ -41,6 +46,7 @@ def title(found: Iterable[Comparison], name: str) -> str:
 
 def texts(page: Page, section: Section) -> str:
     """A table a model: what every variant loses, mean over the texts, at each window, and on each text at the first.
+    Means over seeds, of the losses ± their standard deviation.
 
     ``record`` names another record than the page's, ``apart`` texts that have a column and do not enter the means.
     """
@@ -50,14 +56,14 @@ def texts(page: Page, section: Section) -> str:
         windows = list(dict.fromkeys(one.window for row in rows for one in row.texts))
         names = list(dict.fromkeys(one.dataset for row in rows for one in row.texts))
         table = []
-        for row in sorted(rows, key=lambda row: _text_mean(row, "excess_loss", windows[0], apart)):
+        for row in sorted(rows, key=lambda row: _excess(found, row, windows[0], apart)):
             at = {(one.dataset, one.window): mean(one.excess_loss) for one in row.texts}
             table.append([
                 title([found], row.variant.name), stat(row.net_ratio_layers, lambda x: f"{100 * x:.1f}", False, " %"),
-                *(f"{_text_mean(row, 'excess_loss', window, apart):.3f}" for window in windows),
-                f"{_text_mean(row, 'divergence', windows[0], apart):.3f}",
-                f"{100 * _text_mean(row, 'agreement', windows[0], apart):.1f} %",
-                *(GAP if (value := at.get((name, windows[0]))) is None else f"{value:.3f}" for name in names),
+                *(stat(_text_mean(found, row, "excess_loss", window, apart), three) for window in windows),
+                stat(_text_mean(found, row, "divergence", windows[0], apart), three, False),
+                stat(_text_mean(found, row, "agreement", windows[0], apart), lambda x: f"{100 * x:.1f}", False, " %"),
+                *(GAP if (value := at.get((name, windows[0]))) is None else three(value) for name in names),
                 len(row.seeds), stat(row.seconds, summary.duration, False)])
         heads = ["", "net, of the layers", *(f"excess, window {window}" for window in windows), "KL", "same next token",
                  *names, "seeds", "time"]
@@ -65,15 +71,23 @@ def texts(page: Page, section: Section) -> str:
     return "\n\n".join(parts)
 
 
-def _text_mean(row: Row, field: str, window: int, apart: Sequence[str] = ()) -> float:
-    """A figure of a row at one window, mean over seeds and texts but those ``apart``."""
-    found = [mean(getattr(one, field)) for one in row.texts if one.window == window and one.dataset not in apart]
-    return statistics.fmean(value for value in found if value is not None)
+def _text_mean(found: Comparison, row: Row, field: str, window: int, apart: Sequence[str] = ()) -> Stat | None:
+    """A figure of a row at one window over its seeds, of each the mean over texts but those ``apart``."""
+    every = [[getattr(one, field) for one in (unit.perplexity, *unit.texts)
+              if one.window == window and one.dataset not in apart and getattr(one, field) is not None]
+             for unit in found.units if unit.variant == row.variant.name]
+    return Stat.of(statistics.fmean(values) for values in every if values)
+
+
+def _excess(found: Comparison, row: Row, window: int, apart: Sequence[str]) -> float:
+    """What a row loses: mean over seeds, infinite where that is no number."""
+    value = mean(_text_mean(found, row, "excess_loss", window, apart))
+    return math.inf if value is None else value
 
 
 def cost(page: Page, section: Section) -> str:
     """A table a model: what every variant took, least time first. ``record`` names another record than the page's."""
-    parts, every = [], ["time", "peak memory", "tokens used", "trained × tokens", "search, passes"]
+    parts, every = [], ["time", "time, passes", "peak memory", "tokens used", "trained × tokens", "search, passes"]
     for model, found in page.comparisons(section.get("record")).items():
         rows = sorted((row for row in found.rows if row.seeds), key=lambda row: mean(row.seconds) or math.inf)
         columns = [one for one in every if any(cells(row, [one]) != [summary.MISSING] for row in rows)]
@@ -109,7 +123,7 @@ def curve_points(page: Page, section: Section) -> dict[str, dict[str, list[Point
             for row in comparison.rows:
                 net = mean(row.net_ratio_layers)
                 if row.texts and net is not None:
-                    loss = _text_mean(row, "excess_loss", row.texts[0].window, section.get("apart", []))
+                    loss = _excess(comparison, row, row.texts[0].window, section.get("apart", []))
                     found.setdefault(model, {}).setdefault(row.variant.name, []).append(Point(net, loss))
     return {model: {name: sorted(points, key=lambda point: point.net) for name, points in variants.items()}
             for model, variants in found.items()}
@@ -132,7 +146,7 @@ def at_size(page: Page, section: Section) -> str:
         rows.sort(key=lambda row: (-sum(value is not None for value in row[1]), sum(value or 0.0 for value in row[1])))
         parts += [f"### {model}", markdown(
             ["", *(f"{100 * size:.1f} %" for size in sizes)],
-            [[f"`{name}`", *(GAP if value is None else f"{value:.3f}" for value in values)] for name, values in rows])]
+            [[f"`{name}`", *(GAP if value is None else three(value) for value in values)] for name, values in rows])]
     return "\n\n".join(parts)
 
 

@@ -320,7 +320,10 @@ def test_the_cost_and_the_ends_of_every_method_are_told() -> None:
     ends = [row.variant.protected for row in result.rows]
     assert ends == [None, None, (0, 0), (1, 1), (1, 1), None, None, None]
     text = render_markdown(result)
+    pace = result.units[0].speed.prefill.dense
+    assert result.rows[0].equivalents.mean == pytest.approx(given.seconds * pace / result.calibration.tokens)
     assert "| trained × tokens |" in text
+    assert "| time, passes |" in text
     assert f"| {summary.count(given.trained)} |" in text
     assert "each method as its own code has it: none: ShortGPT; 1 and 1: SLEB, LinearPatch." in text
     assert "SliceGPT's net ratio counts" in text

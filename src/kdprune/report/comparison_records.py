@@ -161,6 +161,9 @@ class Row(Record):
     decode: Stat | None = Field(None, description="decode speed over the dense model's")
     kv_cache_saving: Stat | None = Field(None, description="1 − pruned / dense bytes per token")
     seconds: Stat | None = Field(None, description="of pruning, resumed units apart")
+    equivalents: Stat | None = Field(
+        None, description="the same in forward passes of the calibration text, each as long as the dense model would "
+        "take at the prefill speed that was measured beside it")
     peak_memory_bytes: Stat | None = Field(None, description="while pruning, resumed units apart")
     tokens: Stat | None = Field(None, description="calibration tokens looked at")
     trained: Stat | None = Field(None, description="parameters trained × tokens seen in training")
@@ -238,6 +241,9 @@ class Comparison(Record):
             kv_cache_saving=Stat.of(
                 removed(unit.kv_cache_bytes_per_token.dense, unit.kv_cache_bytes_per_token.pruned) for unit in units),
             seconds=Stat.of(unit.seconds for unit in whole),
+            equivalents=Stat.of(
+                unit.seconds * pace / self.calibration.tokens for unit in whole
+                if unit.seconds is not None and unit.speed and (pace := unit.speed.prefill.dense)),
             peak_memory_bytes=Stat.of(unit.peak_memory_bytes for unit in whole),
             tokens=Stat.of(unit.tokens for unit in units),
             trained=Stat.of(unit.trained for unit in units), passes=Stat.of(unit.passes for unit in units),

@@ -29,6 +29,7 @@ COLUMNS: dict[str, tuple[str, Format, bool]] = {
     "decode": ("decode", lambda x: f"{x:.2f}", True),
     "KV cache saved": ("kv_cache_saving", lambda x: f"{100 * x:.1f}", True),
     "time": ("seconds", lambda x: summary.duration(x), False),
+    "time, passes": ("equivalents", lambda x: f"{x:.1f}", False),
     "peak memory": ("peak_memory_bytes", lambda x: summary.size(x), False),
     "tokens used": ("tokens", lambda x: summary.count(x), False),
     "trained × tokens": ("trained", lambda x: summary.count(x), False),
@@ -119,6 +120,9 @@ def protocol(comparison: Comparison, titles: Sequence[str] = tuple(COLUMNS)) -> 
         since = "pruning began" if scopes == {"unit"} else "the process began, as this system cannot reset its mark"
         found.append("Time is that of pruning, with the similarity analysis where a method needs it (shared by a "
                      f"seed's methods, counted in each); peak memory is the process's, model included, since {since}.")
+    if "time, passes" in titles and any(row.equivalents for row in comparison.rows):
+        found.append("Time, passes: the same in forward passes of the calibration text, each as long as the dense "
+                     "model would take at the speed at which it read that prompt.")
     if "trained × tokens" in titles and any(row.trained for row in comparison.rows):
         found.append("Trained × tokens: parameters trained times tokens seen in training, over all fits and healing; "
                      "solves in closed form and rates on trial count nothing there, but in the time.")
@@ -277,7 +281,8 @@ def _line(parts: Sequence[str]) -> str:
 def print_comparison(comparison: Comparison, console: Console, where: Iterable[str | Path] = ()) -> None:
     """The table in the terminal, of the columns that fit it, failures below it, and the paths written."""
     titles = [title for title in columns(comparison) if title not in (
-        "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token", "same tokens")]
+        "time, passes", "tokens used", "trained × tokens", "KV cache saved", "prefill", "same next token",
+        "same tokens")]
     table, wide = _terminal_table(comparison, titles), console.options.update_width(1000)
     while len(titles) > 1 and console.measure(table, options=wide).maximum > console.width:
         titles.remove(max(titles, key=lambda title: NEEDED.index(title) if title in NEEDED else len(NEEDED)))
