@@ -118,6 +118,15 @@ def padded_tokens() -> TokenSet:
     return load_tokens({"input_ids": ids, "attention_mask": mask}, None, samples=None, length=16, seed=0)
 
 
+def test_step_1_sees_so_many_real_tokens(tiny_model) -> None:
+    padded = padded_tokens()  # rows of 11, 16, 16 tokens and so on; of 40 rows four are held out
+    for wanted, rows in ((11, 1), (12, 2), (11 + 16, 2), (2 * 43 + 1, 7), (10**6, 36)):
+        method = KDP(kernel="fixed", kernel_tokens=wanted)
+        assert method.path_rows(padded, method.shape(tiny_model("llama3"))).fit == rows
+    assert method.path_rows(padded, method.shape(tiny_model("llama3"))).held == 4
+    assert KDP().path_rows(padded, KDP().shape(tiny_model("llama3"))).fit == 0  # there is no step 1
+
+
 @pytest.mark.parametrize("options", [
     {}, {"context": "none"}, {"kernel": "mlp"}, {"kernel": "mlp", "context": "none"}, {"kernel": "linear"},
     {"kernel": "linear", "context": "none"}, {"kernel": "fixed", "inverse": "direct"}, {"kernel": "fixed"},

@@ -114,6 +114,10 @@ class TokenSet:
         """The first rows with at most `limit` real tokens, but one row at least."""
         return self.select(slice(max(1, int((self.mask.sum(1).cumsum(0) <= limit).sum()))))
 
+    def rows_of(self, wanted: int) -> int:
+        """How many rows, from the first on, hold at least so many real tokens; all where they hold fewer."""
+        return min(int((self.mask.sum(1).cumsum(0) < wanted).sum()) + 1, len(self))
+
     def without(self, others: "TokenSet") -> "TokenSet":
         """The rows that are none of ``others``, which are as long."""
         known = {row.numpy().tobytes() for row in others.ids}

@@ -299,9 +299,8 @@ class KDP(RankedMethod):
         """Rows that step 1 sees: enough tokens for the operators' solves."""
         if "fourier" not in shape.parts:
             return PathRows(0, 0)
-        rows, held, length = len(tokens), tokens.held_out(self.held), tokens.ids.shape[1]
         wanted = self.kernel_tokens or max(8192, 8 * 2 * shape.features)
-        return PathRows(min(-(-wanted // length), rows - held), min(held, -(-4096 // length)))
+        return PathRows(tokens.fitted(self.held).rows_of(wanted), tokens.watching(self.held).rows_of(4096))
 
     def settings(self, shape: Shape, tokens: TokenSet) -> FitSettings:
         """How blocks are fitted with stand-ins of this shape, on these tokens."""
