@@ -46,7 +46,7 @@ def title(found: Iterable[Comparison], name: str) -> str:
 
 def texts(page: Page, section: Section) -> str:
     """A table a model: what every variant loses, mean over the texts, at each window, and on each text at the first.
-    Means over seeds, of the losses ± their standard deviation.
+    Means over seeds, of the losses ± their standard deviation. The first row has the dense model's perplexities.
 
     ``record`` names another record than the page's, ``apart`` texts that have a column and do not enter the means.
     """
@@ -55,7 +55,10 @@ def texts(page: Page, section: Section) -> str:
         rows = [row for row in found.rows if row.texts]
         windows = list(dict.fromkeys(one.window for row in rows for one in row.texts))
         names = list(dict.fromkeys(one.dataset for row in rows for one in row.texts))
-        table = []
+        dense = {one.dataset: one.dense for unit in found.units for one in (unit.perplexity, *unit.texts)
+                 if one.window == windows[0]}
+        table: list[list[object]] = [["dense, perplexity", *[""] * (len(windows) + 3),
+                                      *(summary.decimals(dense.get(name), 1) for name in names), "", ""]]
         for row in sorted(rows, key=lambda row: _excess(found, row, windows[0], apart)):
             at = {(one.dataset, one.window): mean(one.excess_loss) for one in row.texts}
             table.append([
@@ -86,8 +89,12 @@ def _excess(found: Comparison, row: Row, window: int, apart: Sequence[str]) -> f
 
 
 def cost(page: Page, section: Section) -> str:
-    """A table a model: what every variant took, least time first. ``record`` names another record than the page's."""
-    parts, every = [], ["time", "time, passes", "peak memory", "tokens used", "trained × tokens", "search, passes"]
+    """A table a model: what every variant took and what it saves, least time first.
+
+    ``record`` names another record than the page's.
+    """
+    parts, every = [], ["time", "time, passes", "peak memory", "tokens used", "trained × tokens", "search, passes",
+                        "net ratio", "prefill", "decode", "KV cache saved"]
     for model, found in page.comparisons(section.get("record")).items():
         rows = sorted((row for row in found.rows if row.seeds), key=lambda row: mean(row.seconds) or math.inf)
         columns = [one for one in every if any(cells(row, [one]) != [summary.MISSING] for row in rows)]
