@@ -7,7 +7,8 @@
 
 A page's YAML (benchmarks/README.md says what may stand there) names models, runs of `kdprune compare`, and what is
 shown. Every figure comes from the records beside the page; NAME-notes.md is appended. An interrupted run goes
-on where it stopped. The first N rows of a section with `readme: N` also fill the README's block `<!-- table: NAME -->`.
+on where it stopped. A section with `readme: [variants]` fills the README's block `<!-- table: NAME -->`, with these
+of the first model.
 """
 
 import argparse
@@ -184,8 +185,8 @@ def files(page: Page, leave_out: Sequence[str] = ()) -> dict[Path, str]:
         if "table" not in section or body:  # a table of nothing has no heading
             heading = f"## {section['heading']}" if "heading" in section else ""
             parts += [part.strip() for part in (heading, section.get("says", ""), body) if part]
-        if rows := section.get("readme"):
-            made |= _readme(page, "\n".join(body.splitlines()[: 2 + rows]))
+        if only := section.get("readme"):
+            made |= _readme(page, TABLES[section["table"]](page, {**section, "only": only}).partition("\n\n### ")[0])
     notes = page.results / f"{page.name}-notes.md"
     said = f"\n{notes.read_text(encoding='utf-8').strip()}\n" if notes.is_file() else ""
     command = f"    python benchmarks/book.py run {page.name} --folder FOLDER"

@@ -48,11 +48,12 @@ def texts(page: Page, section: Section) -> str:
     """A table a model: what every variant loses, mean over the texts, at each window, and on each text at the first.
     Means over seeds, of the losses ± their standard deviation. The first row has the dense model's perplexities.
 
-    ``record`` names another record than the page's, ``apart`` texts that have a column and do not enter the means.
+    ``record`` names another record than the page's, ``apart`` texts that have a column and do not enter the means,
+    ``only`` the variants that are shown.
     """
     parts, apart = [], section.get("apart", [])
     for model, found in page.comparisons(section.get("record")).items():
-        rows = [row for row in found.rows if row.texts]
+        rows = [row for row in found.rows if row.texts and row.variant.name in section.get("only", [row.variant.name])]
         windows = list(dict.fromkeys(one.window for row in rows for one in row.texts))
         names = list(dict.fromkeys(one.dataset for row in rows for one in row.texts))
         dense = {one.dataset: one.dense for unit in found.units for one in (unit.perplexity, *unit.texts)

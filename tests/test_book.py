@@ -144,7 +144,7 @@ def test_research_is_imported_by_nothing() -> None:
 
 
 def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, calls: list[dict[str, Any]]) -> None:
-    shows = [{"table": "cost"}, {"table": "texts", "readme": 9}, {"table": "failures", "heading": "Failed"}]
+    shows = [{"table": "cost"}, {"table": "texts", "readme": CHEAP[:1]}, {"table": "failures", "heading": "Failed"}]
     spec = {"record": "tiny-{model}.json", "runs": [{"methods": [*CHEAP, "uidl:blocks=0-99"]}], "shows": shows}
     repository(bench, tmp_path, "tiny", **spec)
     arguments = ["run", "tiny", "--work", str(tmp_path / "work")]
@@ -160,6 +160,7 @@ def test_a_run_writes_record_and_page_and_goes_on(bench: Bench, tmp_path: Path, 
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("before\n<!-- table: tiny -->\n### tiny\n\n|")
     assert readme.endswith("<!-- end -->\nafter\n")
+    assert [f"`{name}`" in readme for name in CHEAP] == [True, *[False] * (len(CHEAP) - 1)]
     assert "old" not in readme
     assert len(calls) == 1
     assert book.main(arguments, tmp_path) == 0
