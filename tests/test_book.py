@@ -60,7 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_every_page_is_what_its_records_give() -> None:
-    assert book.names() == ["real", "real-calibration", "real-parts", "real-short"]
+    assert book.names() == ["real", "real-calibration", "real-parts"]
     assert book.check(leave_out=SLOW) == []
 
 
@@ -195,8 +195,8 @@ def test_runs_in_processes_give_the_same_record(bench: Bench, tmp_path: Path) ->
 def test_sizes_of_several_records_make_curves(tmp_path: Path) -> None:
     page = book_records.Page("grid", {"models": {"coder": None}, "record": "b-{model}.json"}, tmp_path)
     page.results.mkdir(parents=True)
-    found = Comparison.load(ROOT / "docs" / "results" / "real-short-qwen25-coder-05b.json")
-    ours, peer = "kdp:refine=no", "linear"
+    found = Comparison.load(ROOT / "docs" / "results" / "real-qwen25-coder-05b.json")
+    ours, peer = "kdp", "linear"
     sizes = {"a": (0.10, 0.1), "b": (0.25, 0.2), "c": (0.40, 0.8)}
     for name, (net, loss) in sizes.items():
         units = []
