@@ -32,9 +32,9 @@ def mean(found: Stat | None) -> float | None:
     return None if found is None else found.mean
 
 
-def three(value: float) -> str:
-    """Nats, to a thousandth."""
-    return f"{value:.3f}"
+def nats(value: float | None) -> str:
+    """To a thousandth."""
+    return GAP if value is None else f"{value:.3f}"
 
 
 def title(found: Iterable[Comparison], name: str) -> str:
@@ -64,10 +64,10 @@ def texts(page: Page, section: Section) -> str:
             at = {(one.dataset, one.window): mean(one.excess_loss) for one in row.texts}
             table.append([
                 title([found], row.variant.name), stat(row.net_ratio_layers, lambda x: f"{100 * x:.1f}", False, " %"),
-                *(stat(_text_mean(found, row, "excess_loss", window, apart), three) for window in windows),
-                stat(_text_mean(found, row, "divergence", windows[0], apart), three, False),
+                *(stat(_text_mean(found, row, "excess_loss", window, apart), nats) for window in windows),
+                stat(_text_mean(found, row, "divergence", windows[0], apart), nats, False),
                 stat(_text_mean(found, row, "agreement", windows[0], apart), lambda x: f"{100 * x:.1f}", False, " %"),
-                *(GAP if (value := at.get((name, windows[0]))) is None else three(value) for name in names),
+                *(nats(at.get((name, windows[0]))) for name in names),
                 len(row.seeds), stat(row.seconds, summary.duration, False)])
         heads = ["", "net, of the layers", *(f"excess, window {window}" for window in windows), "KL", "same next token",
                  *names, "seeds", "time"]
@@ -154,7 +154,7 @@ def at_size(page: Page, section: Section) -> str:
         rows.sort(key=lambda row: (-sum(value is not None for value in row[1]), sum(value or 0.0 for value in row[1])))
         parts += [f"### {model}", markdown(
             ["", *(f"{100 * size:.1f} %" for size in sizes)],
-            [[f"`{name}`", *(GAP if value is None else three(value) for value in values)] for name, values in rows])]
+            [[f"`{name}`", *map(nats, values)] for name, values in rows])]
     return "\n\n".join(parts)
 
 

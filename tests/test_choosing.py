@@ -51,7 +51,8 @@ def layout(model: PreTrainedModel, power: float = 1.0, **options) -> tuple[list[
     similarity = torch.tensor([[0.97 ** abs(s - e) ** power for e in range(layers + 1)] for s in range(layers + 1)])
     blocks = select_by_similarity(method, similarity, budget)
     chosen = budget.candidates(blocks, fill=True)
-    return chosen, chosen[0].shape, sum(map(budget.removed_by, chosen)) / budget.target.total
+    removed = sum(budget.removal(candidate.block, candidate.shape) for candidate in chosen)
+    return chosen, chosen[0].shape, removed / budget.target.total
 
 
 def test_slack_finds_better_blocks_at_the_same_net_ratio(bundled: PreTrainedModel) -> None:

@@ -98,7 +98,8 @@ def even_similarity(layers: int) -> Tensor:
 def added_parameters(method: KDP, dense: PreTrainedModel, chosen: list[Candidate]) -> list[int]:
     """Parameters put in the place of every block."""
     budget = Budget(dense, chosen[0].shape, method.target(dense))
-    return [sum(budget.layers[index] for index in found.block) - budget.removed_by(found) for found in chosen]
+    return [sum(budget.layers[index] for index in found.block) - budget.removal(found.block, found.shape)
+            for found in chosen]
 
 
 def prune_meta(dense: PreTrainedModel, chosen: list[Candidate]) -> PreTrainedModel:

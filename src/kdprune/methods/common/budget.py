@@ -77,10 +77,6 @@ class Budget:
         context = 0 if source is None else self.kept_by_context[source] + shape.ordinary * self.norm_behind
         return sum(self.layers[index] for index in block) - shape.parameters() - context
 
-    def removed_by(self, candidate: Candidate) -> int:
-        """Net parameters that a block behind its form of stand-in removes."""
-        return self.removal(candidate.block, candidate.shape)
-
     def most_removed(self, blocks: Sequence[range]) -> int:
         """The most parameters that a set of separated ones removes."""
         return max(reachable(blocks, lambda _: 0.0, self.removal))

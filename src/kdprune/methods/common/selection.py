@@ -11,7 +11,6 @@ from kdprune.methods.common.target import Target
 # Above any sum of log similarities: with it as a part of every block's score, more blocks always score higher.
 _ONE_MORE = 1e5
 
-
 # Best total score and the blocks that reach it, by parameters removed.
 _Table: TypeAlias = dict[int, tuple[float, tuple[range, ...]]]
 

@@ -269,7 +269,7 @@ class KDP(RankedMethod):
         plan = FitPlan(
             blocks, shapes, self.settings(budget.shape, tokens), tokens.held_out(self.held),
             max((self.path_rows(tokens, shape) for shape in shapes), key=lambda rows: rows.fit), bool(self.sequential))
-        return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else dict(damage.alone))
+        return replace(fit_blocks(model, tokens, plan, run), damage=None if damage is None else damage.alone)
 
     def choose(
         self, model: PreTrainedModel, tokens: TokenSet, run: Run, budget: Budget
